@@ -1,0 +1,342 @@
+"""What the scripts read: training images, crop grids, panoptic regions, segmentation benchmarks, class lists.
+
+Workers decode files and nothing else: a uint8 image (3, H, W) of any size goes to the device, where it is resized,
+padded, cut into crops and normalised (`student_image`, `grid_crops`), once for each model that looks at it.
+"""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+VOID = 255      # label of pixels that do not count
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file as RGB, uint8 (3, H, W), upright. ValueError names a file that can't be read."""
+    try:
+        with Image.open(path) as file:
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(file).convert("RGB"))).permute(2, 0, 1)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read as an image ({error}); replace or remove it.") from None
+
+
+def read_json(path: str | Path, *fields: str) -> dict:
+    """A json file that must have `fields`; ValueError in one sentence otherwise."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}; set the option that names it, or put the annotations there.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not json ({error}); download it again.") from None
+    missing = [field for field in fields if not isinstance(content, dict) or field not in content]
+    if missing:
+        raise ValueError(f"{path} has no field {missing[0]!r}; a COCO-style file with {', '.join(fields)} is expected.")
+    return content
+
+
+def list_images(images: str | Path, root: str | Path | None = None) -> list[str]:
+    """The sorted image files below a folder, or those that a COCO-style json names (below `root`, else beside it).
+
+    Raises ValueError, saying what was looked at, if there are none.
+    """
+    images = Path(images)
+    if images.suffix == ".json":
+        root = Path(root or images.parent)
+        found = [str(root / entry["file_name"]) for entry in read_json(images, "images")["images"]]
+        if found and not Path(found[0]).is_file():
+            raise ValueError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the folder of its images.")
+    else:
+        found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(images, followlinks=True)
+                       for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    if not found:
+        state = "holds no image" if images.exists() else "does not exist"
+        raise ValueError(f"{images.absolute()} {state}; put images there (any folder of {', '.join(IMAGE_SUFFIXES)} files, "
+                         "or a COCO-style json) or set IMAGES to where they are.")
+    return found
+
+
+class TrainingImages(Dataset):
+    """Unlabelled images: item i is (uint8 image (3, H, W), i)."""
+
+    def __init__(self, images: str | Path, root: str | Path | None = None):
+        self.paths = list_images(images, root)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self.paths[index]), index
+
+
+def epoch_order(images: int, batch: int, epoch: int, seed: int) -> Tensor:
+    """The image indices of every step of an epoch, (steps, batch), shuffled; the incomplete last batch is left out.
+
+    Fewer images than a batch are repeated. The order depends on nothing else, so a run can go on in the middle of an
+    epoch, on another number of GPUs too.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    orders = [torch.randperm(images, generator=generator) for _ in range(max(1, -(-batch // images)))]
+    order = torch.cat(orders)
+    return order[:len(order) // batch * batch].view(-1, batch)
+
+
+def rank_batches(order: Tensor, rank: int, world: int, micro_batch: int, first_step: int = 0) -> list[list[int]]:
+    """One rank's share of `order` (steps, batch) from `first_step` on, as consecutive batches of `micro_batch` images."""
+    return order[first_step:].view(-1, world, order.shape[1] // world)[:, rank].reshape(-1, micro_batch).tolist()
+
+
+# ------------------------------------------------------------------------------------------- pictures on the device
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """uint8 or float [0, 1] (3, H, W) -> float [0, 1] (3, height, width), bicubic with antialiasing."""
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float [0, 1] (..., 3, H, W) -> (x - mean) / std of each channel."""
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (images - mean) / std
+
+
+def fitted_size(image: Tensor, size: int) -> tuple[int, int]:
+    """Height and width of an image (3, H, W) with its longest side resized to `size`."""
+    H, W = image.shape[-2:]
+    return max(1, round(size * H / max(H, W))), max(1, round(size * W / max(H, W)))
+
+
+def padded(image: Tensor, height: int, width: int) -> Tensor:
+    """(..., h, w) -> (..., height, width), zeros to the right and below."""
+    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
+
+
+def student_image(image: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (3, H, W) -> (3, size, size): longest side to `size`, padded with black right and below, normalised."""
+    return normalize(padded(resize(image, *fitted_size(image, size)), size, size), mean, std)
+
+
+class Grid(NamedTuple):
+    """A division of an image into rows x columns cells, of which `cells` (row-major numbers) are cropped."""
+    rows: int
+    columns: int
+    cells: list[int]
+
+
+def draw_grid(key: str, sides: tuple[int, int] = (1, 6), aspect: float = 0, most: int = 0) -> Grid:
+    """Rows and columns drawn from sides[0] ... sides[1] (section 9.2), the same for the same `key`.
+
+    aspect: the largest ratio of rows to columns or the reverse, 0 for any; most: cells kept, 0 for all.
+    """
+    draw = random.Random(key)
+    lengths = range(sides[0], sides[1] + 1)
+    choices = [(m, n) for m in lengths for n in lengths if not aspect or max(m, n) <= aspect * min(m, n)]
+    rows, columns = draw.choice(choices)
+    cells = list(range(rows * columns))
+    return Grid(rows, columns, sorted(draw.sample(cells, most)) if 0 < most < len(cells) else cells)
+
+
+def grid_crops(image: Tensor, grid: Grid, size: int, mean: Sequence[float], std: Sequence[float],
+               keep_aspect: bool = False) -> Tensor:
+    """The cells of a grid, each resized to size x size and normalised: uint8 (3, H, W) -> (k, 3, size, size).
+
+    All cells have one shape, so this is one resize of the image and a reshape. keep_aspect: the longest side of a
+    cell is resized to `size` and the rest padded, as the published code does.
+    """
+    H, W = image.shape[-2:]
+    cell = (size, size)
+    if keep_aspect:
+        sides = H / grid.rows, W / grid.columns
+        cell = tuple(max(1, round(size * side / max(sides))) for side in sides)
+    whole = resize(image, cell[0] * grid.rows, cell[1] * grid.columns)
+    crops = whole.unflatten(2, (grid.columns, cell[1])).unflatten(1, (grid.rows, cell[0]))
+    crops = crops.permute(1, 3, 0, 2, 4).flatten(0, 1)[grid.cells]
+    return normalize(padded(crops, size, size), mean, std)
+
+
+def grid_boxes(image: Tensor, grid: Grid, size: int) -> Tensor:
+    """The cells' boxes in the student's padded picture: (k, 4), x0 y0 x1 y1 in [0, 1]."""
+    h, w = fitted_size(image, size)
+    rows, columns = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
+    corners = torch.stack([columns, rows, columns + 1, rows + 1], dim=-1).flatten(0, 1)[grid.cells]
+    steps = torch.tensor([w / size / grid.columns, h / size / grid.rows])
+    return (corners * steps.repeat(2)).to(image.device)
+
+
+# ------------------------------------------------------------------------------------------------------- class lists
+
+@dataclass(frozen=True)
+class Classes:
+    """Class names with synonyms: `names` has the first of each class, `prompts` all, `owner` the class of each prompt."""
+    names: list[str]
+    prompts: list[str]
+    owner: list[int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def best(self, scores: Tensor) -> Tensor:
+        """Scores of all prompts (prompts, ...) -> of the classes (K, ...): a class has the best of its synonyms'."""
+        if len(self.prompts) == len(self.names):
+            return scores
+        owner = torch.tensor(self.owner, device=scores.device).view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
+        out = scores.new_full((len(self), *scores.shape[1:]), float("-inf"))
+        return out.scatter_reduce(0, owner, scores, "amax")
+
+
+def make_classes(lines: Sequence[str]) -> Classes:
+    """One class a line, synonyms after commas."""
+    synonyms = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
+    owner = [index for index, names in enumerate(synonyms) for _ in names]
+    return Classes([names[0] for names in synonyms], [name for names in synonyms for name in names], owner)
+
+
+def read_classes(path: str | Path) -> Classes:
+    """A class file: one class a line, synonyms after commas; empty lines and lines with # do not count.
+
+    Raises ValueError if there is no such file or it names no class, or one twice.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no class file {path}; write one, a class a line, synonyms after commas.")
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines()
+             if line.strip(" ,\t") and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"The class file {path} names no class; write one a line.")
+    classes = make_classes(lines)
+    twice = next((name for name in classes.names if classes.names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"The class file {path} has the class {twice!r} twice; remove one.")
+    return classes
+
+
+# -------------------------------------------------------------------------------------------------- panoptic regions
+
+class Regions(NamedTuple):
+    """An image and its labelled regions."""
+    image: Tensor       # uint8 (3, H, W)
+    segments: Tensor    # int16 (H, W): the region that a pixel belongs to, -1 for none
+    boxes: Tensor       # (k, 4) x0 y0 x1 y1 in pixels
+    labels: Tensor      # (k,) class
+    is_thing: Tensor    # (k,) bool
+
+
+class PanopticRegions(Dataset):
+    """The regions of a COCO-panoptic json, its folder of PNGs and its folder of images.
+
+    crowd: regions marked iscrowd too (groups of things under one box). min_area: of the box, in pixels.
+    """
+
+    def __init__(self, annotations: str | Path, pngs: str | Path, images: str | Path, crowd: bool = False,
+                 min_area: int = 0):
+        content = read_json(annotations, "images", "annotations", "categories")
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.pngs, self.images, self.crowd, self.min_area = Path(pngs), Path(images), crowd, min_area
+        self.names = [category["name"] for category in categories]
+        self.is_thing = [bool(category["isthing"]) for category in categories]
+        self.class_of = {category["id"]: index for index, category in enumerate(categories)}
+        self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
+        self.annotations = content["annotations"]
+        if not self.annotations:
+            raise ValueError(f"{annotations} has no annotations; give a COCO-panoptic json.")
+        if "segments_info" not in self.annotations[0]:
+            raise ValueError(f"{annotations} has no field 'segments_info' in its annotations; give the panoptic json, "
+                             "such as panoptic_val2017.json, not instances or captions.")
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int) -> Regions:
+        annotation = self.annotations[index]
+        image = read_image(self.images / self.file_names[annotation["image_id"]])
+        png = self.pngs / annotation["file_name"]
+        rgb = read_image(png).int()
+        if rgb.shape != image.shape:
+            raise ValueError(f"{png} is {tuple(rgb.shape[1:])}, but its image {tuple(image.shape[1:])}; "
+                             "they must be of one size.")
+        ids = (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
+        kept = sorted((segment for segment in annotation["segments_info"] if self._counts(segment)),
+                      key=lambda segment: segment["id"])
+        known = np.array([segment["id"] for segment in kept] or [0])
+        place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+        segments = np.where((known[place] == ids) & bool(kept), place, -1).astype(np.int16)
+        boxes = torch.tensor([segment["bbox"] for segment in kept], dtype=torch.float).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([self.class_of[segment["category_id"]] for segment in kept], dtype=torch.long)
+        return Regions(image, torch.from_numpy(segments), boxes, labels, torch.tensor(self.is_thing)[labels])
+
+    def _counts(self, segment: dict) -> bool:
+        width, height = segment["bbox"][2:]
+        return (self.crowd or not segment.get("iscrowd", 0)) and width * height >= max(1, self.min_area)
+
+
+def segment_masks(segments: Tensor, count: int, size: int, patch_size: int) -> Tensor:
+    """Regions' shares of each patch of the student's padded picture: int (H, W) -> (count, size/patch, size/patch)."""
+    h, w = fitted_size(segments, size)
+    masks = (segments == torch.arange(count, device=segments.device)[:, None, None]).float()
+    masks = F.interpolate(masks[None], (h, w), mode="bilinear", antialias=True)[0] if count else masks[:, :h, :w]
+    return F.avg_pool2d(padded(masks, size, size), patch_size)
+
+
+# -------------------------------------------------------------------------------------------- segmentation benchmarks
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a segmentation benchmark's files are in its original layout, and what its label values mean."""
+    folder: str                         # below the data folder
+    names: str                          # file that lists the images, one name a line
+    image: str                          # path of an image by its name
+    label: str                          # path of its label PNG
+    classes: str                        # file in classes/
+    values: Sequence[int]               # label value of each class, in the order of `classes`; all others are void
+    threshold: float | None = None      # with a background class (the first): it gets pixels of a lower probability
+
+
+_VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
+
+BENCHMARKS = {
+    "voc20": Benchmark(*_VOC, "voc20.txt", range(1, 21)),
+    "voc21": Benchmark(*_VOC, "voc21.txt", range(21), threshold=0.4),
+}
+
+
+class SegmentationImages(Dataset):
+    """A benchmark's images and labels: item i is (uint8 image (3, H, W), uint8 label (H, W), classes or VOID)."""
+
+    def __init__(self, benchmark: Benchmark, data: str | Path):
+        self.root = Path(data) / benchmark.folder
+        self.benchmark = benchmark
+        listing = self.root / benchmark.names
+        if not listing.is_file():
+            raise ValueError(f"There is no {listing.absolute()}; unpack the data set there in its original layout, or set "
+                             f"DATA to the folder that holds {benchmark.folder}.")
+        self.names = listing.read_text(encoding="utf-8").split()
+        self.lookup = np.full(65536, VOID, dtype=np.uint8)
+        self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = read_image(self.root / self.benchmark.image.format(self.names[index]))
+        path = self.root / self.benchmark.label.format(self.names[index])
+        try:
+            with Image.open(path) as file:
+                label = self.lookup[np.array(file)]
+        except (OSError, IndexError) as error:
+            raise ValueError(f"{path} can't be read as a label image ({error}); download it again.") from None
+        if label.shape != tuple(image.shape[1:]):
+            raise ValueError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; they must be of one size.")
+        return image, torch.from_numpy(label)

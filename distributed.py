@@ -1,0 +1,53 @@
+"""One process or many: torchrun's environment, and the few exchanges between ranks that the scripts need."""
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks(NamedTuple):
+    """This process among the processes of a run: its rank of `world`, and the device it computes on."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Joins the process group if torchrun started this process, and picks a device: one GPU a process, or the CPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise SystemExit(f"torchrun started more than {torch.cuda.device_count()} processes on this machine, which has "
+                         f"that many GPUs; set --nproc_per_node to {torch.cuda.device_count()} or less.")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over all ranks, in place; the tensor itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def finish() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
