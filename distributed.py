@@ -1,6 +1,9 @@
 """One process or many: torchrun's environment, and the few exchanges between ranks that the scripts need."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,6 +37,19 @@ def start() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+@contextmanager
+def session(script: str) -> Iterator[Ranks]:
+    """A script's run: joins the process group and leaves it; a ValueError ends the script with its sentence alone."""
+    ranks = start()
+    try:
+        yield ranks
+    except ValueError as error:
+        raise SystemExit(f"{Path(script).name}: {error}") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of `tensor` over all ranks, in place; the tensor itself in a single process."""
     if dist.is_initialized():
@@ -45,9 +61,3 @@ def barrier() -> None:
     """Waits until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def finish() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -33,8 +33,6 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-TEMPLATES = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
-
 
 class Attention(NamedTuple):
     """What the last block computes: the sum over projections A of softmax(AAᵀ)V, and what of the block is kept."""
@@ -191,7 +189,7 @@ class DeCLIP(nn.Module):
     def encode_text(self, names: Sequence[str], templates: Sequence[str | Callable[[str], str]] = ("{}",)) -> Tensor:
         """K names -> (K, C): the mean of each name's L2-normalised embeddings over the templates, L2-normalised.
 
-        templates: sentences with `{}` or functions of the name, such as TEMPLATES["imagenet"].
+        templates: sentences with `{}` or functions of the name, such as open_clip.OPENAI_IMAGENET_TEMPLATES.
         Raises ValueError if the weights came from a file without a text tower.
         """
         if not self.has_text:
@@ -252,16 +250,16 @@ class DeCLIP(nn.Module):
             out["logit_scale"] = state["logit_scale"].reshape(self.clip.logit_scale.shape)
         return out
 
-    def save(self, path: str | Path, settings: dict | None = None, original: dict[str, Tensor] | None = None,
-             weight: float = 1.0) -> None:
+    def save(self, path: str | Path, settings: dict | None = None, original: "DeCLIP | None" = None,
+             share: float = 1.0) -> None:
         """Writes a checkpoint that describes itself: both towers, and as metadata the model, context, scale and settings.
 
-        original, weight: the weights of the CLIP that training began with, of which 1 - `weight` is mixed in
-            (the published scripts' ensemble; the paper's is weight 1).
+        original, share: the weights saved are `share` of this model's and the rest of `original`'s, the CLIP that
+            training began with (the published scripts' ensemble; the paper's share is 1).
         """
         state = {key: value.detach().cpu().contiguous() for key, value in self.clip.state_dict().items()}
-        for key, value in (original or {}).items() if weight < 1 else ():
-            state[key] = torch.lerp(value.to(state[key]), state[key], weight)
+        for key, value in original.clip.state_dict().items() if original and share < 1 else ():
+            state[key] = torch.lerp(value.to(state[key]), state[key], share)
         record = {"model": self.model_name, "context": self.context, "scale": self.scale, "mean": self.mean,
                   "std": self.std, "settings": settings or {}}
         write_whole(path, lambda file: save_file(state, file, {"declip": json.dumps(record)}))
@@ -372,24 +370,6 @@ def convert_vit(visual: OpenClipViT) -> vision_transformer.VisionTransformer:
     return trunk
 
 
-def open_model(ckpt: str | None, model_name: str | None, pretrained: str | None, context: str | None = None,
-               scale: float | None = None) -> DeCLIP:
-    """The model that an evaluation asks for.
-
-    ckpt: a `declip.safetensors`, which needs no other argument; a published `.pt`, loaded over `model_name` with
-        `pretrained`; None for that CLIP itself.
-    """
-    if ckpt and not Path(ckpt).is_file():
-        raise ValueError(f"There is no checkpoint {ckpt}; train.py writes declip.safetensors into its OUT folder.")
-    recorded = read_record(ckpt) if ckpt else {}
-    if recorded:
-        return DeCLIP(model_name or recorded["model"], ckpt, context, scale)
-    clip = DeCLIP(model_name or "EVA02-B-16", pretrained, context, scale)
-    if ckpt:
-        clip.load_weights(ckpt)
-    return clip
-
-
 def read_record(path: str | Path) -> dict:
     """What a `declip.safetensors` says of itself: model, context, scale, mean, std, settings; {} for other files."""
     if Path(path).suffix != ".safetensors":
@@ -425,7 +405,10 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode     # safetensors leaves files to their owner alone
         write(str(temporary))
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -472,8 +455,8 @@ def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
     Raises ValueError if the numbers of tokens differ.
     """
     if context.shape[:2] != vfm_tokens.shape[:2]:
-        raise ValueError(f"The student has {tuple(context.shape[:2])} images and tokens, the VFM {tuple(vfm_tokens.shape[:2])}; "
-                         "give the VFM an image of the student's token grid times the VFM's patch size.")
+        raise ValueError(f"The student has {tuple(context.shape[:2])} images and tokens, the VFM "
+                         f"{tuple(vfm_tokens.shape[:2])}; give the VFM the student's token grid times its own patch size.")
     with torch.autocast(context.device.type, enabled=False):
         a, b = F.normalize(context.float(), dim=-1), F.normalize(vfm_tokens.float(), dim=-1)
         large = a.shape[1] > a.shape[2] + b.shape[2]

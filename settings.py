@@ -14,27 +14,44 @@ import re
 import shlex
 import sys
 import tokenize
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+KINDS = {"bool": lambda text: BOOLEANS[text.lower()], "int": int, "float": float, "str": str}
 
 
-def constants(source: str) -> dict[str, tuple]:
-    """{NAME: (default, type, is a list, may be None, comment)} of the constants above the first function or class."""
-    comments, found = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
+class Constant(NamedTuple):
+    """A setting as its script writes it."""
+    default: object
+    kind: str           # bool, int, float or str; of the elements, for a tuple
+    many: bool          # a tuple
+    optional: bool      # may be None
+    comment: str
+
+
+def constants(module: ModuleType) -> dict[str, Constant]:
+    """The upper-case constants above a module's first function or class; tables and other objects are no settings."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
         if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        if isinstance(target, ast.Name) and re.fullmatch("[A-Z][A-Z0-9_]*", target.id):
-            default = ast.literal_eval(node.value)
-            sample = default[0] if isinstance(default, tuple) else default
-            kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(sample).__name__
-            found[target.id] = (default, kind.split(" |")[0], isinstance(default, tuple), "None" in kind,
-                                comments.get(node.end_lineno, ""))
+        name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+        if not re.fullmatch("[A-Z][A-Z0-9_]*", name):
+            continue
+        default = getattr(module, name)
+        sample = default[0] if isinstance(default, tuple) else default
+        annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(sample).__name__
+        kind = annotation.split(" |")[0]
+        if kind in KINDS:
+            found[name] = Constant(default, kind, isinstance(default, tuple), "None" in annotation,
+                                   comments.get(node.end_lineno, ""))
     return found
 
 
@@ -43,9 +60,7 @@ def converter(kind: str, optional: bool):
     def convert(text: str):
         if optional and text.lower() == "none":
             return None
-        if kind == "bool":
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[kind](text)
+        return KINDS[kind](text)
 
     def checked(text: str):
         try:
@@ -69,22 +84,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse(script: ModuleType, argv: list[str] | None = None) -> SimpleNamespace:
-    """The settings of `script` (a module), changed by `argv` (default: the command line), as a namespace of NAMES.
+def parse(argv: list[str] | None, script: ModuleType, *shared: ModuleType) -> SimpleNamespace:
+    """The constants of `script` (a module) and of `shared` ones, changed by `argv` (None: the command line), by NAME.
 
     Exits with status 2 and one line on an unknown option, a value of the wrong type or a missing argument file.
     """
-    with open(script.__file__, encoding="utf-8") as file:
-        source = file.read()
-    name = script.__file__.replace("\\", "/").rsplit("/", 1)[-1]
-    parser = Parser(prog=name, description=script.__doc__, fromfile_prefix_chars="@", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for constant, (default, kind, many, optional, comment) in constants(source).items():
-        spellings = dict.fromkeys([f"--{constant.lower()}", f"--{constant.lower().replace('_', '-')}"])
-        shown = " ".join(map(str, default)) if many else default
-        extra = {"nargs": "+"} if many else {"nargs": "?", "const": True} if kind == "bool" else {}
-        parser.add_argument(*spellings, dest=constant, default=default, type=converter(kind, optional),
-                            metavar=kind.upper(), help=f"{comment} [{shown}]".replace("%", "%%").strip(), **extra)
+    parser = Parser(prog=Path(script.__file__).name, description=script.__doc__, fromfile_prefix_chars="@",
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found = {}
+    for module in (script, *shared):
+        found |= constants(module)
+    for name, setting in found.items():
+        spellings = dict.fromkeys([f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"])
+        shown = " ".join(map(str, setting.default)) if setting.many else setting.default
+        extra = {"nargs": "+"} if setting.many else {"nargs": "?", "const": True} if setting.kind == "bool" else {}
+        parser.add_argument(*spellings, dest=name, default=setting.default, metavar=setting.kind.upper(),
+                            type=converter(setting.kind, setting.optional),
+                            help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
     return parser.parse_args(sys.argv[1:] if argv is None else argv, SimpleNamespace())
 
 

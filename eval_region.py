@@ -1,0 +1,158 @@
+"""Region classification on COCO panoptic: does the feature of a box or a mask name what is in it? (Figure 6, Table 1)
+
+    python eval_region.py --ckpt out/declip/declip.safetensors
+    python eval_region.py --attention clip                         # plain CLIP, no checkpoint
+    torchrun --nproc_per_node 8 eval_region.py --ckpt ...          # images divided among GPUs
+
+Prints top-1 and top-5 mAcc for boxes and masks, and for the crops' [CLS] of the same model (without --ckpt that is the
+teacher, and the bound of what its regions can learn); writes them to region.json beside the checkpoint.
+"""
+
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+import distributed
+import evaluation
+import settings
+from data import (
+    Classes,
+    PanopticRegions,
+    Regions,
+    fitted_size,
+    make_classes,
+    normalize,
+    read_classes,
+    resize,
+    segment_masks,
+    student_image,
+)
+from model import DeCLIP, mask_features, region_features
+
+# Besides these, the settings of evaluation.py: CKPT, MODEL, PRETRAINED, CONTEXT, SCALE, ATTENTION, TEMPLATE, WORKERS, OUT
+ANNOTATIONS = "data/coco/annotations/panoptic_val2017.json"     # COCO-panoptic json
+PNGS = "data/coco/annotations/panoptic_val2017"         # folder of its PNGs
+IMAGES = "data/coco/val2017"        # folder of its images
+CLASSES: str | None = "classes/coco_panoptic.txt"       # a class a line, in the order of category ids; None: json's names
+CROWD = False                       # also regions marked iscrowd; the published evaluation has them
+MIN_AREA = 64                       # smallest box in pixels; 64 is the published evaluation's
+
+IMAGE_SIZE = 560                    # longest side; the paper's tables use 560, Table 7 1024, Figure 6 224 to 1024
+BATCH_SIZE = 8                      # images of one forward pass
+CROP_BATCH = 64                     # crops of one forward pass
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Evaluates as the command line (or `argv`) says; returns what region.json holds."""
+    cfg = settings.parse(argv, sys.modules[__name__], evaluation)
+    with distributed.session(__file__) as ranks:
+        return run(cfg, ranks)
+
+
+def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
+    """All images through the model, their scores summed over ranks, printed and written."""
+    dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
+    classes = class_names(cfg, dataset)
+    clip = evaluation.open_model(cfg).to(ranks.device)
+    text = evaluation.encode_classes(cfg, clip, classes)
+    # hits[way, class] = regions, right at top 1, right among 5
+    hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ("box", "mask", "crop")}
+    share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
+    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=cfg.WORKERS, collate_fn=list)
+    for samples in tqdm(loader, desc="regions", unit="batch", disable=not ranks.is_main):
+        labels = torch.cat([sample.labels for sample in samples]).to(ranks.device)
+        for way, features in encode_regions(cfg, clip, samples, ranks.device).items():
+            hits[way] += count_hits(classes.best((F.normalize(features, dim=-1) @ text.T).T).T, labels)
+    hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
+    result = summarize(classes, dataset.is_thing, hits)
+    if ranks.is_main:
+        print(f"\n{evaluation.title(cfg, clip)}, {cfg.IMAGE_SIZE} px\n{table(result['mAcc'])}")
+        evaluation.write_result(cfg, clip, "region.json", result)
+    return result
+
+
+def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
+    """The class list, one entry for each category of the json; ValueError if the numbers differ."""
+    if cfg.CLASSES is None:
+        return make_classes([name.replace("-", " ") for name in dataset.names])
+    classes = read_classes(cfg.CLASSES)
+    if len(classes) != len(dataset.names):
+        raise ValueError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} {len(dataset.names)} "
+                         "categories; give a file of as many lines, or --classes none for the names in the json.")
+    return classes
+
+
+@torch.inference_mode()
+def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, samples: list[Regions], device: torch.device) -> dict[str, Tensor]:
+    """Features of all regions of a batch by box, by mask, and of their crops: each (sum k, C)."""
+    images = [sample.image.to(device) for sample in samples]
+    size = cfg.IMAGE_SIZE
+    inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
+    content, _ = clip.encode_dense(inputs, cfg.ATTENTION)
+    boxes = [box_in_frame(sample, size).to(device) for sample in samples]
+    masks = [segment_masks(sample.segments.to(device), len(sample.labels), size, clip.patch_size) for sample in samples]
+    crops = [crop for image, sample in zip(images, samples) for crop in box_crops(clip, image, sample.boxes)]
+    features = [clip.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
+                for start in range(0, len(crops), cfg.CROP_BATCH)]
+    return {"box": region_features(content, boxes), "mask": mask_features(content, masks),
+            "crop": torch.cat(features) if features else content.new_zeros(0, content.shape[1])}
+
+
+def box_in_frame(sample: Regions, size: int) -> Tensor:
+    """Boxes in pixels of the image -> (k, 4) in [0, 1] of the student's padded picture."""
+    H, W = sample.image.shape[-2:]
+    h, w = fitted_size(sample.image, size)
+    return sample.boxes * torch.tensor([w / W, h / H, w / W, h / H]) / size
+
+
+def box_crops(clip: DeCLIP, image: Tensor, boxes: Tensor) -> list[Tensor]:
+    """Each box cut from the image and resized to CLIP's own square, normalised: k of (3, size, size)."""
+    H, W = image.shape[-2:]
+    crops = []
+    for x0, y0, x1, y1 in boxes.tolist():
+        left, top = min(int(x0), W - 1), min(int(y0), H - 1)
+        crop = image[:, top:max(top + 1, round(y1)), left:max(left + 1, round(x1))]
+        crops.append(normalize(resize(crop, clip.image_size, clip.image_size), clip.mean, clip.std))
+    return crops
+
+
+def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """Scores (n, K) and labels (n,) -> (K, 3): regions of each class, right at top 1, right among the best 5."""
+    best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    right = torch.stack([torch.ones_like(labels), best[:, 0].long(), best.any(dim=1).long()], dim=1)
+    return torch.zeros(scores.shape[1], 3, dtype=torch.long, device=scores.device).index_add_(0, labels, right)
+
+
+def mean_accuracy(counts: Tensor) -> dict[str, float | int]:
+    """(K, 3) as from count_hits -> mean over the classes that occur of their top-1 and top-5 accuracy in per cent."""
+    occurring = counts[counts[:, 0] > 0].double()
+    means = 100 * (occurring[:, 1:] / occurring[:, :1]).mean(dim=0)
+    return {"top1": means[0].item(), "top5": means[1].item(), "regions": int(occurring[:, 0].sum()),
+            "classes": len(occurring)}
+
+
+def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor]) -> dict:
+    """Counts (K, 3) for each way -> mAcc of things and of stuff, and each occurring class's top-1 accuracy, in per cent."""
+    of_kind = {"thing": torch.tensor(is_thing), "stuff": ~torch.tensor(is_thing)}
+    means = {f"{way} {kind}": mean_accuracy(counts[chosen]) for way, counts in hits.items() for kind, chosen in of_kind.items()}
+    top1 = {name: {way: round(100 * counts[index, 1].item() / counts[index, 0].item(), 2) for way, counts in hits.items()}
+            for index, name in enumerate(classes.names) if hits["box"][index, 0]}
+    return {"mAcc": means, "top1 of each class": top1}
+
+
+def table(means: dict[str, dict]) -> str:
+    """The rows of `mAcc` for a screen."""
+    rows = [f"{'mAcc, %':16}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
+    rows += [f"{name.replace('crop', 'crop [CLS]'):16}{row['top1']:7.1f}{row['top5']:8.1f}{row['regions']:9}{row['classes']:9}"
+             for name, row in means.items()]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
