@@ -29,6 +29,8 @@ def read_image(path: str | Path) -> Tensor:
     """An image file as RGB, uint8 (3, H, W), upright. ValueError names a file that can't be read."""
     try:
         with Image.open(path) as file:
+            if file.mode.startswith("I"):   # 16 bits, which PIL would clip instead of scaling
+                file = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
             return torch.from_numpy(np.array(ImageOps.exif_transpose(file).convert("RGB"))).permute(2, 0, 1)
     except OSError as error:
         raise ValueError(f"{path} can't be read as an image ({error}); replace or remove it.") from None
@@ -284,9 +286,10 @@ class PanopticRegions(Dataset):
 
 def segment_masks(segments: Tensor, count: int, size: int, patch_size: int) -> Tensor:
     """Regions' shares of each patch of the student's padded picture: int (H, W) -> (count, size/patch, size/patch)."""
-    h, w = fitted_size(segments, size)
+    if not count:
+        return torch.zeros(0, size // patch_size, size // patch_size, device=segments.device)
     masks = (segments == torch.arange(count, device=segments.device)[:, None, None]).float()
-    masks = F.interpolate(masks[None], (h, w), mode="bilinear", antialias=True)[0] if count else masks[:, :h, :w]
+    masks = F.interpolate(masks[None], fitted_size(segments, size), mode="bilinear", antialias=True)[0]
     return F.avg_pool2d(padded(masks, size, size), patch_size)
 
 

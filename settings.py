@@ -101,7 +101,8 @@ def parse(argv: list[str] | None, script: ModuleType, *shared: ModuleType) -> Si
         parser.add_argument(*spellings, dest=name, default=setting.default, metavar=setting.kind.upper(),
                             type=converter(setting.kind, setting.optional),
                             help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
-    return parser.parse_args(sys.argv[1:] if argv is None else argv, SimpleNamespace())
+    given = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()})
 
 
 def show(settings: SimpleNamespace) -> str:

@@ -319,16 +319,11 @@ def find_resume(cfg: SimpleNamespace) -> dict | None:
         raise ValueError(f"{cfg.OUT} already holds a run; go on with it by --resume, or set OUT to another folder.")
     state = torch.load(path, map_location="cpu", weights_only=True)
     now, then = vars(cfg), state["settings"]
-    changed = next((name for name in now if name not in HARMLESS and plain(now[name]) != plain(then.get(name))), None)
+    changed = next((name for name in now if name not in HARMLESS and now[name] != then.get(name)), None)
     if changed:
-        raise ValueError(f"The run in {cfg.OUT} was begun with {changed} {plain(then.get(changed))}, but now it is "
-                         f"{plain(now[changed])}; resume with the old value, or set OUT to another folder.")
+        raise ValueError(f"The run in {cfg.OUT} was begun with {changed} {then.get(changed)}, but now it is {now[changed]}; "
+                         "resume with the old value, or set OUT to another folder.")
     return state
-
-
-def plain(value: object) -> object:
-    """A setting's value with lists as tuples, so that defaults and options compare."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def restore(state: dict, student: DeCLIP, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:

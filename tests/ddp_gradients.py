@@ -1,0 +1,42 @@
+"""Run under torchrun by test_train.py: writes the gradients that the ranks of one step agree on.
+
+    torchrun --nproc_per_node 2 tests/ddp_gradients.py IMAGES OUT [bypass]
+
+`bypass` calls the student past DDP, as the published code does; then the ranks never synchronise.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import tiny  # noqa: F401
+import torch
+
+sys.path.insert(0, str(tiny.ROOT))
+import distributed  # noqa: E402
+import settings  # noqa: E402
+import train  # noqa: E402
+
+
+def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = False) -> dict[str, torch.Tensor]:
+    """The gradients of the first step of a run with these settings, through train.py's own functions."""
+    micro_batch, accumulate = train.divide_batch(cfg, ranks.world)
+    dataset = train.TrainingImages(cfg.IMAGES)
+    student, teacher, vfm = train.build(cfg, ranks.device)
+    amp, scaler = train.precision("fp32", ranks.device)
+    batches = train.load_epoch(cfg, dataset, 0, 0, micro_batch, ranks)
+    wrapped = train.distribute(student, ranks)
+    train.backward(cfg, student if bypass else wrapped, teacher, vfm, train.islice(batches, accumulate), accumulate, 0,
+                   amp, scaler)
+    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def settings_for(images: str) -> SimpleNamespace:
+    """Two images a step, tiny models, uneven grids."""
+    given = f"--images {images} --model tiny-eva --pretrained none --vfm_model tiny_vfm --vfm_pretrained false"
+    return settings.parse([*given.split(), "--image_size", "64", "--batch_size", "2", "--workers", "0"], train)
+
+
+if __name__ == "__main__":
+    with distributed.session(__file__) as ranks:
+        out = gradients(settings_for(sys.argv[1]), ranks, bypass="bypass" in sys.argv)
+        torch.save(out, f"{sys.argv[2]}.{ranks.rank}")

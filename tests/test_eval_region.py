@@ -1,0 +1,105 @@
+"""eval_region.py: mAcc against a slow direct computation, and its bounds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import options
+from PIL import Image
+
+import data
+import eval_region
+from model import DeCLIP
+
+TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "classes": "none", "image_size": 64, "workers": 0,
+        "min_area": 1}
+
+
+def test_mean_accuracy_is_over_classes_that_occur():
+    scores, labels = torch.randn(200, 9), torch.randint(0, 7, (200,))       # classes 7 and 8 never occur
+    labels[labels == 3] = 4                                                 # nor does 3
+    result = eval_region.mean_accuracy(eval_region.count_hits(scores, labels))
+    for top in (1, 5):
+        accuracies = []
+        for label in sorted(set(labels.tolist())):
+            right = [label in np.argsort(-row)[:top] for row in scores[labels == label].numpy()]
+            accuracies.append(sum(right) / len(right))
+        assert result[f"top{top}"] == pytest.approx(100 * sum(accuracies) / len(accuracies))
+    assert (result["regions"], result["classes"]) == (200, 6)
+
+
+def test_no_region_of_a_kind_is_no_number():
+    assert np.isnan(eval_region.mean_accuracy(torch.zeros(4, 3, dtype=torch.long))["top1"])
+
+
+def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
+    """One region at a time, with the decoded labels that the scenes were drawn from."""
+    clip = DeCLIP("tiny-eva")
+    clip.save(tmp_path / "declip.safetensors")
+    result = eval_region.main(options(**TINY | panoptic | {"ckpt": tmp_path / "declip.safetensors", "model": "tiny-eva",
+                                                           "batch_size": 2, "crop_batch": 4}))
+    text = clip.encode_text(["disc", "box", "sea", "ground other"], ["a {}."])
+    right = {}
+    for index, (_, label) in enumerate(scenes):
+        image = data.read_image(f"{panoptic['images']}/{index}.jpg")
+        with torch.inference_mode():
+            content, _ = clip.encode_dense(data.student_image(image, 64, clip.mean, clip.std)[None])
+        for value, klass in ((0, 3), (1, 0), (2, 1)):
+            mask = torch.from_numpy(label == value)
+            h, w = data.fitted_size(image, 64)
+            big = torch.zeros(64, 64)
+            big[:h, :w] = F.interpolate(mask[None, None].float(), (h, w), mode="bilinear", antialias=True)[0, 0]
+            share = big.view(8, 8, 8, 8).mean(dim=(1, 3))
+            feature = (content[0] * share).sum(dim=(1, 2)) / share.sum()
+            ys, xs = np.nonzero(label == value)
+            crop = data.resize(image[:, ys.min():ys.max() + 1, xs.min():xs.max() + 1], 32, 32)
+            with torch.inference_mode():
+                crop_feature = clip.encode_image(data.normalize(crop, clip.mean, clip.std)[None])[0]
+            kind = "stuff" if klass == 3 else "thing"
+            for way, vector in (("mask", feature), ("crop", crop_feature)):
+                right.setdefault((way, kind, klass), []).append((text @ F.normalize(vector, dim=0)).argmax() == klass)
+    for way in ("mask", "crop"):
+        for kind in ("thing", "stuff"):
+            means = [np.mean(hits) for (w, k, _), hits in right.items() if (w, k) == (way, kind)]
+            assert result["mAcc"][f"{way} {kind}"]["top1"] == pytest.approx(100 * np.mean(means))
+    assert result["mAcc"]["box thing"]["regions"] == 10 and result["mAcc"]["mask stuff"]["regions"] == 5
+    written = json.loads((tmp_path / "region.json").read_text())
+    assert written["mAcc"] == result["mAcc"] and written["model"] == "tiny-eva"
+
+
+def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_path):
+    """A content map painted with each pixel's class embedding gives 100 by mask and crop of the right class."""
+    text = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+    def painted(cfg, clip, samples, device):
+        features = torch.cat([text[sample.labels] for sample in samples])
+        return {"box": features, "mask": features, "crop": -features}
+    monkeypatch.setattr(eval_region, "encode_regions", painted)
+    monkeypatch.setattr(eval_region.evaluation, "encode_classes", lambda *_: text)
+    means = eval_region.main(options(**TINY | panoptic | {"out": tmp_path}))["mAcc"]
+    assert means["box thing"]["top1"] == means["mask stuff"]["top1"] == 100 and means["crop thing"]["top1"] == 0
+
+
+def test_boxes_lie_where_the_student_sees_them(panoptic):
+    dataset = data.PanopticRegions(panoptic["annotations"], panoptic["pngs"], panoptic["images"])
+    sample = dataset[2]         # 80 x 40, so the right half of the picture is padding
+    boxes = eval_region.box_in_frame(sample, 64)
+    assert boxes[:, 2].max() <= 0.5 and torch.allclose(boxes[:, 3].max(), torch.tensor(1.0))
+    torch.testing.assert_close(boxes[:, 0] * 80, sample.boxes[:, 0])        # 64 pixels for 80
+
+
+def test_classes_must_fit_the_json(panoptic, tmp_path):
+    with pytest.raises(SystemExit, match="has 133 classes, but .* 4 categories"):
+        eval_region.main(options(**TINY | panoptic | {"classes": "classes/coco_panoptic.txt", "out": tmp_path}))
+
+
+def test_an_image_without_regions_is_no_error(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "x.jpg")
+    Image.new("RGB", (20, 10)).save(tmp_path / "x.png")
+    content = {"images": [{"id": 1, "file_name": "x.jpg"}], "categories": [{"id": 1, "name": "cat", "isthing": 1}],
+               "annotations": [{"image_id": 1, "file_name": "x.png", "segments_info": []}]}
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    arguments = {"annotations": tmp_path / "p.json", "pngs": tmp_path, "images": tmp_path, "out": tmp_path}
+    assert eval_region.main(options(**TINY | arguments))["mAcc"]["box thing"]["regions"] == 0

@@ -1,0 +1,163 @@
+"""eval_seg.py: mIoU against a slow direct computation, windows, synonyms, background, ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import options, torchrun
+
+import data
+import eval_seg
+import evaluation
+import settings
+from data import VOID, make_classes
+from model import DeCLIP
+
+TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "workers": 0, "short_side": 48, "window": 32,
+        "stride": 16, "window_batch": 3}
+
+
+def config(**given):
+    return settings.parse(options(**TINY | given), eval_seg, evaluation)
+
+
+def slow_iou(label: np.ndarray, prediction: np.ndarray, classes: int) -> list[float | None]:
+    """IoU of each class in per cent, pixel by pixel; None for a class that neither occurs nor is predicted."""
+    out = []
+    for k in range(classes):
+        both = either = 0
+        for true, guess in zip(label.flatten(), prediction.flatten()):
+            if true != VOID:
+                both += true == k and guess == k
+                either += true == k or guess == k
+        out.append(100 * both / either if either else None)
+    return out
+
+
+def test_miou_agrees_with_a_direct_computation():
+    """With void pixels, a class that never occurs (5), and one that is predicted but does not occur (4)."""
+    draw = np.random.default_rng(0)
+    label, prediction = draw.integers(0, 4, (30, 40)), draw.integers(0, 5, (30, 40))
+    label[draw.random(label.shape) < 0.2] = VOID
+    confusion = eval_seg.confusion_matrix(torch.from_numpy(label).byte(), torch.from_numpy(prediction), 6)
+    result = eval_seg.summarize(confusion, make_classes(list("abcdef")))
+    expected = slow_iou(label, prediction, 6)
+    assert expected[5] is None and result["IoU"]["f"] is None and result["IoU"]["e"] == expected[4] == 0
+    assert list(result["IoU"].values())[:5] == pytest.approx(expected[:5], abs=0.005)
+    assert result["mIoU"] == pytest.approx(np.mean(expected[:5]))
+    assert result["pixel accuracy"] == pytest.approx(100 * (label == prediction)[label != VOID].mean())
+
+
+def test_perfect_prediction_is_100_and_a_shift_by_one_is_not():
+    label = torch.randint(0, 4, (20, 20))
+    classes = make_classes(list("abcd"))
+    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), label, 4), classes)["mIoU"] == 100
+    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), (label + 1) % 4, 4), classes)["mIoU"] == 0
+
+
+@pytest.mark.parametrize("length, expected", [(448, [0, 112]), (336, [0]), (337, [0, 1]), (600, [0, 112, 224, 264])])
+def test_windows_cover_a_side(length, expected):
+    assert eval_seg.window_starts(length, 336, 112) == expected
+
+
+def slow_logits(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """One window at a time, its scores laid over a picture of NaNs and averaged where there are any."""
+    H, W = image.shape[-2:]
+    h, w = (round(side * cfg.SHORT_SIDE / min(H, W)) for side in (H, W))
+    picture = torch.zeros(3, max(h, cfg.WINDOW), max(w, cfg.WINDOW))
+    picture[:, :h, :w] = data.resize(image, h, w)
+    picture = (picture - torch.tensor(clip.mean).view(3, 1, 1)) / torch.tensor(clip.std).view(3, 1, 1)
+    layers = []
+    for y in {min(y, picture.shape[1] - cfg.WINDOW) for y in range(0, picture.shape[1], cfg.STRIDE)}:
+        for x in {min(x, picture.shape[2] - cfg.WINDOW) for x in range(0, picture.shape[2], cfg.STRIDE)}:
+            window = picture[None, :, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
+            features = F.normalize(clip.encode_dense(window)[0], dim=1)
+            layer = torch.full((len(text), *picture.shape[1:]), float("nan"))
+            layer[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW] = F.interpolate(
+                torch.stack([(features[0] * name.view(-1, 1, 1)).sum(0) for name in text])[None], cfg.WINDOW, mode="bilinear")
+            layers.append(layer)
+    return F.interpolate(torch.stack(layers).nanmean(dim=0)[None, :, :h, :w], (H, W), mode="bilinear")[0]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (90, 40)])
+@pytest.mark.parametrize("short_side", [48, 40, 24], ids=["windows overlap", "moved back", "smaller than a window"])
+def test_windows_in_batches_are_windows_one_by_one(size, short_side):
+    clip, cfg = DeCLIP("tiny-eva"), config(short_side=short_side)
+    image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
+    text = clip.encode_text(["cat", "dog", "sea"])
+    with torch.inference_mode():
+        logits = eval_seg.segment(cfg, clip, image, text)
+        torch.testing.assert_close(logits, slow_logits(cfg, clip, image, text), rtol=0, atol=2e-6)
+    assert logits.shape == (3, *size)
+
+
+def test_synonyms_and_background():
+    """A class has its best synonym's probability; an unsure pixel is background, but only where there is one."""
+    classes = make_classes(["background, sky", "cat, kitten", "dog"])
+    logits = torch.tensor([[0.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0], [0, 0, 9, 0.1]])[:, None]
+    assert eval_seg.decide(logits, classes, 1.0, None).tolist() == [[1, 0, 2, 2]]
+    assert eval_seg.decide(logits, classes, 1.0, 0.5).tolist() == [[1, 0, 2, 0]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "declip.safetensors"
+    DeCLIP("tiny-eva", context="qk", scale=0.5).save(path)
+    return str(path)
+
+
+def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_path):
+    """From a checkpoint with no argument about the model, both benchmarks, on labels that the scenes were drawn from."""
+    given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}
+    result = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
+    clip = DeCLIP("tiny-eva", checkpoint)
+    assert (clip.context, clip.scale) == ("qk", 0.5)
+    for name, table in (("voc20", [VOID, 2, 5]), ("voc21", [0, 3, 6])):     # ground, disc (bird), box (bus)
+        classes = data.read_classes(f"classes/{name}.txt")
+        text = clip.encode_text(classes.prompts, ["a {}."])
+        labels, predictions = [], []
+        for index, (_, scene) in enumerate(scenes):
+            label = np.array(table)[scene]
+            label[0] = VOID
+            image = data.read_image(voc / f"VOCdevkit/VOC2012/JPEGImages/s_{index}.jpg")
+            with torch.inference_mode():
+                logits = slow_logits(config(), clip, image, text)
+            prediction = eval_seg.decide(logits, classes, 80, 0.4 if name == "voc21" else None)
+            labels.append(label.flatten())
+            predictions.append(prediction.flatten().numpy())
+        expected = slow_iou(np.concatenate(labels), np.concatenate(predictions), len(classes))
+        present = [iou for iou in expected if iou is not None]
+        assert result[name]["mIoU"] == pytest.approx(np.mean(present), abs=0.05)
+    assert json.loads((tmp_path / "seg.json").read_text())["benchmarks"] == result
+
+
+def test_ranks_share_the_images(voc, checkpoint, tmp_path):
+    given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")} | {"benchmarks": "voc21"}
+    alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
+    torchrun("tests/tiny.py", "eval_seg", *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two"))
+    together = json.loads((tmp_path / "two" / "seg.json").read_text())["benchmarks"]
+    assert together["voc21"]["mIoU"] == pytest.approx(alone["voc21"]["mIoU"], abs=0.1)
+    assert together["voc21"]["pixel accuracy"] == pytest.approx(alone["voc21"]["pixel accuracy"], abs=0.1)
+
+
+@pytest.mark.parametrize("attention", ["clip", "maskclip", "sclip", "clearclip"])
+def test_baselines_need_no_checkpoint(voc, tmp_path, attention):
+    result = eval_seg.main(options(**TINY, data=voc, out=tmp_path, attention=attention, benchmarks="voc20"))
+    assert 0 <= result["voc20"]["mIoU"] <= 100
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"benchmarks": "voc22"}, "There is no benchmark 'voc22'; choose among voc20, voc21"),
+    ({"data": "no"}, "set DATA to the folder that holds VOCdevkit/VOC2012"),
+    ({"window": 30}, "WINDOW 30 is no multiple of tiny-eva's patch size; set it to 24"),
+    ({"stride": 33}, "STRIDE is 33; it must be from 1 to WINDOW, 32"),
+    ({"classes": "classes/voc20.txt", "benchmarks": "voc21"}, "has 20 classes, but voc21 has 21"),
+    ({"ckpt": "no.safetensors"}, "There is no checkpoint no.safetensors"),
+    ({"template": "photo"}, "TEMPLATE is 'photo'; it must be imagenet, simple or a sentence with {}"),
+])
+def test_refusals_say_what_to_do(voc, tmp_path, given, sentence):
+    with pytest.raises(SystemExit) as error:
+        eval_seg.main(options(**TINY | {"data": voc, "out": tmp_path} | given))
+    assert str(error.value).startswith("eval_seg.py: ") and sentence in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,400 @@
+"""model.py: agreement with the published implementation, the rows of the attention table, losses, checkpoints."""
+
+import json
+import math
+import pickle
+import zlib
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import model
+from model import ATTENTIONS, DeCLIP, content_loss, context_loss, load_vfm, mask_features, region_features
+
+TOWERS = ("tiny-eva", "tiny-vit", "tiny-vit-quickgelu")
+
+
+def images(height: int, width: int, count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(clip: DeCLIP, seed: int = 0) -> DeCLIP:
+    """All vision weights drawn anew, biases and norms too, so that none of them can be forgotten unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in clip.visual.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.ndim > 1 else 0.5)
+    return clip
+
+
+@pytest.fixture(params=TOWERS)
+def clip(request) -> DeCLIP:
+    return randomize(DeCLIP(request.param))
+
+
+# ------------------------------------------------------------------------- agreement with the published implementation
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    return torch.load(Path(__file__).parent / "golden_b16.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def golden_weights(golden) -> dict[str, torch.Tensor]:
+    """The recipe's seeded weights under EVA-CLIP's names."""
+    out = {}
+    for name, shape in golden["shapes"].items():
+        generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) + golden["seed"]) % 2**31)
+        draw = torch.randn(shape, generator=generator)
+        is_norm = name.endswith("norm.weight") or any(part in name for part in ("norm1.weight", "norm2.weight", "ln.weight"))
+        out[name] = 1 + 0.1 * draw if is_norm else draw * (0.1 if draw.ndim <= 1 else 0.05)
+    return out
+
+
+@pytest.fixture(scope="module")
+def published(golden_weights, tmp_path_factory) -> DeCLIP:
+    path = tmp_path_factory.mktemp("published") / "declip.pt"
+    torch.save({"epoch": 6, "state_dict": {f"module.{name}": value for name, value in golden_weights.items()}}, path)
+    return DeCLIP("EVA02-B-16", pretrained=str(path))
+
+
+@pytest.mark.parametrize("case", [0, 1], ids=["224px", "336px"])
+def test_published_implementation(golden, published, case):
+    """Every figure that the published code returns for the same weights and inputs, within 1e-4."""
+    case = golden["cases"][case]
+    size = case["size"]
+    x = images(size, size, seed=1000 + size)
+    near = {"rtol": 0, "atol": 1e-4}
+    rows = {"vanilla": ("clip", None), "maskclip": ("maskclip", None), "qq": ("q", 1.0), "kk": ("k", 1.0),
+            "csa": ("qk", 1.0), "qq/sqrt_d": ("q", None), "kk/sqrt_d": ("k", None), "csa/sqrt_d": ("qk", None)}
+    crops = F.normalize(torch.randn(6, 512, generator=torch.Generator().manual_seed(78 + size)), dim=-1)
+    vfm_tokens = torch.randn(2, (size // 16) ** 2, 32, generator=torch.Generator().manual_seed(77 + size))
+    with torch.inference_mode():
+        torch.testing.assert_close(published.encode_image(x), case["cls"], **near)
+        for name, (attention, published.scale) in rows.items():
+            content, context = published.encode_dense(x, attention)
+            expected = case["modes"][name]
+            regions = region_features(content, case["boxes"])
+            tokens = content.flatten(2).transpose(1, 2)[:, case["positions"]]
+            torch.testing.assert_close(tokens, expected["tokens"], **near)
+            torch.testing.assert_close(regions, expected["roi"], **near)
+            torch.testing.assert_close(mask_features(content, case["masks"]), expected["mask"], **near)
+            torch.testing.assert_close(context[:, case["positions"]], case["context_q"], **near)
+            torch.testing.assert_close(context_loss(context, vfm_tokens), case["loss_context"], **near)
+            if f"loss_content/{name}" in case:
+                torch.testing.assert_close(content_loss(regions, crops), case[f"loss_content/{name}"], **near)
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Tensor:
+    """The table of the last block, written out with full matrices, one head at a time."""
+    block = clip.visual.blocks[-1]
+    attn, normed = block.attn, block.norm1(x)
+    d = normed.shape[-1] // attn.num_heads
+    q, k, v = (model.projection(attn, name)(normed).split(d, dim=-1) for name in "qkv")
+    scale = 1 / math.sqrt(d) if clip.scale is None else clip.scale
+    pairs = {"maskclip": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k], "qk": [q, k]}[attention]
+    heads = []
+    for head in range(attn.num_heads):
+        weights = sum((a[head] @ a[head].mT * scale).softmax(-1) for a in pairs) if pairs else None
+        heads.append(v[head] if weights is None else weights @ v[head])
+    y = attn.proj(attn.norm(torch.cat(heads, dim=-1)))
+    if attention in ("maskclip", "sclip"):
+        y = x + y
+        y = y + block.mlp(block.norm2(y))
+    return y
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "clip"])
+@pytest.mark.parametrize("size", [(32, 32), (48, 80)], ids=["native", "larger, not square"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attention_rows(clip, attention, size, scale):
+    clip.scale = scale
+    with torch.inference_mode():
+        x, extra, (h, w) = clip.embed(images(*size))
+        for block in clip.visual.blocks[:-1]:
+            x = block(x, **extra)
+        expected = clip.project(direct_last_block(clip, x, attention))[:, 1:]
+        content, _ = clip.encode_dense(images(*size), attention)
+    assert content.shape == (2, 32, size[0] // 8, size[1] // 8)
+    torch.testing.assert_close(content.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-vit-quickgelu"])
+def test_clip_row_and_cls_are_open_clips_own(name):
+    """An OpenAI-style tower as a timm trunk returns what open_clip's own tower returns, [CLS] and patches."""
+    own = open_clip.create_model(name, force_custom_text=True).eval().visual
+    for parameter in own.parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
+    own.output_tokens = True
+    clip = DeCLIP(name)
+    clip.clip.visual = model.timm_trunk(own, name)
+    with torch.inference_mode():
+        cls, tokens = own(images(32, 32))
+        content, _ = clip.encode_dense(images(32, 32), "clip")
+        torch.testing.assert_close(clip.encode_image(images(32, 32)), cls, rtol=0, atol=2e-5)
+        torch.testing.assert_close(content.flatten(2).mT, tokens @ own.proj, rtol=0, atol=2e-5)
+
+
+def test_context_does_not_depend_on_attention(clip):
+    with torch.inference_mode():
+        contexts = [clip.encode_dense(images(48, 80), attention)[1] for attention in ATTENTIONS]
+    assert contexts[0].shape == (2, 60, 48)
+    for context in contexts[1:]:
+        torch.testing.assert_close(context, contexts[0])
+
+
+def test_context_qk_is_the_mean_of_two_similarities(clip):
+    def similarity(context: str) -> torch.Tensor:
+        clip.context = context
+        tokens = F.normalize(clip.encode_dense(images(32, 48))[1], dim=-1)
+        return tokens @ tokens.mT
+    with torch.inference_mode():
+        torch.testing.assert_close(similarity("qk"), (similarity("q") + similarity("k")) / 2, rtol=0, atol=1e-6)
+
+
+def test_tokens_are_row_major():
+    """A change in one patch, at row 1 and column 3 of 4 x 6, shows most at that place of the feature map."""
+    clip = DeCLIP("tiny-eva")
+    before, after = images(32, 48, 1), images(32, 48, 1)
+    after[:, :, 8:16, 24:32] += 3
+    with torch.inference_mode():
+        change = (clip.encode_dense(after)[0] - clip.encode_dense(before)[0]).norm(dim=1)[0]
+        change_of_context = (clip.encode_dense(after)[1] - clip.encode_dense(before)[1]).norm(dim=2)[0]
+    assert change.shape == (4, 6)
+    assert change_of_context.argmax() == 1 * 6 + 3
+
+
+@pytest.mark.parametrize("context", model.CONTEXTS)
+def test_freeze(clip, context):
+    """Trained: attention blocks, less what the decoupled path leaves out; and every one of them gets a gradient."""
+    clip.context = context
+    clip.freeze(2)
+    trained = {name for name, parameter in clip.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith(("clip.visual.blocks.1.", "clip.visual.blocks.2.")) for name in trained)
+    assert not any(".blocks.2.norm2." in name or ".blocks.2.mlp." in name for name in trained)
+    assert any(".blocks.1.mlp." in name for name in trained)
+    for name in "qk":
+        last = [key for key in trained if ".blocks.2." in key and (f"{name}_proj" in key or f"qkv.{name}." in key)]
+        assert bool(last) == (name in context)
+    regions, tokens = clip(images(32, 48), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])] * 2)
+    (regions.sum() + tokens.square().sum()).backward()
+    assert {name for name, parameter in clip.named_parameters() if parameter.grad is not None} == trained
+
+
+def test_text_embeddings_are_means_over_templates():
+    clip = DeCLIP("tiny-eva")
+    both = clip.encode_text(["cat", "dog"], ["a {}.", "the {}."])
+    parts = [clip.encode_text(["cat", "dog"], [template]) for template in ("a {}.", "the {}.")]
+    assert both.shape == (2, 32)
+    torch.testing.assert_close(both, F.normalize(sum(parts), dim=-1))
+
+
+# ------------------------------------------------------------------------------------------------ regions and losses
+
+def test_region_features_of_whole_patches_are_their_mean():
+    content = images(4, 6, count=1)
+    whole, part = region_features(content, [torch.tensor([[0, 0, 1, 1], [1 / 3, 1 / 4, 2 / 3, 3 / 4]])])
+    torch.testing.assert_close(whole, content[0].mean(dim=(1, 2)))
+    torch.testing.assert_close(part, content[0, :, 1:3, 2:4].mean(dim=(1, 2)))
+
+
+def test_mask_features_are_weighted_means():
+    content = images(2, 2, count=2)
+    masks = [torch.tensor([[[1.0, 3], [0, 0]], [[0, 0], [0, 0]]]), torch.zeros(0, 2, 2)]
+    weighted, empty = mask_features(content, masks)
+    torch.testing.assert_close(weighted, (content[0, :, 0, 0] + 3 * content[0, :, 0, 1]) / 4)
+    assert empty.eq(0).all()
+
+
+def test_content_loss_is_equation_7():
+    f_s, f_t = torch.randn(5, 8), torch.randn(5, 8)
+    each = [1 - f_t[i] @ f_s[i] / (f_t[i].norm() * f_s[i].norm()) for i in range(5)]
+    torch.testing.assert_close(content_loss(f_s, f_t), sum(each) / 5)
+    per_image = (sum(each[:4]) / 4 + each[4]) / 2       # k is 4 for the first image, 1 for the second
+    torch.testing.assert_close(content_loss(f_s, f_t, [4, 1]), per_image)
+
+
+def direct_context_loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Equations 8 and 9, token by token."""
+    total = 0
+    for a, b in zip(x, y):
+        for i in range(len(a)):
+            r_clip = torch.stack([a[i] @ a[j] / (a[i].norm() * a[j].norm()) for j in range(len(a))])
+            r_vfm = torch.stack([b[i] @ b[j] / (b[i].norm() * b[j].norm()) for j in range(len(b))])
+            total = total + (r_vfm - r_clip).norm() / len(a)
+    return total / len(x)
+
+
+@pytest.mark.parametrize("form", ["chosen", "direct", "gram"])
+def test_context_loss_is_equations_8_and_9(form):
+    """Values and gradients of both forms, the one through N x N matrices and the one without."""
+    x, y = torch.randn(2, 20, 6, requires_grad=True), torch.randn(2, 20, 4)
+    expected = direct_context_loss(x, y)
+    gradient, = torch.autograd.grad(expected, x)
+    rows = {"direct": model.row_distances_direct, "gram": model.row_distances_gram}
+    loss = (context_loss(x, y) if form == "chosen" else
+            rows[form](F.normalize(x, dim=-1), F.normalize(y, dim=-1)).mean())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], gradient)
+
+
+def test_losses_are_float32_under_autocast():
+    x, y = torch.randn(1, 20, 64), torch.randn(1, 20, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(context_loss(x, y), context_loss(x.double().float(), y))
+        assert context_loss(x.bfloat16(), y).dtype == content_loss(x[0].bfloat16(), x[0]).dtype == torch.float32
+        rounded = (F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT)
+    assert rounded.dtype == torch.bfloat16      # autocast would have taken the products down
+    torch.testing.assert_close(context_loss(x, y), direct_context_loss(x, y))
+
+
+def test_equal_correlations_have_no_loss_and_no_nan():
+    x = torch.randn(1, 9, 8, requires_grad=True)
+    loss = context_loss(x, 3 * x.detach())
+    loss.backward()
+    assert loss < 1e-5 and x.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------ the VFM
+
+def test_vfm_gives_patch_tokens_row_major():
+    vfm = load_vfm("tiny_vfm", pretrained=False)
+    assert (vfm.patch_size, vfm.mean, vfm.std) == (7, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    before = images(28, 42, 1)
+    after = before.clone()
+    after[:, :, 7:14, 21:28] += 5
+    tokens = vfm(before)
+    assert tokens.shape == (1, 4 * 6, 40)
+    assert (vfm(after) - tokens).norm(dim=2).argmax() == 1 * 6 + 3
+    assert not any(parameter.requires_grad for parameter in vfm.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_checkpoint_describes_itself(tmp_path):
+    path = tmp_path / "declip.safetensors"
+    clip = randomize(DeCLIP("tiny-vit", context="qk", scale=0.7))
+    clip.save(path, {"LR": 1e-5})
+    loaded = DeCLIP("tiny-vit", pretrained=str(path))
+    assert (loaded.context, loaded.scale, loaded.mean, loaded.std) == ("qk", 0.7, clip.mean, clip.std)
+    assert model.read_record(path)["settings"] == {"LR": 1e-5}
+    for own, other in zip(clip.clip.state_dict().values(), loaded.clip.state_dict().values()):
+        assert torch.equal(own, other)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["declip"])["model"] == "tiny-vit"
+
+
+@pytest.mark.parametrize("given, named", [({"context": "q"}, "context"), ({"scale": 1.0}, "scale"),
+                                          ({"model_name": "tiny-eva"}, "model")])
+def test_checkpoint_refuses_what_it_was_not_trained_with(tmp_path, given, named):
+    DeCLIP("tiny-vit", context="qk", scale=0.7).save(tmp_path / "declip.safetensors")
+    with pytest.raises(ValueError, match=f"trained with {named}"):
+        DeCLIP(**{"model_name": "tiny-vit", "pretrained": str(tmp_path / "declip.safetensors")} | given)
+
+
+def test_ensemble_is_saved_not_kept(tmp_path):
+    original, student = randomize(DeCLIP("tiny-eva"), 0), randomize(DeCLIP("tiny-eva"), 1)
+    before = student.visual.norm.weight.clone()
+    student.save(tmp_path / "declip.safetensors", original=original, share=0.7)
+    saved = DeCLIP("tiny-eva", str(tmp_path / "declip.safetensors")).visual.norm.weight
+    torch.testing.assert_close(saved, 0.7 * before + 0.3 * original.visual.norm.weight)
+    assert torch.equal(student.visual.norm.weight, before)
+
+
+def eva_layout(clip: DeCLIP) -> dict[str, torch.Tensor]:
+    """A tiny-eva's weights under EVA-CLIP's names."""
+    swaps = [("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.w3"), ("mlp.norm", "mlp.ffn_ln"),
+             ("attn.norm", "attn.inner_attn_ln"), ("q_proj.bias", "q_bias"), ("v_proj.bias", "v_bias")]
+    out = {}
+    for key, value in clip.clip.state_dict().items():
+        for ours, theirs in swaps if key.startswith("visual.") else ():
+            key = key.replace(ours, theirs)
+        out[key] = value
+    return out | {"visual.rope.freqs_cos": torch.zeros(16, 16)}
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 1}],
+                         ids=["plain", "wrapped"])
+def test_eva_clip_layout(tmp_path, wrap):
+    clip = randomize(DeCLIP("tiny-eva"))
+    torch.save(wrap(eva_layout(clip)), tmp_path / "eva.pt")
+    loaded = DeCLIP("tiny-eva", str(tmp_path / "eva.pt"), scale=1.0)
+    assert loaded.scale == 1.0
+    for own, other in zip(clip.clip.state_dict().values(), loaded.clip.state_dict().values()):
+        assert torch.equal(own, other)
+
+
+def test_file_without_text_tower_cannot_name_classes(tmp_path):
+    vision = {key: value for key, value in eva_layout(DeCLIP("tiny-eva")).items() if key.startswith("visual.")}
+    torch.save(vision, tmp_path / "eva.pt")
+    with pytest.raises(ValueError, match="no text tower"):
+        DeCLIP("tiny-eva", str(tmp_path / "eva.pt")).encode_text(["cat"])
+    clip = DeCLIP("tiny-eva")                   # over a model that has one, it is kept
+    clip.load_weights(tmp_path / "eva.pt")
+    assert clip.encode_text(["cat"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_open_clip_layout(tmp_path, name):
+    own = open_clip.create_model(name).eval()
+    torch.save(own.state_dict(), tmp_path / "open_clip.pt")
+    clip = DeCLIP(name, str(tmp_path / "open_clip.pt"))
+    with torch.inference_mode():
+        torch.testing.assert_close(clip.encode_image(images(32, 32)), own.encode_image(images(32, 32)), rtol=0, atol=1e-5)
+        tokens = open_clip.get_tokenizer(name)(["cat"])
+        torch.testing.assert_close(clip.encode_text(["cat"]), own.encode_text(tokens, normalize=True))
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    torch.save(eva_layout(DeCLIP("tiny-eva")), tmp_path / "eva.pt")
+    with pytest.raises(ValueError, match="does not fit tiny-vit"):
+        DeCLIP("tiny-vit", str(tmp_path / "eva.pt"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_pickles_are_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps({"visual.norm.weight": Bomb()}, protocol=2))
+    torch.save({"visual.norm.weight": Bomb()}, tmp_path / "zipped.pt")
+    for name in ("bomb.pt", "zipped.pt"):
+        with pytest.raises(ValueError, match="not a plain file of tensors"):
+            DeCLIP("tiny-eva", name)
+    assert not Path("executed").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "deep" / "file"
+    model.write_whole(path, lambda name: Path(name).write_text("old"))
+    with pytest.raises(OSError):
+        model.write_whole(path, lambda name: (Path(name).write_text("half"), (_ for _ in ()).throw(OSError("disk full"))))
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda: DeCLIP("EVA03-B-16"), "open_clip has no model named 'EVA03-B-16'"),
+    (lambda: DeCLIP("tiny-eva", "merged2b"), "'merged2b' is neither a file nor one of open_clip's weights for tiny-eva"),
+    (lambda: DeCLIP("ViT-B-16", "openai"), "use the model ViT-B-16-quickgelu"),
+    (lambda: DeCLIP("RN50"), "vision tower of RN50 is not a transformer with a projected"),
+    (lambda: DeCLIP("tiny-eva", "absent.pt"), "There is no weights file absent.pt"),
+    (lambda: DeCLIP("tiny-eva", context="v"), "context is 'v'; it must be one of q, k, qk"),
+    (lambda: DeCLIP("tiny-eva").freeze(4), "4 blocks were to be unlocked, but tiny-eva has 3"),
+    (lambda: DeCLIP("tiny-eva").encode_dense(images(30, 32)), "image is 30x32, but tiny-eva needs sides divisible"),
+    (lambda: DeCLIP("tiny-eva").encode_dense(images(32, 32), "csa"), "attention is 'csa'; it must be one of clip"),
+    (lambda: context_loss(torch.randn(1, 4, 8), torch.randn(1, 9, 8)), "the student's token grid"),
+    (lambda: load_vfm("dinov5"), "timm has no model named 'dinov5'"),
+])
+def test_refusals_say_what_to_do(make, sentence):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert sentence in str(error.value) and "\n" not in str(error.value)

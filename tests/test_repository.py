@@ -1,0 +1,66 @@
+"""The names that scripts, presets and README give are names that open_clip and timm know; large models build."""
+
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+
+import evaluation
+import train
+from model import DeCLIP, load_vfm
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("*.py")), *sorted((ROOT / "presets").glob("*.txt"))]
+
+
+def named(pattern: str) -> set[str]:
+    """All words of the repository's texts that match."""
+    return {word for path in TEXTS for word in re.findall(pattern, path.read_text())}
+
+
+def test_default_weights_exist():
+    assert (train.MODEL, train.PRETRAINED) in open_clip.list_pretrained()
+    assert (train.MODEL, evaluation.PRETRAINED) in open_clip.list_pretrained()
+    assert train.VFM_MODEL in timm.list_pretrained()
+
+
+def test_models_that_are_named_exist():
+    clips = named(r"\b(?:EVA02|ViT)-[BLH]-\d+(?:-[a-z0-9]+)*\b")
+    assert {"EVA02-B-16", "EVA02-L-14-336", "ViT-B-16-quickgelu"} <= clips
+    assert clips <= set(open_clip.list_models())
+    vfms = named(r"\b(?:sam)?vit_[a-z]+_patch\d+\w*(?:\.\w+)?")
+    assert {"vit_base_patch14_dinov2.lvd142m", "vit_large_patch14_dinov2.lvd142m"} <= vfms
+    assert vfms <= {*timm.list_models(), *timm.list_pretrained()}
+
+
+def test_tags_that_are_named_belong_to_their_models():
+    pairs = named(r"--model (\S+) --pretrained ([a-z0-9_]+)")
+    assert ("EVA02-L-14-336", "merged2b_s6b_b61k") in pairs
+    assert {pair for pair in pairs if pair[1] != "none"} <= set(open_clip.list_pretrained())
+
+
+def test_scripts_that_are_named_exist():
+    assert all((ROOT / name).exists() for name in named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)"))
+    assert all((ROOT / name).exists() for name in named(r"@(presets/\w+\.txt)"))
+
+
+def test_means_are_the_models_own():
+    tag = open_clip.get_pretrained_cfg(train.MODEL, train.PRETRAINED)
+    clip = DeCLIP(train.MODEL)
+    assert (clip.mean, clip.std, clip.image_size) == (tag["mean"], tag["std"], 224)
+    vfm, config = load_vfm(train.VFM_MODEL, pretrained=False), timm.get_pretrained_cfg(train.VFM_MODEL)
+    assert (vfm.mean, vfm.std, vfm.patch_size) == (config.mean, config.std, 14)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EVA02-L-14", "EVA02-L-14-336", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-L-14-336"])
+def test_backbones_of_full_size(name):
+    """Built with random weights; content and context of a picture that is not square."""
+    clip = DeCLIP(name)
+    p = clip.patch_size
+    with torch.inference_mode():
+        content, context = clip.encode_dense(torch.randn(1, 3, 4 * p, 6 * p))
+    assert content.shape == (1, 768 if "-L-" in name else 512, 4, 6) and context.shape[1] == 24

@@ -1,0 +1,51 @@
+"""Tiny random models under names that open_clip and timm know, for tests that need no download and take no time.
+
+Importing this registers them. As a script it runs one of the repository's scripts with them:
+`python tests/tiny.py train --model tiny-eva --pretrained none ...`, under torchrun too.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import open_clip
+from timm.models import register_model
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+ROOT = Path(__file__).parent.parent
+
+
+@register_model
+def tiny_eva02_clip(pretrained: bool = False, **options) -> Eva:
+    """EVA02-CLIP's block (unfused qkv, SwiGLU, inner norms, rotary embedding) at width 48."""
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2, ref_feat_shape=(4, 4))
+    block = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
+    return named(Eva(**shape | block | {"global_pool": "token"} | known(options)), "tiny_eva02_clip")
+
+
+@register_model
+def tiny_vfm(pretrained: bool = False, **options) -> VisionTransformer:
+    """A plain ViT whose patch, 7, is not the student's, with registers."""
+    shape = dict(img_size=28, patch_size=7, embed_dim=40, depth=2, num_heads=2, reg_tokens=2)
+    return named(VisionTransformer(**shape | known(options)), "tiny_vfm")
+
+
+def known(options: dict) -> dict:
+    """What timm passes on to a model besides its own bookkeeping."""
+    own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {key: value for key, value in options.items() if key not in own}
+
+
+def named(model, architecture: str):
+    statistics = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+    model.pretrained_cfg = model.default_cfg = {"architecture": architecture, "input_size": (3, 28, 28)} | statistics
+    return model
+
+
+open_clip.add_model_config(ROOT / "tests" / "models")
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [sys.argv[1], *sys.argv[2:]]
+    importlib.import_module(sys.argv[0]).main(sys.argv[1:])
