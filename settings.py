@@ -3,7 +3,7 @@
     LR = 1e-5  # peak learning rate
 
 gives `--lr 2e-5`; the type is that of the default (or of an annotation such as `float | None`), the comment is its
-help. `@presets/x.txt` reads options from a file: any number a line, `#` starts a comment. Later options win.
+help. `@presets/published.txt` reads options from a file: any number a line, `#` starts a comment. Later options win.
 """
 
 import argparse
