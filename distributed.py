@@ -33,7 +33,7 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -31,10 +31,9 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     """
     if cfg.CKPT and not Path(cfg.CKPT).is_file():
         raise ValueError(f"There is no checkpoint {cfg.CKPT}; train.py writes declip.safetensors into its OUT folder.")
-    recorded = read_record(cfg.CKPT) if cfg.CKPT else {}
-    if recorded:
-        return DeCLIP(cfg.MODEL or recorded["model"], cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
-    clip = DeCLIP(cfg.MODEL or "EVA02-B-16", cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
+    if cfg.CKPT and read_record(cfg.CKPT):
+        return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
+    clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
     if cfg.CKPT:
         clip.load_weights(cfg.CKPT)
     return clip

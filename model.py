@@ -55,6 +55,7 @@ CONTEXTS = ("q", "k", "qk")
 class DeCLIP(nn.Module):
     """A CLIP model by open_clip name, its vision tower a timm trunk, its last block decoupled (equations 4 to 6).
 
+    model_name: a name of open_clip.list_models(); None is the file's own, else EVA02-B-16.
     pretrained: an open_clip tag; a file (`declip.safetensors`, an EVA-CLIP layout `.pt` or an open_clip state dict);
         None for random weights.
     context: q, k or qk, the projections that make X_context (Table 7); None is the file's own, else q.
@@ -65,7 +66,7 @@ class DeCLIP(nn.Module):
     of another model, and for a context or scale other than the one that a `declip.safetensors` was trained with.
     """
 
-    def __init__(self, model_name: str = "EVA02-B-16", pretrained: str | None = None, context: str | None = None,
+    def __init__(self, model_name: str | None = None, pretrained: str | None = None, context: str | None = None,
                  scale: float | None = None):
         super().__init__()
         file = pretrained if pretrained and Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") else None
@@ -74,15 +75,16 @@ class DeCLIP(nn.Module):
             if recorded and given not in (None, recorded[key]):
                 raise ValueError(f"{file} was trained with {key} {recorded[key]}, but {key} {given} was asked for; "
                                  f"leave {key} out, or set it to {recorded[key]}.")
-        self.model_name, self.context = model_name, context or recorded.get("context", "q")
+        self.model_name = model_name or recorded.get("model", "EVA02-B-16")
+        self.context = context or recorded.get("context", "q")
         self.scale = scale if scale is not None else recorded.get("scale")
         if self.context not in CONTEXTS:
             raise ValueError(f"context is {self.context!r}; it must be one of {', '.join(CONTEXTS)}.")
-        self.clip = create_open_clip(model_name, None if file else pretrained)
+        self.clip = create_open_clip(self.model_name, None if file else pretrained)
         preprocess = self.clip.visual.preprocess_cfg
         self.mean = tuple(recorded.get("mean", preprocess["mean"]))
         self.std = tuple(recorded.get("std", preprocess["std"]))
-        self.clip.visual = timm_trunk(self.clip.visual, model_name)
+        self.clip.visual = timm_trunk(self.clip.visual, self.model_name)
         self.has_text = not file
         if file:
             self.load_weights(file, state, recorded)
@@ -102,11 +104,6 @@ class DeCLIP(nn.Module):
     def image_size(self) -> int:
         """Side of the image that CLIP was trained with, and of the crops that its [CLS] is asked about."""
         return self.visual.patch_embed.img_size[0]
-
-    @property
-    def logit_scale(self) -> float:
-        """CLIP's learned factor of cosine similarities before a softmax over classes (about 100)."""
-        return self.clip.logit_scale.exp().item()
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict, tuple[int, int]]:
         """(B, 3, H, W) -> tokens (B, 1 + N, D) with [CLS] first, keyword arguments of the blocks, (h, w).
@@ -245,7 +242,7 @@ class DeCLIP(nn.Module):
         known = {key: value for key, value in state.items() if key.startswith("visual.")}
         vision = split_last_qkv(to_timm.checkpoint_filter_fn(known, self.visual, antialias=False))
         out = {f"visual.{key}": value for key, value in vision.items()}
-        out |= {key: value for key, value in state.items() if key.startswith("text.")}
+        out |= {key: value for key, value in state.items() if key.startswith("text.") and key != "text.attn_mask"}
         if "logit_scale" in state:
             out["logit_scale"] = state["logit_scale"].reshape(self.clip.logit_scale.shape)
         return out

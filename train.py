@@ -182,7 +182,8 @@ def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.Ada
 def precision(name: str, device: torch.device) -> tuple:
     """(a function that opens the autocast context, a GradScaler that does nothing unless fp16 needs it)."""
     if name == "auto":
-        name = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
     return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), scaler

@@ -280,7 +280,8 @@ def test_checkpoint_describes_itself(tmp_path):
     path = tmp_path / "declip.safetensors"
     clip = randomize(DeCLIP("tiny-vit", context="qk", scale=0.7))
     clip.save(path, {"LR": 1e-5})
-    loaded = DeCLIP("tiny-vit", pretrained=str(path))
+    loaded = DeCLIP(pretrained=str(path))
+    assert loaded.model_name == "tiny-vit"
     assert (loaded.context, loaded.scale, loaded.mean, loaded.std) == ("qk", 0.7, clip.mean, clip.std)
     assert model.read_record(path)["settings"] == {"LR": 1e-5}
     for own, other in zip(clip.clip.state_dict().values(), loaded.clip.state_dict().values()):
