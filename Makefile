@@ -3,6 +3,9 @@ PYTHON ?= python3
 
 .PHONY: test slow clean
 
+# Idle threads of one process leave the cores to another.
+export OMP_WAIT_POLICY = PASSIVE
+
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest

@@ -7,7 +7,8 @@ padded, cut into crops and normalised (`student_image`, `grid_crops`), once for 
 import json
 import os
 import random
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,56 +20,76 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from settings import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 VOID = 255      # label of pixels that do not count
 
 
 # ---------------------------------------------------------------------------------------------------------- images
 
-def read_image(path: str | Path) -> Tensor:
-    """An image file as RGB, uint8 (3, H, W), upright. ValueError names a file that can't be read."""
+def read_image(path: str | Path, upright: bool = False) -> Tensor:
+    """An image file as RGB, uint8 (3, H, W). UserError names a file that can't be read.
+
+    upright: turned as its EXIF entry says; annotations are made for the picture as it is stored.
+    """
     try:
         with Image.open(path) as file:
+            if file.mode == "F":
+                raise ValueError("it has floating-point values of an unknown range")
             if file.mode.startswith("I"):   # 16 bits, which PIL would clip instead of scaling
-                file = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
-            return torch.from_numpy(np.array(ImageOps.exif_transpose(file).convert("RGB"))).permute(2, 0, 1)
-    except OSError as error:
-        raise ValueError(f"{path} can't be read as an image ({error}); replace or remove it.") from None
+                values = np.array(file)
+                file = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+            file = ImageOps.exif_transpose(file) if upright else file
+            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read as an image ({error}); replace or remove it.") from None
 
 
 def read_json(path: str | Path, *fields: str) -> dict:
-    """A json file that must have `fields`; ValueError in one sentence otherwise."""
+    """A json file that must have `fields`; UserError otherwise."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}; set the option that names it, or put the annotations there.")
+        raise UserError(f"There is no file {path}; set the option that names it, or put the annotations there.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not json ({error}); download it again.") from None
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not json ({error}); download it again.") from None
     missing = [field for field in fields if not isinstance(content, dict) or field not in content]
     if missing:
-        raise ValueError(f"{path} has no field {missing[0]!r}; a COCO-style file with {', '.join(fields)} is expected.")
+        raise UserError(f"{path} has no field {missing[0]!r}; a COCO-style file with {', '.join(fields)} is expected.")
     return content
 
 
 def list_images(images: str | Path, root: str | Path | None = None) -> list[str]:
     """The sorted image files below a folder, or those that a COCO-style json names (below `root`, else beside it).
 
-    Raises ValueError, saying what was looked at, if there are none.
+    Raises UserError, saying what was looked at, if there are none.
     """
     images = Path(images)
     if images.suffix == ".json":
         root = Path(root or images.parent)
         found = [str(root / entry["file_name"]) for entry in read_json(images, "images")["images"]]
         if found and not Path(found[0]).is_file():
-            raise ValueError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the folder of its images.")
+            raise UserError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the folder of its images.")
     else:
-        found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(images, followlinks=True)
-                       for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+        found = sorted(walk_images(images))
     if not found:
         state = "holds no image" if images.exists() else "does not exist"
-        raise ValueError(f"{images.absolute()} {state}; put images there (any folder of {', '.join(IMAGE_SUFFIXES)} files, "
+        raise UserError(f"{images.absolute()} {state}; put images there (any folder of {', '.join(IMAGE_SUFFIXES)} files, "
                          "or a COCO-style json) or set IMAGES to where they are.")
     return found
+
+
+def walk_images(folder: Path) -> Iterator[str]:
+    """Image files below a folder, hidden ones left out; links to folders are followed, each folder being entered once."""
+    entered = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(path) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(path))
+        yield from (os.path.join(path, name) for name in names
+                    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
 
 
 class TrainingImages(Dataset):
@@ -77,11 +98,18 @@ class TrainingImages(Dataset):
     def __init__(self, images: str | Path, root: str | Path | None = None):
         self.paths = list_images(images, root)
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether two lists have the same images in the same order, wherever their folders are."""
+        root = os.path.commonpath(self.paths)
+        names = "\n".join(os.path.relpath(path, root) for path in self.paths)
+        return f"{len(self)} images, {zlib.crc32(names.encode()):08x}"
+
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.paths[index]), index
+        return read_image(self.paths[index], upright=True), index
 
 
 def epoch_order(images: int, batch: int, epoch: int, seed: int) -> Tensor:
@@ -101,6 +129,11 @@ def rank_batches(order: Tensor, rank: int, world: int, micro_batch: int, first_s
     return order[first_step:].view(-1, world, order.shape[1] // world)[:, rank].reshape(-1, micro_batch).tolist()
 
 
+def workers(wanted: int) -> int:
+    """How many processes decode images: as many as wanted, and no more than the machine has cores."""
+    return min(wanted, os.cpu_count() or 1)
+
+
 # ------------------------------------------------------------------------------------------- pictures on the device
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -116,7 +149,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def fitted_size(image: Tensor, size: int) -> tuple[int, int]:
-    """Height and width of an image (3, H, W) with its longest side resized to `size`."""
+    """Height and width of an image (..., H, W) with its longest side resized to `size`."""
     H, W = image.shape[-2:]
     return max(1, round(size * H / max(H, W))), max(1, round(size * W / max(H, W)))
 
@@ -209,18 +242,22 @@ def make_classes(lines: Sequence[str]) -> Classes:
 def read_classes(path: str | Path) -> Classes:
     """A class file: one class a line, synonyms after commas; empty lines and lines with # do not count.
 
-    Raises ValueError if there is no such file or it names no class, or one twice.
+    Raises UserError if there is no such file or it names no class, or one twice.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"There is no class file {path}; write one, a class a line, synonyms after commas.")
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines()
-             if line.strip(" ,\t") and not line.startswith("#")]
+    path = Path(path) if Path(path).exists() else Path(__file__).parent / path
+    if not path.is_file():
+        raise UserError(f"There is no class file {path}; write one, a class a line, synonyms after commas.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"The class file {path} is not text in UTF-8; write one class a line.") from None
+    lines = [line for line in text.splitlines() if line.strip(" ,\t") and not line.startswith("#")]
     if not lines:
-        raise ValueError(f"The class file {path} names no class; write one a line.")
+        raise UserError(f"The class file {path} names no class; write one a line.")
     classes = make_classes(lines)
     twice = next((name for name in classes.names if classes.names.count(name) > 1), None)
     if twice:
-        raise ValueError(f"The class file {path} has the class {twice!r} twice; remove one.")
+        raise UserError(f"The class file {path} has the class {twice!r} twice; remove one.")
     return classes
 
 
@@ -232,7 +269,6 @@ class Regions(NamedTuple):
     segments: Tensor    # int16 (H, W): the region that a pixel belongs to, -1 for none
     boxes: Tensor       # (k, 4) x0 y0 x1 y1 in pixels
     labels: Tensor      # (k,) class
-    is_thing: Tensor    # (k,) bool
 
 
 class PanopticRegions(Dataset):
@@ -252,9 +288,9 @@ class PanopticRegions(Dataset):
         self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
         self.annotations = content["annotations"]
         if not self.annotations:
-            raise ValueError(f"{annotations} has no annotations; give a COCO-panoptic json.")
+            raise UserError(f"{annotations} has no annotations; give a COCO-panoptic json.")
         if "segments_info" not in self.annotations[0]:
-            raise ValueError(f"{annotations} has no field 'segments_info' in its annotations; give the panoptic json, "
+            raise UserError(f"{annotations} has no field 'segments_info' in its annotations; give the panoptic json, "
                              "such as panoptic_val2017.json, not instances or captions.")
 
     def __len__(self) -> int:
@@ -266,7 +302,7 @@ class PanopticRegions(Dataset):
         png = self.pngs / annotation["file_name"]
         rgb = read_image(png).int()
         if rgb.shape != image.shape:
-            raise ValueError(f"{png} is {tuple(rgb.shape[1:])}, but its image {tuple(image.shape[1:])}; "
+            raise UserError(f"{png} is {tuple(rgb.shape[1:])}, but its image {tuple(image.shape[1:])}; "
                              "they must be of one size.")
         ids = (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
         kept = sorted((segment for segment in annotation["segments_info"] if self._counts(segment)),
@@ -277,7 +313,7 @@ class PanopticRegions(Dataset):
         boxes = torch.tensor([segment["bbox"] for segment in kept], dtype=torch.float).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([self.class_of[segment["category_id"]] for segment in kept], dtype=torch.long)
-        return Regions(image, torch.from_numpy(segments), boxes, labels, torch.tensor(self.is_thing)[labels])
+        return Regions(image, torch.from_numpy(segments), boxes, labels)
 
     def _counts(self, segment: dict) -> bool:
         width, height = segment["bbox"][2:]
@@ -323,9 +359,11 @@ class SegmentationImages(Dataset):
         self.benchmark = benchmark
         listing = self.root / benchmark.names
         if not listing.is_file():
-            raise ValueError(f"There is no {listing.absolute()}; unpack the data set there in its original layout, or set "
+            raise UserError(f"There is no {listing.absolute()}; unpack the data set there in its original layout, or set "
                              f"DATA to the folder that holds {benchmark.folder}.")
-        self.names = listing.read_text(encoding="utf-8").split()
+        self.names = listing.read_text(encoding="utf-8-sig").split()
+        if not self.names:
+            raise UserError(f"{listing} names no image; unpack the data set again.")
         self.lookup = np.full(65536, VOID, dtype=np.uint8)
         self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
 
@@ -339,7 +377,7 @@ class SegmentationImages(Dataset):
             with Image.open(path) as file:
                 label = self.lookup[np.array(file)]
         except (OSError, IndexError) as error:
-            raise ValueError(f"{path} can't be read as a label image ({error}); download it again.") from None
+            raise UserError(f"{path} can't be read as a label image ({error}); download it again.") from None
         if label.shape != tuple(image.shape[1:]):
-            raise ValueError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; they must be of one size.")
+            raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; they must be of one size.")
         return image, torch.from_numpy(label)

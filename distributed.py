@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from settings import UserError
+
 
 class Ranks(NamedTuple):
     """This process among the processes of a run: its rank of `world`, and the device it computes on."""
@@ -39,15 +41,26 @@ def start() -> Ranks:
 
 @contextmanager
 def session(script: str) -> Iterator[Ranks]:
-    """A script's run: joins the process group and leaves it; a ValueError ends the script with its sentence alone."""
+    """A script's run: joins the process group and leaves it; a UserError ends the script with its sentence alone."""
     ranks = start()
     try:
         yield ranks
-    except ValueError as error:
-        raise SystemExit(f"{Path(script).name}: {error}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except UserError as error:
+        # One that comes out of a worker of a DataLoader brings the worker's traceback along.
+        sentence = str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1]
+        raise SystemExit(f"{Path(script).name}: {sentence}") from None
+    except OSError as error:
+        raise SystemExit(f"{Path(script).name}: {error}; make room or choose another path.") from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_equal(number: int, device: torch.device) -> bool:
+    """Whether every rank has the same number."""
+    extremes = torch.tensor([number, -number], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return bool(extremes[0] == -extremes[1])
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

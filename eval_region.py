@@ -4,10 +4,12 @@
     python eval_region.py --attention clip                         # plain CLIP, no checkpoint
     torchrun --nproc_per_node 8 eval_region.py --ckpt ...          # images divided among GPUs
 
-Prints top-1 and top-5 mAcc for boxes and masks, and for the crops' [CLS] of the same model (without --ckpt that is the
-teacher, and the bound of what its regions can learn); writes them to region.json beside the checkpoint.
+Prints top-1 and top-5 mAcc for boxes and masks, and for the crops' [CLS], the bound of what regions can learn from the
+teacher: name its weights, `--teacher merged2b_s8b_b131k`, or leave --ckpt out; otherwise it is the [CLS] of the model
+itself, which training has changed. Writes them to region.json beside the checkpoint.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -32,18 +34,21 @@ from data import (
     resize,
     segment_masks,
     student_image,
+    workers,
 )
 from model import DeCLIP, mask_features, region_features
+from settings import UserError
 
-# Besides these, the settings of evaluation.py: CKPT, MODEL, PRETRAINED, CONTEXT, SCALE, ATTENTION, TEMPLATE, WORKERS, OUT
+# Besides these, the settings of evaluation.py: which model, which attention, where the result goes.
 ANNOTATIONS = "data/coco/annotations/panoptic_val2017.json"     # COCO-panoptic json
 PNGS = "data/coco/annotations/panoptic_val2017"         # folder of its PNGs
 IMAGES = "data/coco/val2017"        # folder of its images
 CLASSES: str | None = "classes/coco_panoptic.txt"       # a class a line, in the order of category ids; None: json's names
-CROWD = False                       # also regions marked iscrowd; the published evaluation has them
-MIN_AREA = 64                       # smallest box in pixels; 64 is the published evaluation's
+CROWD = False                       # also regions marked iscrowd; CLIPSelf's evaluation has them
+MIN_AREA = 64                       # smallest box in pixels; 64 is CLIPSelf's
 
-IMAGE_SIZE = 560                    # longest side; the paper's tables use 560, Table 7 1024, Figure 6 224 to 1024
+TEACHER: str | None = None          # weights of MODEL whose [CLS] of crops is the bound; None: the evaluated model's own
+IMAGE_SIZE = 560                    # longest side; the paper's ablations use 560, Table 7 1024, Figure 6 224 to 1024
 BATCH_SIZE = 8                      # images of one forward pass
 CROP_BATCH = 64                     # crops of one forward pass
 
@@ -57,48 +62,51 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """All images through the model, their scores summed over ranks, printed and written."""
+    settings.check_least(cfg, IMAGE_SIZE=1, BATCH_SIZE=1, CROP_BATCH=1)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
     clip = evaluation.open_model(cfg).to(ranks.device)
+    teacher = DeCLIP(clip.model_name, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     text = evaluation.encode_classes(cfg, clip, classes)
     # hits[way, class] = regions, right at top 1, right among 5
     hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ("box", "mask", "crop")}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
-    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=cfg.WORKERS, collate_fn=list)
+    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list)
     for samples in tqdm(loader, desc="regions", unit="batch", disable=not ranks.is_main):
         labels = torch.cat([sample.labels for sample in samples]).to(ranks.device)
-        for way, features in encode_regions(cfg, clip, samples, ranks.device).items():
+        for way, features in encode_regions(cfg, clip, teacher, samples, ranks.device).items():
             hits[way] += count_hits(classes.best((F.normalize(features, dim=-1) @ text.T).T).T, labels)
     hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
     result = summarize(classes, dataset.is_thing, hits)
     if ranks.is_main:
         print(f"\n{evaluation.title(cfg, clip)}, {cfg.IMAGE_SIZE} px\n{table(result['mAcc'])}")
-        evaluation.write_result(cfg, clip, "region.json", result)
+        evaluation.write_result(cfg, clip, "region", result)
     return result
 
 
 def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
-    """The class list, one entry for each category of the json; ValueError if the numbers differ."""
+    """The class list, one entry for each category of the json; UserError if the numbers differ."""
     if cfg.CLASSES is None:
-        return make_classes([name.replace("-", " ") for name in dataset.names])
+        return make_classes([re.sub("-(merged|other|stuff)", "", name).replace("-", " ") for name in dataset.names])
     classes = read_classes(cfg.CLASSES)
     if len(classes) != len(dataset.names):
-        raise ValueError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} {len(dataset.names)} "
+        raise UserError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} {len(dataset.names)} "
                          "categories; give a file of as many lines, or --classes none for the names in the json.")
     return classes
 
 
 @torch.inference_mode()
-def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, samples: list[Regions], device: torch.device) -> dict[str, Tensor]:
-    """Features of all regions of a batch by box, by mask, and of their crops: each (sum k, C)."""
+def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP, samples: list[Regions],
+                   device: torch.device) -> dict[str, Tensor]:
+    """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`: each (sum k, C)."""
     images = [sample.image.to(device) for sample in samples]
     size = cfg.IMAGE_SIZE
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
     content, _ = clip.encode_dense(inputs, cfg.ATTENTION)
     boxes = [box_in_frame(sample, size).to(device) for sample in samples]
     masks = [segment_masks(sample.segments.to(device), len(sample.labels), size, clip.patch_size) for sample in samples]
-    crops = [crop for image, sample in zip(images, samples) for crop in box_crops(clip, image, sample.boxes)]
-    features = [clip.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
+    crops = [crop for image, sample in zip(images, samples) for crop in box_crops(teacher, image, sample.boxes)]
+    features = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
                 for start in range(0, len(crops), cfg.CROP_BATCH)]
     return {"box": region_features(content, boxes), "mask": mask_features(content, masks),
             "crop": torch.cat(features) if features else content.new_zeros(0, content.shape[1])}
@@ -111,14 +119,14 @@ def box_in_frame(sample: Regions, size: int) -> Tensor:
     return sample.boxes * torch.tensor([w / W, h / H, w / W, h / H]) / size
 
 
-def box_crops(clip: DeCLIP, image: Tensor, boxes: Tensor) -> list[Tensor]:
+def box_crops(teacher: DeCLIP, image: Tensor, boxes: Tensor) -> list[Tensor]:
     """Each box cut from the image and resized to CLIP's own square, normalised: k of (3, size, size)."""
     H, W = image.shape[-2:]
     crops = []
     for x0, y0, x1, y1 in boxes.tolist():
         left, top = min(int(x0), W - 1), min(int(y0), H - 1)
         crop = image[:, top:max(top + 1, round(y1)), left:max(left + 1, round(x1))]
-        crops.append(normalize(resize(crop, clip.image_size, clip.image_size), clip.mean, clip.std))
+        crops.append(normalize(resize(crop, teacher.image_size, teacher.image_size), teacher.mean, teacher.std))
     return crops
 
 
@@ -129,12 +137,14 @@ def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.zeros(scores.shape[1], 3, dtype=torch.long, device=scores.device).index_add_(0, labels, right)
 
 
-def mean_accuracy(counts: Tensor) -> dict[str, float | int]:
-    """(K, 3) as from count_hits -> mean over the classes that occur of their top-1 and top-5 accuracy in per cent."""
+def mean_accuracy(counts: Tensor) -> dict[str, float | int | None]:
+    """(K, 3) as from count_hits -> mean over the classes that occur of their top-1 and top-5 accuracy in per cent.
+
+    None where no class occurs.
+    """
     occurring = counts[counts[:, 0] > 0].double()
-    means = 100 * (occurring[:, 1:] / occurring[:, :1]).mean(dim=0)
-    return {"top1": means[0].item(), "top5": means[1].item(), "regions": int(occurring[:, 0].sum()),
-            "classes": len(occurring)}
+    top1, top5 = (100 * (occurring[:, 1:] / occurring[:, :1]).mean(dim=0)).tolist() if len(occurring) else (None, None)
+    return {"top1": top1, "top5": top5, "regions": int(occurring[:, 0].sum()), "classes": len(occurring)}
 
 
 def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor]) -> dict:
@@ -149,8 +159,9 @@ def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor
 def table(means: dict[str, dict]) -> str:
     """The rows of `mAcc` for a screen."""
     rows = [f"{'mAcc, %':16}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
-    rows += [f"{name.replace('crop', 'crop [CLS]'):16}{row['top1']:7.1f}{row['top5']:8.1f}{row['regions']:9}{row['classes']:9}"
-             for name, row in means.items()]
+    for name, row in means.items():
+        top1, top5 = ("-" if row[top] is None else f"{row[top]:.1f}" for top in ("top1", "top5"))
+        rows.append(f"{name.replace('crop', 'crop [CLS]'):16}{top1:>7}{top5:>8}{row['regions']:9}{row['classes']:9}")
     return "\n".join(rows)
 
 

@@ -22,17 +22,18 @@ import distributed
 import evaluation
 import settings
 from data import BENCHMARKS as KNOWN
-from data import VOID, Classes, SegmentationImages, normalize, padded, read_classes, resize
+from data import VOID, Classes, SegmentationImages, normalize, padded, read_classes, resize, workers
 from model import DeCLIP
+from settings import UserError
 
-# Besides these, the settings of evaluation.py: CKPT, MODEL, PRETRAINED, CONTEXT, SCALE, ATTENTION, TEMPLATE, WORKERS, OUT
+# Besides these, the settings of evaluation.py: which model, which attention, where the result goes.
 BENCHMARKS = ("voc20", "voc21")     # which to evaluate
 DATA = "data"                       # folder that holds the data sets in their original layouts
 CLASSES: str | None = None          # class file instead of the benchmark's own in classes/, with as many lines
 SHORT_SIDE = 448                    # of the image, in pixels
 WINDOW = 336                        # side of a window; a multiple of the patch size
 STRIDE = 112                        # from window to window
-LOGIT_SCALE = 80.0                  # factor of the cosine similarities before the softmax; 80 in the published scripts
+LOGIT_SCALE = 80.0                  # factor of the cosine similarities before the softmax; 80 is the authors' for VOC21
 THRESHOLD: float | None = None      # background where no class is more probable; None: the benchmark's own (voc21: 0.4)
 WINDOW_BATCH = 16                   # windows of one forward pass
 
@@ -50,7 +51,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     sets = {name: (SegmentationImages(KNOWN[name], cfg.DATA), benchmark_classes(cfg, name)) for name in cfg.BENCHMARKS}
     clip = evaluation.open_model(cfg).to(ranks.device)
     if cfg.WINDOW % clip.patch_size:
-        raise ValueError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
+        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
                          f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
     result = {}
     for name, (dataset, classes) in sets.items():
@@ -58,25 +59,28 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         result[name] = summarize(confusion, classes)
         if ranks.is_main:
             print(f"\n{name}: {evaluation.title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
-            evaluation.write_result(cfg, clip, "seg.json", {"benchmarks": result})
+            evaluation.write_result(cfg, clip, "seg", {"benchmarks": result})
     return result
 
 
 def check(cfg: SimpleNamespace) -> None:
-    """Raises ValueError on a setting out of its range, before anything is loaded."""
+    """Raises UserError on a setting out of its range, before anything is loaded."""
     unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN]
     if unknown:
-        raise ValueError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}.")
+        raise UserError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}.")
+    settings.check_least(cfg, SHORT_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
+    if not 0 <= (cfg.THRESHOLD or 0) <= 1:
+        raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
     if not 0 < cfg.STRIDE <= cfg.WINDOW:
-        raise ValueError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or pixels are left out.")
+        raise UserError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or pixels are left out.")
 
 
 def benchmark_classes(cfg: SimpleNamespace, name: str) -> Classes:
-    """The class list of a benchmark; ValueError if a list of the user's own has another number of lines."""
+    """The class list of a benchmark; UserError if a list of the user's own has another number of lines."""
     path = cfg.CLASSES or Path(__file__).parent / "classes" / KNOWN[name].classes
     classes = read_classes(path)
     if len(classes) != len(KNOWN[name].values):
-        raise ValueError(f"{path} has {len(classes)} classes, but {name} has {len(KNOWN[name].values)}; give as many lines.")
+        raise UserError(f"{path} has {len(classes)} classes, but {name} has {len(KNOWN[name].values)}; give as many lines.")
     return classes
 
 
@@ -89,7 +93,7 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, dataset: SegmentationImages, cl
         threshold = cfg.THRESHOLD
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=ranks.device)
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
-    loader = DataLoader(share, batch_size=None, num_workers=cfg.WORKERS)
+    loader = DataLoader(share, batch_size=None, num_workers=workers(cfg.WORKERS))
     for image, label in tqdm(loader, desc=name, unit="image", disable=not ranks.is_main):
         logits = segment(cfg, clip, image.to(ranks.device), text)
         prediction = decide(logits, classes, cfg.LOGIT_SCALE, threshold)
@@ -157,6 +161,7 @@ def summarize(confusion: Tensor, classes: Classes) -> dict:
     iou = 100 * right.double() / union
     present = union > 0
     return {"mIoU": iou[present].mean().item(), "pixel accuracy": (100 * right.sum().double() / confusion.sum()).item(),
+            "pixels": int(confusion.sum()),
             "IoU": {name: round(iou[index].item(), 2) if present[index] else None for index, name in enumerate(classes.names)}}
 
 

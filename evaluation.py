@@ -1,20 +1,23 @@
 """Which model an evaluation looks at, and where its result goes: the settings that all evaluation scripts share."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
+import torch
 from torch import Tensor
 
 from data import Classes
-from model import DeCLIP, read_record, write_whole
+from model import ATTENTIONS, DeCLIP, read_record, read_weights, write_whole
+from settings import UserError
 
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: the CLIP that MODEL names
 MODEL: str | None = None            # open_clip model; None: the checkpoint's, else EVA02-B-16
 PRETRAINED: str | None = "merged2b_s8b_b131k"           # MODEL's weights, unless CKPT describes itself; None: random
 CONTEXT: str | None = None          # q, k or qk; None: the checkpoint's, else q
-SCALE: float | None = None          # factor of the last block's logits; None: the checkpoint's, else 1/√d
+SCALE = "auto"                      # factor of the decoupled block's logits: sqrt_d (1/√d), a number; auto: the checkpoint's
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: the decoupled block of CONTEXT
 TEMPLATE = "imagenet"               # imagenet: 80 sentences (paper); simple: 7; or a sentence with {}
 WORKERS = 4                         # processes that decode images, for each GPU
@@ -26,34 +29,58 @@ TEMPLATES = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_cli
 def open_model(cfg: SimpleNamespace) -> DeCLIP:
     """The model that the settings name.
 
-    A `declip.safetensors` says itself what it is; any other CKPT is loaded over MODEL with PRETRAINED.
-    Raises ValueError if there is no such file, or if CONTEXT, SCALE or MODEL contradict it.
+    A `declip.safetensors` says itself what it is; any other CKPT is loaded over MODEL with PRETRAINED, and its attention
+    must be named. Raises UserError if there is no such file, if MODEL, CONTEXT or SCALE contradict it, or are needed.
     """
+    if cfg.ATTENTION not in (None, *ATTENTIONS):
+        raise UserError(f"ATTENTION is {cfg.ATTENTION!r}; it must be one of {', '.join(ATTENTIONS)}.")
     if cfg.CKPT and not Path(cfg.CKPT).is_file():
-        raise ValueError(f"There is no checkpoint {cfg.CKPT}; train.py writes declip.safetensors into its OUT folder.")
-    if cfg.CKPT and read_record(cfg.CKPT):
-        return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
-    clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
+        raise UserError(f"There is no checkpoint {cfg.CKPT}; train.py writes declip.safetensors into its OUT folder.")
+    scale = None if cfg.SCALE in ("auto", "sqrt_d") else number(cfg.SCALE)
+    recorded = read_record(cfg.CKPT) if cfg.CKPT else {}
+    if recorded and cfg.SCALE == "sqrt_d" and recorded["scale"] is not None:
+        raise UserError(f"{cfg.CKPT} was trained with scale {recorded['scale']}, but sqrt_d was asked for; leave --scale out.")
+    if recorded:
+        return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, scale)
+    if cfg.CKPT and cfg.ATTENTION is None and (None in (cfg.MODEL, cfg.CONTEXT) or cfg.SCALE == "auto"):
+        raise UserError(f"{cfg.CKPT} does not say which model and attention it was trained with; give --model, --context and "
+                        "--scale (the authors' checkpoints: --model EVA02-B-16 --context qk --scale 1), or --attention.")
+    weights = read_weights(cfg.CKPT) if cfg.CKPT else ()        # before anything is downloaded
+    torch.manual_seed(0)        # random weights, if that is what is asked for, are the same at every run
+    clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, scale)
     if cfg.CKPT:
-        clip.load_weights(cfg.CKPT)
+        clip.load_weights(cfg.CKPT, *weights)
     return clip
+
+
+def number(text: str) -> float:
+    """SCALE as a number; UserError if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"SCALE is {text!r}; it must be auto, sqrt_d or a number.") from None
 
 
 def encode_classes(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes) -> Tensor:
     """All names of a class list, synonyms too -> (prompts, C), L2-normalised, by the sentences that TEMPLATE names."""
-    if cfg.TEMPLATE not in TEMPLATES and "{}" not in cfg.TEMPLATE:
-        raise ValueError(f"TEMPLATE is {cfg.TEMPLATE!r}; it must be {', '.join(TEMPLATES)} or a sentence with {{}}.")
+    if cfg.TEMPLATE not in TEMPLATES and not re.fullmatch(r"[^{}]*\{\}[^{}]*", cfg.TEMPLATE):
+        raise UserError(f"TEMPLATE is {cfg.TEMPLATE!r}; it must be {', '.join(TEMPLATES)} or a sentence with {{}}.")
     return clip.encode_text(classes.prompts, TEMPLATES.get(cfg.TEMPLATE, (cfg.TEMPLATE,)))
 
 
 def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
     """One line that says what was evaluated."""
-    return f"{clip.model_name}, attention {cfg.ATTENTION or clip.context}, {cfg.CKPT or f'weights {cfg.PRETRAINED}'}"
+    attention = cfg.ATTENTION or f"{clip.context}, scale {'1/√d' if clip.scale is None else clip.scale}"
+    return f"{clip.model_name}, attention {attention}, {cfg.CKPT or cfg.PRETRAINED or 'random weights'}"
 
 
 def write_result(cfg: SimpleNamespace, clip: DeCLIP, name: str, result: dict) -> None:
-    """Writes `result`, with the model and the settings that led to it, as a json beside the checkpoint or into OUT."""
-    path = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out")) / name
+    """Writes `result`, with the model and the settings that led to it, as `name`.json beside the checkpoint or into OUT.
+
+    A baseline's file has its attention in its name, so that it does not replace the model's own.
+    """
+    folder = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out"))
+    path = folder / (f"{name}.{cfg.ATTENTION}.json" if cfg.ATTENTION else f"{name}.json")
     about = {"model": clip.model_name, "context": clip.context, "scale": clip.scale, "settings": vars(cfg)}
     text = json.dumps(result | about, indent=2)
     write_whole(path, lambda file: Path(file).write_text(text + "\n"))

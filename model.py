@@ -11,7 +11,6 @@ Letters: B images, N = h*w patch tokens, D width of the vision tower, C width of
 import json
 import logging
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,10 +27,12 @@ from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as OpenClipViT
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torchvision.ops import roi_align
+
+from settings import UserError
 
 
 class Attention(NamedTuple):
@@ -59,27 +60,24 @@ class DeCLIP(nn.Module):
     pretrained: an open_clip tag; a file (`declip.safetensors`, an EVA-CLIP layout `.pt` or an open_clip state dict);
         None for random weights.
     context: q, k or qk, the projections that make X_context (Table 7); None is the file's own, else q.
-    scale: factor of the decoupled block's logits; None is the file's own, else the paper's 1/√d. The checkpoints
-        that the authors released need 1.
+    scale: factor of the decoupled block's logits (baselines always have 1/√d); None is the file's own, else the
+        paper's 1/√d. The checkpoints that the authors released need 1.
 
-    Raises ValueError for an unknown name, tag or context, for a vision tower without a [CLS] projection, for a file
+    Raises UserError for an unknown name, tag or context, for a vision tower without a [CLS] projection, for a file
     of another model, and for a context or scale other than the one that a `declip.safetensors` was trained with.
     """
 
     def __init__(self, model_name: str | None = None, pretrained: str | None = None, context: str | None = None,
                  scale: float | None = None):
         super().__init__()
-        file = pretrained if pretrained and Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") else None
+        looks_like_file = pretrained and Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
+        file = pretrained if looks_like_file or (pretrained and Path(pretrained).is_file()) else None
         state, recorded = read_weights(file) if file else ({}, {})
-        for key, given in {"model": model_name, "context": context, "scale": scale}.items():
-            if recorded and given not in (None, recorded[key]):
-                raise ValueError(f"{file} was trained with {key} {recorded[key]}, but {key} {given} was asked for; "
-                                 f"leave {key} out, or set it to {recorded[key]}.")
         self.model_name = model_name or recorded.get("model", "EVA02-B-16")
         self.context = context or recorded.get("context", "q")
         self.scale = scale if scale is not None else recorded.get("scale")
         if self.context not in CONTEXTS:
-            raise ValueError(f"context is {self.context!r}; it must be one of {', '.join(CONTEXTS)}.")
+            raise UserError(f"context is {self.context!r}; it must be one of {', '.join(CONTEXTS)}.")
         self.clip = create_open_clip(self.model_name, None if file else pretrained)
         preprocess = self.clip.visual.preprocess_cfg
         self.mean = tuple(recorded.get("mean", preprocess["mean"]))
@@ -112,7 +110,7 @@ class DeCLIP(nn.Module):
         """
         H, W = images.shape[-2:]
         if H % self.patch_size or W % self.patch_size:
-            raise ValueError(f"The image is {H}x{W}, but {self.model_name} needs sides divisible by its patch size, "
+            raise UserError(f"The image is {H}x{W}, but {self.model_name} needs sides divisible by its patch size, "
                              f"{self.patch_size}; resize or pad it.")
         visual = self.visual
         x = visual.patch_embed.proj(images)
@@ -142,7 +140,7 @@ class DeCLIP(nn.Module):
         """
         attention = self.context if attention is None else attention
         if attention not in ATTENTIONS:
-            raise ValueError(f"attention is {attention!r}; it must be one of {', '.join(ATTENTIONS)}.")
+            raise UserError(f"attention is {attention!r}; it must be one of {', '.join(ATTENTIONS)}.")
         x, extra, (h, w) = self.embed(images)
         for block in self.visual.blocks[:-1]:
             x = block(x, **extra)
@@ -164,7 +162,8 @@ class DeCLIP(nn.Module):
         if projections is None:
             return block(x, **extra), context
         v = self._heads("v", normed)
-        y = sum(F.scaled_dot_product_attention(heads[name], heads[name], v, scale=self.scale) for name in projections)
+        scale = self.scale if attention in CONTEXTS else None       # baselines divide by √d
+        y = sum(F.scaled_dot_product_attention(heads[name], heads[name], v, scale=scale) for name in projections)
         y = (y if projections else v).transpose(1, 2).flatten(2)
         y = block.attn.proj(block.attn.norm(y))
         if keeps_residual:
@@ -187,10 +186,13 @@ class DeCLIP(nn.Module):
         """K names -> (K, C): the mean of each name's L2-normalised embeddings over the templates, L2-normalised.
 
         templates: sentences with `{}` or functions of the name, such as open_clip.OPENAI_IMAGENET_TEMPLATES.
-        Raises ValueError if the weights came from a file without a text tower.
+        Raises UserError for a name that is no list, for a template without {}, and if the weights came from a file
+        without a text tower.
         """
+        if isinstance(names, str) or any("{}" not in template for template in templates if isinstance(template, str)):
+            raise UserError(f"names are {names!r} and templates {templates!r}; give a list of names, and sentences with {{}}.")
         if not self.has_text:
-            raise ValueError("The weights hold no text tower, so classes cannot be named; load the model by an "
+            raise UserError("The weights hold no text tower, so classes cannot be named; load the model by an "
                              "open_clip tag first, and this file on top of it.")
         tokenizer = open_clip.get_tokenizer(self.model_name)
         device = self.visual.pos_embed.device
@@ -199,11 +201,11 @@ class DeCLIP(nn.Module):
     def freeze(self, unlocked_blocks: int) -> None:
         """Leaves the last `unlocked_blocks` attention blocks trainable, less what the decoupled path does not use.
 
-        Raises ValueError unless 1 <= unlocked_blocks <= depth.
+        Raises UserError unless 1 <= unlocked_blocks <= depth.
         """
         blocks = self.visual.blocks
         if not 1 <= unlocked_blocks <= len(blocks):
-            raise ValueError(f"{unlocked_blocks} blocks were to be unlocked, but {self.model_name} has {len(blocks)}; "
+            raise UserError(f"{unlocked_blocks} blocks were to be unlocked, but {self.model_name} has {len(blocks)}; "
                              f"choose 1 to {len(blocks)}.")
         self.requires_grad_(False)
         blocks[len(blocks) - unlocked_blocks:].requires_grad_(True)
@@ -215,10 +217,15 @@ class DeCLIP(nn.Module):
     def load_weights(self, path: str | Path, state: dict | None = None, recorded: dict | None = None) -> None:
         """Loads a file of any layout that the class knows over the present weights; a text tower may be absent.
 
-        Raises ValueError if vision weights are missing, or if names or shapes are another model's.
+        Raises UserError if vision weights are missing, if names or shapes are another model's, or if a
+        `declip.safetensors` was trained as another model, or with another context or scale, than this one has.
         """
         if state is None:
             state, recorded = read_weights(path)
+        for key, own in {"model": self.model_name, "context": self.context, "scale": self.scale}.items():
+            if recorded and own != recorded[key]:
+                raise UserError(f"{path} was trained with {key} {recorded[key]}, but {key} {own} was asked for; "
+                                f"leave {key} out, or set it to {recorded[key]}.")
         if not recorded:
             state = self._from_published_layout(state)
         own = self.clip.state_dict()
@@ -228,7 +235,7 @@ class DeCLIP(nn.Module):
         has_text = any(key in state for key in text_keys)
         missing += [key for key in text_keys if key not in state] if has_text else []
         if missing or alien:
-            raise ValueError(f"{path} does not fit {self.model_name}: {len(missing)} weights are missing and {len(alien)} "
+            raise UserError(f"{path} does not fit {self.model_name}: {len(missing)} weights are missing and {len(alien)} "
                              f"are unknown or of another shape, the first being {(missing + alien)[0]}; "
                              "name the model that the file was made with.")
         self.clip.load_state_dict(state, strict=False)
@@ -266,13 +273,13 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
     """open_clip's model with its text tower as `.text`; its warnings about missing weights are ours to give."""
     local = model_name.startswith(("local-dir:", "hf-hub:"))
     if not local and model_name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model named {model_name!r}; see open_clip.list_models().")
+        raise UserError(f"open_clip has no model named {model_name!r}; see open_clip.list_models().")
     tags = [] if local else open_clip.list_pretrained_tags_by_model(model_name)
     if tag and not local and tag not in tags:
-        raise ValueError(f"{tag!r} is neither a file nor one of open_clip's weights for {model_name}: "
+        raise UserError(f"{tag!r} is neither a file nor one of open_clip's weights for {model_name}: "
                          f"{', '.join(tags) or 'it has none'}.")
     if tag and open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False) != uses_quick_gelu(model_name):
-        raise ValueError(f"The weights {tag!r} need the other activation; use the model "
+        raise UserError(f"The weights {tag!r} need the other activation; use the model "
                          f"{model_name.removesuffix('-quickgelu') + ('' if uses_quick_gelu(model_name) else '-quickgelu')}.")
     with silenced():
         return open_clip.create_model(model_name, pretrained=tag, force_custom_text=True)
@@ -324,15 +331,13 @@ def projection(attn: nn.Module, name: str) -> nn.Linear:
 
 
 def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:
-    """open_clip's vision tower as a timm trunk with the same weights; ValueError if the method can't use it."""
+    """open_clip's vision tower as a timm trunk with the same weights; UserError if the method can't use it."""
     try:
         trunk = dynamic(visual.trunk) if isinstance(visual, TimmModel) else convert_vit(visual)
     except (AttributeError, RuntimeError):     # a transformer with parts that timm's has no place for
         trunk = None
-    usable = (isinstance(trunk, (eva.Eva, vision_transformer.VisionTransformer)) and trunk.global_pool == "token"
-              and isinstance(trunk.head, nn.Linear) and trunk.num_prefix_tokens == 1 and trunk.pos_embed is not None)
-    if not usable:
-        raise ValueError(f"The vision tower of {model_name} is not a transformer with a projected [CLS] token, which "
+    if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer) or not is_usable(trunk):
+        raise UserError(f"The vision tower of {model_name} is not a transformer with a projected [CLS] token, which "
                          "the method distils from; use an EVA02 or OpenAI-style ViT such as EVA02-B-16 or ViT-B-16.")
     attn = trunk.blocks[-1].attn
     if attn.qkv is not None:
@@ -340,9 +345,19 @@ def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:
     return trunk
 
 
+def is_usable(trunk: eva.Eva | vision_transformer.VisionTransformer) -> bool:
+    """Whether a trunk has a projected [CLS], plain patches, and blocks of the kind that `_last_block` takes apart."""
+    block = trunk.blocks[-1]
+    fused = block.attn.qkv
+    return (trunk.global_pool == "token" and isinstance(trunk.head, nn.Linear) and trunk.num_prefix_tokens == 1
+            and trunk.pos_embed is not None and type(trunk.patch_embed) is PatchEmbed
+            and type(block) in (eva.EvaBlock, vision_transformer.Block) and (fused is None or fused.bias is not None)
+            and getattr(block, "gamma_1", None) is None and isinstance(getattr(block, "ls1", None), nn.Identity | type(None)))
+
+
 def dynamic(trunk: nn.Module) -> nn.Module:
     """The same timm model built anew for images of any size (its rotary embedding is fixed to one otherwise)."""
-    if not isinstance(trunk, (eva.Eva, vision_transformer.VisionTransformer)):
+    if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer):
         return trunk
     anew = timm.create_model(trunk.pretrained_cfg["architecture"], img_size=trunk.patch_embed.img_size,
                              num_classes=trunk.num_classes, global_pool=trunk.global_pool, dynamic_img_size=True)
@@ -375,22 +390,24 @@ def read_record(path: str | Path) -> dict:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("declip", "{}"))
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); write or download it again.") from None
+        raise UserError(f"{path} is not a whole safetensors file ({error}); write or download it again.") from None
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """A weights file -> (state dict without wrapping, what the file says of itself). Executes nothing it reads."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no weights file {path}; give an existing file, an open_clip tag, or none.")
+        raise UserError(f"There is no weights file {path}; give an existing file, an open_clip tag, or none.")
     if Path(path).suffix == ".safetensors":
         record = read_record(path)
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, record
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a plain file of tensors, and nothing else is read ({str(error).splitlines()[0]}); "
-                         "save its state dict with torch.save, or convert it to safetensors.") from None
+    except Exception:       # whatever it is that was not written by torch.save, or holds more than tensors
+        raise UserError(f"{path} is not a plain file of tensors, and nothing else is read; save its state dict with "
+                        "torch.save, or convert it to safetensors.") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name; give a file with a state dict.")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}, {}
@@ -449,10 +466,10 @@ def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
     """Equations 8 and 9: the distance of the two correlation matrices' rows, mean over tokens and images -> scalar.
 
     context (B, N, D) and vfm_tokens (B, N, D'), of one grid. Computed in float32, also under autocast.
-    Raises ValueError if the numbers of tokens differ.
+    Raises UserError if the numbers of tokens differ.
     """
     if context.shape[:2] != vfm_tokens.shape[:2]:
-        raise ValueError(f"The student has {tuple(context.shape[:2])} images and tokens, the VFM "
+        raise UserError(f"The student has {tuple(context.shape[:2])} images and tokens, the VFM "
                          f"{tuple(vfm_tokens.shape[:2])}; give the VFM the student's token grid times its own patch size.")
     with torch.autocast(context.device.type, enabled=False):
         a, b = F.normalize(context.float(), dim=-1), F.normalize(vfm_tokens.float(), dim=-1)
@@ -466,7 +483,7 @@ def row_distances_direct(a: Tensor, b: Tensor) -> Tensor:
 
 
 def row_distances_gram(a: Tensor, b: Tensor) -> Tensor:
-    """The same without an N x N matrix, memory linear in N; its gradient vanishes below a distance of about 0.02.
+    """The same without an N x N matrix, memory linear in N; below a distance of about 0.02 float32 cancels.
 
     ‖row i‖² = aᵢ(AᵀA)aᵢᵀ - 2 aᵢ(AᵀB)bᵢᵀ + bᵢ(BᵀB)bᵢᵀ.
     """
@@ -492,13 +509,20 @@ class VFM(nn.Module):
 
 
 def load_vfm(name: str = "vit_base_patch14_dinov2.lvd142m", pretrained: bool | str = True) -> VFM:
-    """Any timm ViT as a teacher of context.
+    """A timm ViT as a teacher of context: DINO, DINOv2, DINOv3 and others with tokens of one scale.
 
     pretrained: True for timm's weights, a file of weights, or False for random ones.
-    Raises ValueError if timm has no such model.
+    Raises UserError if timm has no such model, or if it is no plain ViT.
     """
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model named {name!r}; see timm.list_models('*dino*').")
+        raise UserError(f"timm has no model named {name!r}; see timm.list_models('*dino*').")
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
-    return VFM(timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, num_classes=0,
-                                 dynamic_img_size=True))
+    try:
+        trunk = timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, num_classes=0,
+                                  dynamic_img_size=True)
+    except TypeError:       # a model of a fixed image size does not know the last argument
+        trunk = None
+    if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer):
+        raise UserError(f"{name} is no plain ViT whose patch tokens can be compared; use one, such as "
+                        "vit_base_patch14_dinov2.lvd142m.")
+    return VFM(trunk)

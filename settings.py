@@ -18,6 +18,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
+
+class UserError(ValueError):
+    """What a user can mend, in one sentence: what was found, what was expected, what to do. Scripts end with it."""
+
+
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 KINDS = {"bool": lambda text: BOOLEANS[text.lower()], "int": int, "float": float, "str": str}
 
@@ -38,9 +43,9 @@ def constants(module: ModuleType) -> dict[str, Constant]:
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found = {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
             break
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
         if not re.fullmatch("[A-Z][A-Z0-9_]*", name):
@@ -74,7 +79,10 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `--image-size` for `--image_size`, and argument files of any layout."""
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"an argument file has a line that can't be split ({error}): {line}")
 
     def error(self, message: str):
         unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
@@ -109,3 +117,11 @@ def show(settings: SimpleNamespace) -> str:
     """The settings as a block of `NAME = value` lines, printed when a script starts."""
     width = max(map(len, vars(settings)))
     return "\n".join(f"{name:{width}} = {value!r}" for name, value in vars(settings).items())
+
+
+def check_least(cfg: SimpleNamespace, **least: float) -> None:
+    """Raises UserError on a setting below its least value."""
+    for name, limit in least.items():
+        value = getattr(cfg, name)
+        if value is not None and not value >= limit:
+            raise UserError(f"{name} is {value}; it must be at least {limit}.")

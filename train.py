@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import distributed
 import settings
-from data import TrainingImages, draw_grid, epoch_order, grid_boxes, grid_crops, rank_batches, student_image
-from model import CONTEXTS, VFM, DeCLIP, content_loss, context_loss, load_vfm, write_whole
+from data import TrainingImages, draw_grid, epoch_order, grid_boxes, grid_crops, rank_batches, student_image, workers
+from model import CONTEXTS, VFM, DeCLIP, content_loss, context_loss, load_vfm, read_record, write_whole
+from settings import UserError
 
 # What is read and written
 IMAGES = "data/coco/train2017"      # folder of images, searched through all its folders, or a COCO-style json
@@ -52,6 +53,7 @@ IMAGE_SIZE = 560                    # student's picture, longest side padded to 
 GRID = (1, 6)                       # rows and columns of the crop grid are drawn from this range
 GRID_ASPECT = 0.0                   # largest ratio of rows to columns or the reverse; 0: any (paper); 2 published
 MAX_CROPS = 0                       # crops kept of a grid; 0: all (paper); 20 published; lower it to save memory
+CROP_SIZE = 224                     # side of a crop as the teacher sees it; a multiple of its patch size
 KEEP_ASPECT = False                 # pad crops instead of stretching them to a square; True published
 
 # The optimisation
@@ -86,13 +88,18 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     check(cfg)
     micro_batch, accumulate = divide_batch(cfg, ranks.world)
     dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT)
-    resumed = find_resume(cfg)
+    resumed = find_resume(cfg, dataset)
+    Path(cfg.OUT).mkdir(parents=True, exist_ok=True)
     if ranks.is_main:
         print(settings.show(cfg))
+        if cfg.RESUME:
+            print(f"going on at step {resumed['step']}" if resumed else f"{cfg.OUT} has no resume.pt, so the run begins")
     student, teacher, vfm = build(cfg, ranks.device)
     optimizer = build_optimizer(cfg, student)
     amp, scaler = precision(cfg.PRECISION, ranks.device)
     step = restore(resumed, student, optimizer, scaler) if resumed else 0
+    if not distributed.all_equal(step, ranks.device):
+        raise UserError(f"The processes found different checkpoints in {cfg.OUT}; put OUT on a disk that all machines share.")
     wrapped = distribute(student, ranks)
 
     steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
@@ -107,16 +114,18 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
             lr = learning_rate(cfg, step, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            log.add(backward(cfg, wrapped, teacher, vfm, islice(batches, accumulate), accumulate, epoch, amp, scaler))
+            log.add(accumulate_gradients(cfg, wrapped, teacher, vfm, islice(batches, accumulate), accumulate, epoch,
+                                         amp, scaler))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            log.step(step, epoch, lr)
             progress.update()
-            ends = step % steps_per_epoch == 0 or step == last
-            if ranks.is_main and (ends or step % cfg.SAVE_EVERY == 0):
-                save(cfg, step, student, teacher, optimizer, scaler)
+            saves = step % steps_per_epoch == 0 or step == last or step % cfg.SAVE_EVERY == 0
+            if saves or step == 1 or step % cfg.LOG_EVERY == 0:
+                log.write(step, epoch, lr)      # refuses to go on with losses that are no numbers, so before saving
+            if saves and ranks.is_main:
+                save(cfg, step, dataset, student, teacher, optimizer, scaler)
     progress.close()
     distributed.barrier()
     if ranks.is_main:
@@ -124,26 +133,32 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         print(f"{model} holds the model after {step} steps; evaluate it with python eval_seg.py --ckpt {model}")
 
 
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
 def check(cfg: SimpleNamespace) -> None:
-    """Raises ValueError on a setting out of its range, before anything is loaded."""
-    if cfg.CONTEXT not in CONTEXTS:
-        raise ValueError(f"CONTEXT is {cfg.CONTEXT!r}; it must be one of {', '.join(CONTEXTS)}.")
-    if len(cfg.GRID) != 2 or not 1 <= cfg.GRID[0] <= cfg.GRID[1]:
-        raise ValueError(f"GRID is {tuple(cfg.GRID)}; it must be two numbers, 1 <= least <= most.")
-    if not 0 <= cfg.ENSEMBLE <= 1:
-        raise ValueError(f"ENSEMBLE is {cfg.ENSEMBLE}; it is a share, from 0 to 1.")
-    if cfg.PRECISION not in ("auto", "bf16", "fp16", "fp32"):
-        raise ValueError(f"PRECISION is {cfg.PRECISION!r}; it must be auto, bf16, fp16 or fp32.")
-    for name in ("BATCH_SIZE", "MICRO_BATCH", "EPOCHS", "LOG_EVERY", "SAVE_EVERY", "IMAGE_SIZE"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} is {getattr(cfg, name)}; it must be at least 1.")
+    """Raises UserError on a setting out of its range, before anything is loaded."""
+    settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, LOG_EVERY=1, SAVE_EVERY=1, IMAGE_SIZE=1, CROP_SIZE=1,
+                         UNLOCKED_BLOCKS=1, STEPS=0, WARMUP=0, MAX_CROPS=0, WORKERS=0, LR=0, LAMBDA=0, WEIGHT_DECAY=0)
+    if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
+        raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed and can teach no more; "
+                        "give the weights of a CLIP.")
+    expected = {"CONTEXT": (cfg.CONTEXT in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
+                "GRID": (len(cfg.GRID) == 2 and 1 <= cfg.GRID[0] <= cfg.GRID[1], "two numbers, 1 <= least <= most"),
+                "GRID_ASPECT": (cfg.GRID_ASPECT == 0 or cfg.GRID_ASPECT >= 1, "0, or at least 1"),
+                "ENSEMBLE": (0 <= cfg.ENSEMBLE <= 1, "a share, from 0 to 1"),
+                "BETAS": (len(cfg.BETAS) == 2 and all(0 <= beta < 1 for beta in cfg.BETAS), "two numbers from 0 to 1"),
+                "PRECISION": (cfg.PRECISION in PRECISIONS, f"one of {', '.join(PRECISIONS)}")}
+    for name, (fits, what) in expected.items():
+        if not fits:
+            raise UserError(f"{name} is {getattr(cfg, name)!r}; it must be {what}.")
 
 
 def divide_batch(cfg: SimpleNamespace, world: int) -> tuple[int, int]:
     """(images of one forward pass on one rank, forward passes of one step) that make BATCH_SIZE over `world` ranks."""
     if cfg.BATCH_SIZE % world:
         fits = -(-cfg.BATCH_SIZE // world) * world
-        raise ValueError(f"BATCH_SIZE {cfg.BATCH_SIZE} can't be divided over {world} processes; set it to {fits}, or "
+        raise UserError(f"BATCH_SIZE {cfg.BATCH_SIZE} can't be divided over {world} processes; set it to {fits}, or "
                          "choose another --nproc_per_node.")
     share = cfg.BATCH_SIZE // world
     micro_batch = max(size for size in range(1, min(share, cfg.MICRO_BATCH) + 1) if share % size == 0)
@@ -154,12 +169,13 @@ def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, DeCLIP, V
     """The student, its frozen first self (the teacher of content), and the VFM (of context; None if λ is 0)."""
     torch.manual_seed(cfg.SEED)
     student = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
-    if cfg.IMAGE_SIZE % student.patch_size:
-        nearest = round(cfg.IMAGE_SIZE / student.patch_size) * student.patch_size
-        raise ValueError(f"IMAGE_SIZE {cfg.IMAGE_SIZE} is no multiple of {cfg.MODEL}'s patch size, {student.patch_size}; "
-                         f"the nearest that is is {max(nearest, student.patch_size)}.")
+    for name in ("IMAGE_SIZE", "CROP_SIZE"):
+        if getattr(cfg, name) % student.patch_size:
+            nearest = max(1, round(getattr(cfg, name) / student.patch_size)) * student.patch_size
+            raise UserError(f"{name} {getattr(cfg, name)} is no multiple of {cfg.MODEL}'s patch size, {student.patch_size}; "
+                            f"the nearest that is is {nearest}.")
     teacher = copy.deepcopy(student).requires_grad_(False)
-    student.freeze(cfg.UNLOCKED_BLOCKS or len(student.visual.blocks))
+    student.freeze(len(student.visual.blocks) if cfg.UNLOCKED_BLOCKS is None else cfg.UNLOCKED_BLOCKS)
     vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED) if cfg.LAMBDA else None
     return student.to(device), teacher.to(device), vfm and vfm.to(device)
 
@@ -168,7 +184,7 @@ def distribute(student: DeCLIP, ranks: distributed.Ranks) -> nn.Module:
     """The student under DDP, whose forward every training step must call; itself in a single process."""
     if ranks.world == 1:
         return student
-    return DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 
 def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.AdamW:
@@ -202,7 +218,7 @@ def load_epoch(cfg: SimpleNamespace, dataset: TrainingImages, epoch: int, first_
     """This rank's micro batches of an epoch from `first_step` on: uint8 images, and their indices."""
     order = epoch_order(len(dataset), cfg.BATCH_SIZE, epoch, cfg.SEED)
     batches = rank_batches(order, ranks.rank, ranks.world, micro_batch, first_step)
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=cfg.WORKERS, collate_fn=transposed,
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers(cfg.WORKERS), collate_fn=transposed,
                            pin_memory=ranks.device.type == "cuda"))
 
 
@@ -211,8 +227,8 @@ def transposed(samples: list[tuple]) -> tuple[list, ...]:
     return tuple(map(list, zip(*samples)))
 
 
-def backward(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM | None, batches: Iterable,
-             accumulate: int, epoch: int, amp: Callable, scaler: torch.amp.GradScaler) -> Tensor:
+def accumulate_gradients(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM | None, batches: Iterable,
+                         accumulate: int, epoch: int, amp: Callable, scaler: torch.amp.GradScaler) -> Tensor:
     """Adds the gradients of one step, equation 10 over `accumulate` micro batches -> (2,) its content and context loss."""
     total = torch.zeros(2, device=teacher.visual.pos_embed.device)
     for micro_step, (images, indices) in enumerate(batches):
@@ -240,7 +256,7 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
     regions, context = student(inputs, boxes)
     with torch.no_grad():
         crops = teacher.encode_image(torch.cat([
-            grid_crops(image, grid, teacher.image_size, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
+            grid_crops(image, grid, cfg.CROP_SIZE, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
             for image, grid in zip(images, grids)]))
     content = content_loss(regions, crops, [len(grid.cells) for grid in grids])
     if vfm is None:
@@ -251,29 +267,29 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
 
 
 class Log:
-    """Means over LOG_EVERY steps and all ranks, a line of json each, without a device synchronisation in between."""
+    """Means over some steps and all ranks, a line of json each, without a device synchronisation in between."""
 
     def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, first_step: int):
         self.cfg, self.ranks = cfg, ranks
         self.sums, self.steps, self.since = torch.zeros(2, device=ranks.device), 0, time.perf_counter()
         self.path = Path(cfg.OUT) / "log.jsonl"
         if ranks.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             # Steps after the checkpoint that a run goes on from are made again.
-            lines = self.path.read_text().splitlines() if first_step and self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]      # a killed run may leave half a line
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
 
     def add(self, content_and_context: Tensor) -> None:
         """Takes one step's losses, (2,)."""
         self.sums += content_and_context
-
-    def step(self, step: int, epoch: int, lr: float) -> None:
-        """Counts a finished step and writes a line when it is time."""
         self.steps += 1
-        if step % self.cfg.LOG_EVERY and step != 1:
-            return
+
+    def write(self, step: int, epoch: int, lr: float) -> None:
+        """Writes a line on the steps since the last one; UserError if their losses are not finite."""
         content, context = (distributed.sum_over_ranks(self.sums) / self.steps / self.ranks.world).tolist()
+        if not math.isfinite(content + context):
+            raise UserError(f"The losses are {content} and {context} at step {step}; {self.cfg.OUT} keeps the last "
+                            "checkpoint before that, so lower LR, or look at the images, and go on from there.")
         seconds = time.perf_counter() - self.since
         line = {"step": step, "epoch": epoch, "loss": content + self.cfg.LAMBDA * context, "content": content,
                 "context": context, "lr": lr, "images_per_second": round(self.steps * self.cfg.BATCH_SIZE / seconds, 2),
@@ -294,13 +310,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 
 
-def save(cfg: SimpleNamespace, step: int, student: DeCLIP, teacher: DeCLIP, optimizer: torch.optim.Optimizer,
-         scaler: torch.amp.GradScaler) -> None:
+def save(cfg: SimpleNamespace, step: int, dataset: TrainingImages, student: DeCLIP, teacher: DeCLIP,
+         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Writes the model (declip.safetensors) and all that resuming needs (resume.pt), each whole or not at all."""
     student.save(Path(cfg.OUT) / "declip.safetensors", vars(cfg) | {"step": step}, teacher, cfg.ENSEMBLE)
     trained = {name: parameter.detach() for name, parameter in student.named_parameters() if parameter.requires_grad}
-    state = {"step": step, "settings": vars(cfg), "student": trained, "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict()}
+    state = {"step": step, "settings": vars(cfg), "images": dataset.fingerprint, "student": trained,
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     write_whole(Path(cfg.OUT) / "resume.pt", lambda file: torch.save(state, file))
 
 
@@ -308,22 +324,28 @@ def save(cfg: SimpleNamespace, step: int, student: DeCLIP, teacher: DeCLIP, opti
 HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS", "IMAGES", "IMAGE_ROOT")
 
 
-def find_resume(cfg: SimpleNamespace) -> dict | None:
+def find_resume(cfg: SimpleNamespace, dataset: TrainingImages) -> dict | None:
     """The state to go on from, None for a new run.
 
-    Raises ValueError if OUT holds a run that is not to be resumed, or one with other settings.
+    Raises UserError if OUT holds a run that is not to be resumed, or one with other settings or images.
     """
     path = Path(cfg.OUT) / "resume.pt"
     if not path.exists():
         return None
     if not cfg.RESUME:
-        raise ValueError(f"{cfg.OUT} already holds a run; go on with it by --resume, or set OUT to another folder.")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        raise UserError(f"{cfg.OUT} already holds a run; go on with it by --resume, or set OUT to another folder.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise UserError(f"{path} is damaged; remove it, and begin anew in another OUT.") from None
     now, then = vars(cfg), state["settings"]
     changed = next((name for name in now if name not in HARMLESS and now[name] != then.get(name)), None)
     if changed:
-        raise ValueError(f"The run in {cfg.OUT} was begun with {changed} {then.get(changed)}, but now it is {now[changed]}; "
+        raise UserError(f"The run in {cfg.OUT} was begun with {changed} {then.get(changed)}, but now it is {now[changed]}; "
                          "resume with the old value, or set OUT to another folder.")
+    if state["images"] != dataset.fingerprint:
+        raise UserError(f"The run in {cfg.OUT} was begun with {state['images']} (number, checksum of names), but {cfg.IMAGES} "
+                        f"has {dataset.fingerprint}; resume with the same images, or set OUT to another folder.")
     return state
 
 
@@ -331,7 +353,8 @@ def restore(state: dict, student: DeCLIP, optimizer: torch.optim.Optimizer, scal
     """Puts a saved state back and returns its step."""
     student.load_state_dict(state["student"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and scaler.is_enabled():     # another GPU may compute in another precision
+        scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 

@@ -25,15 +25,16 @@ def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = Fal
     amp, scaler = train.precision("fp32", ranks.device)
     batches = train.load_epoch(cfg, dataset, 0, 0, micro_batch, ranks)
     wrapped = train.distribute(student, ranks)
-    train.backward(cfg, student if bypass else wrapped, teacher, vfm, train.islice(batches, accumulate), accumulate, 0,
-                   amp, scaler)
+    train.accumulate_gradients(cfg, student if bypass else wrapped, teacher, vfm, train.islice(batches, accumulate),
+                               accumulate, 0, amp, scaler)
     return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def settings_for(images: str) -> SimpleNamespace:
     """Two images a step, tiny models, uneven grids."""
-    given = f"--images {images} --model tiny-eva --pretrained none --vfm_model tiny_vfm --vfm_pretrained false"
-    return settings.parse([*given.split(), "--image_size", "64", "--batch_size", "2", "--workers", "0"], train)
+    models = "--model tiny-eva --pretrained none --vfm_model tiny_vfm --vfm_pretrained false"
+    sizes = "--image_size 64 --crop_size 32 --batch_size 2 --workers 0"
+    return settings.parse(["--images", images, *models.split(), *sizes.split()], train)
 
 
 if __name__ == "__main__":

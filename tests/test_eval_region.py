@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options
+from conftest import options, succeeds, torchrun
 from PIL import Image
 
 import data
@@ -33,7 +33,8 @@ def test_mean_accuracy_is_over_classes_that_occur():
 
 
 def test_no_region_of_a_kind_is_no_number():
-    assert np.isnan(eval_region.mean_accuracy(torch.zeros(4, 3, dtype=torch.long))["top1"])
+    means = {"box thing": eval_region.mean_accuracy(torch.zeros(4, 3, dtype=torch.long))}
+    assert means["box thing"]["top1"] is None and eval_region.table(means).split()[-4:] == ["-", "-", "0", "0"]
 
 
 def direct_features(clip: DeCLIP, image: torch.Tensor, label: np.ndarray, value: int) -> dict[str, torch.Tensor]:
@@ -66,8 +67,8 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
     hits, dataset = {}, data.PanopticRegions(panoptic["annotations"], panoptic["pngs"], panoptic["images"])
     for index, (_, label) in enumerate(scenes):
         sample = dataset[index]
-        encoded = eval_region.encode_regions(settings.parse(options(**TINY), eval_region, evaluation), clip, [sample],
-                                             torch.device("cpu"))
+        encoded = eval_region.encode_regions(settings.parse(options(**TINY), eval_region, evaluation), clip, clip,
+                                             [sample], torch.device("cpu"))
         for value, klass in ((0, 3), (1, 0), (2, 1)):       # ground, disc, box
             place = sample.labels.tolist().index(klass)
             for way, feature in direct_features(clip, sample.image, label, value).items():
@@ -82,16 +83,47 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
 
 
 def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_path):
-    """A content map painted with each pixel's class embedding gives 100 by mask and crop of the right class."""
+    """Features set to the class embeddings are all right, features set to their opposite all wrong."""
     text = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
 
-    def painted(cfg, clip, samples, device):
+    def painted(cfg, clip, teacher, samples, device):
         features = torch.cat([text[sample.labels] for sample in samples])
         return {"box": features, "mask": features, "crop": -features}
     monkeypatch.setattr(eval_region, "encode_regions", painted)
     monkeypatch.setattr(eval_region.evaluation, "encode_classes", lambda *_: text)
     means = eval_region.main(options(**TINY | panoptic | {"out": tmp_path}))["mAcc"]
     assert means["box thing"]["top1"] == means["mask stuff"]["top1"] == 100 and means["crop thing"]["top1"] == 0
+
+
+def test_synonyms_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
+    """Settings that change what is computed reach it: seen in what the model and the counting are asked."""
+    content = json.loads(open(panoptic["annotations"]).read())
+    content["annotations"][0]["segments_info"][1]["iscrowd"] = 1
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    (tmp_path / "classes.txt").write_text("disc, ball, circle\nbox\nsea, ocean\nground\n")
+    given = options(**TINY | panoptic | {"annotations": tmp_path / "p.json", "classes": tmp_path / "classes.txt",
+                                         "out": tmp_path, "attention": "maskclip"})
+    seen = []
+    monkeypatch.setattr(DeCLIP, "encode_dense", lambda self, images, attention=None, own=DeCLIP.encode_dense:
+                        (seen.append(attention), own(self, images, attention))[1])
+    assert eval_region.main(given)["mAcc"]["box thing"]["regions"] == 9
+    assert set(seen) == {"maskclip"} and (tmp_path / "region.maskclip.json").exists()
+    assert eval_region.main([*given, "--crowd"])["mAcc"]["box thing"]["regions"] == 10
+    # Loaded from a file with the vision tower alone, the teacher can be told from the model that is evaluated.
+    torch.save(DeCLIP("tiny-eva").clip.visual.state_dict(prefix="visual."), tmp_path / "teacher.pt")
+    monkeypatch.setattr(DeCLIP, "encode_image", lambda self, images: pytest.fail("asked") if self.has_text else
+                        torch.ones(len(images), 32))
+    eval_region.main([*given, "--teacher", str(tmp_path / "teacher.pt")])
+
+
+def test_ranks_share_the_images(panoptic, tmp_path):
+    """Five images over two ranks: every region counts once."""
+    given = TINY | panoptic | {"out": tmp_path / "one"}
+    alone = eval_region.main(options(**given))["mAcc"]
+    succeeds(torchrun("tests/tiny.py", "eval_region", *options(**given | {"out": tmp_path / "two"})))
+    together = json.loads((tmp_path / "two" / "region.json").read_text())["mAcc"]
+    assert {name: row["regions"] for name, row in together.items()} == {name: row["regions"] for name, row in alone.items()}
+    assert together["mask stuff"]["top1"] == pytest.approx(alone["mask stuff"]["top1"], abs=21)   # one region on the edge
 
 
 def test_boxes_lie_where_the_student_sees_them(panoptic):

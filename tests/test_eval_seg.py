@@ -1,12 +1,13 @@
 """eval_seg.py: mIoU against a slow direct computation, windows, synonyms, background, ranks."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, torchrun
+from conftest import options, succeeds, torchrun
 
 import data
 import eval_seg
@@ -136,16 +137,58 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
 def test_ranks_share_the_images(voc, checkpoint, tmp_path):
     given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")} | {"benchmarks": "voc21"}
     alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
-    torchrun("tests/tiny.py", "eval_seg", *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two"))
+    succeeds(torchrun("tests/tiny.py", "eval_seg", *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
     together = json.loads((tmp_path / "two" / "seg.json").read_text())["benchmarks"]
     assert together["voc21"]["mIoU"] == pytest.approx(alone["voc21"]["mIoU"], abs=0.1)
+    assert together["voc21"]["pixels"] == alone["voc21"]["pixels"]      # five images over two ranks, each once
     assert together["voc21"]["pixel accuracy"] == pytest.approx(alone["voc21"]["pixel accuracy"], abs=0.1)
 
 
 @pytest.mark.parametrize("attention", ["clip", "maskclip", "sclip", "clearclip"])
-def test_baselines_need_no_checkpoint(voc, tmp_path, attention):
-    result = eval_seg.main(options(**TINY, data=voc, out=tmp_path, attention=attention, benchmarks="voc20"))
-    assert 0 <= result["voc20"]["mIoU"] <= 100
+def test_baselines_need_no_checkpoint(attention):
+    """The attention asked for is the one computed, and the result has a file of its own."""
+    cfg, clip = config(attention=attention), DeCLIP("tiny-eva")
+    assert evaluation.open_model(cfg).context == "q"
+    image, text = torch.randint(0, 256, (3, 32, 32)).byte(), clip.encode_text(["cat", "dog"])
+    with torch.inference_mode():
+        logits = eval_seg.segment(config(attention=attention, short_side=32), clip, image, text)
+        windows = data.normalize(image[None] / 255, clip.mean, clip.std)
+        features = F.normalize(clip.encode_dense(windows, attention)[0], dim=1)
+        expected = F.interpolate(torch.einsum("nchw,pc->nphw", features, text), 32, mode="bilinear")[0]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        change = (logits - eval_seg.segment(config(short_side=32), clip, image, text)).abs().max()
+    assert (change > 1e-4) == (attention != "clearclip")        # which is DeCLIP's block before training
+
+
+def test_published_checkpoint_must_name_its_attention(voc, tmp_path):
+    """A file that does not describe itself is not evaluated with a guess."""
+    clip = DeCLIP("tiny-eva", context="qk", scale=1.0)
+    torch.save({"state_dict": clip.clip.visual.state_dict(prefix="visual.")}, tmp_path / "published.pt")
+    given = options(**TINY | {"data": voc, "out": tmp_path, "ckpt": tmp_path / "published.pt"})
+    for missing in ([], ["--context", "qk"], ["--scale", "1"]):
+        with pytest.raises(SystemExit, match="does not say which model and attention"):
+            eval_seg.main([*given, *missing])
+    cfg = config(ckpt=tmp_path / "published.pt", context="qk", scale=1)
+    loaded = evaluation.open_model(cfg)
+    assert (loaded.context, loaded.scale) == ("qk", 1.0) and loaded.has_text
+    assert torch.equal(loaded.visual.blocks[0].attn.q_proj.weight, clip.visual.blocks[0].attn.q_proj.weight)
+    assert evaluation.title(cfg, loaded) == f"tiny-eva, attention qk, scale 1.0, {tmp_path / 'published.pt'}"
+
+
+def test_a_checkpoint_is_not_evaluated_as_another(checkpoint, tmp_path):
+    for given in ({"context": "q"}, {"scale": "sqrt_d"}, {"scale": 2}, {"model": "tiny-vit"}):
+        with pytest.raises(ValueError, match="was trained with|does not fit"):
+            evaluation.open_model(settings.parse(options(ckpt=checkpoint, **given), eval_seg, evaluation))
+
+
+def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_path):
+    broken = shutil.copytree(voc, tmp_path / "data")
+    (broken / "VOCdevkit/VOC2012/JPEGImages/s_1.jpg").write_text("no picture")
+    given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")} | {"workers": 1}
+    with pytest.raises(SystemExit) as error:
+        eval_seg.main(options(**given, ckpt=checkpoint, data=broken, out=tmp_path))
+    assert str(error.value).startswith("eval_seg.py: ") and "s_1.jpg can't be read as an image" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("given, sentence", [
@@ -155,6 +198,11 @@ def test_baselines_need_no_checkpoint(voc, tmp_path, attention):
     ({"stride": 33}, "STRIDE is 33; it must be from 1 to WINDOW, 32"),
     ({"classes": "classes/voc20.txt", "benchmarks": "voc21"}, "has 20 classes, but voc21 has 21"),
     ({"ckpt": "no.safetensors"}, "There is no checkpoint no.safetensors"),
+    ({"scale": "half"}, "SCALE is 'half'; it must be auto, sqrt_d or a number"),
+    ({"attention": "csa"}, "ATTENTION is 'csa'; it must be one of clip"),
+    ({"window_batch": 0}, "WINDOW_BATCH is 0; it must be at least 1"),
+    ({"threshold": 5}, "THRESHOLD is 5.0; it is a probability"),
+    ({"template": "{} and {}"}, "TEMPLATE is"),
     ({"template": "photo"}, "TEMPLATE is 'photo'; it must be imagenet, simple or a sentence with {}"),
 ])
 def test_refusals_say_what_to_do(voc, tmp_path, given, sentence):

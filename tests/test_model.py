@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 
 import model
 from model import ATTENTIONS, DeCLIP, content_loss, context_loss, load_vfm, mask_features, region_features
@@ -61,6 +63,14 @@ def published(golden_weights, tmp_path_factory) -> DeCLIP:
     return DeCLIP("EVA02-B-16", pretrained=str(path))
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("case", [0, 1], ids=["224px", "336px"])
 def test_published_implementation(golden, published, case):
     """Every figure that the published code returns for the same weights and inputs, within 1e-4."""
@@ -95,8 +105,9 @@ def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Te
     block = clip.visual.blocks[-1]
     attn, normed = block.attn, block.norm1(x)
     d = normed.shape[-1] // attn.num_heads
+    is_decoupled = attention in model.CONTEXTS
     q, k, v = (model.projection(attn, name)(normed).split(d, dim=-1) for name in "qkv")
-    scale = 1 / math.sqrt(d) if clip.scale is None else clip.scale
+    scale = clip.scale if clip.scale is not None and is_decoupled else 1 / math.sqrt(d)
     pairs = {"maskclip": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k], "qk": [q, k]}[attention]
     heads = []
     for head in range(attn.num_heads):
@@ -351,6 +362,12 @@ def test_open_clip_layout(tmp_path, name):
         torch.testing.assert_close(clip.encode_text(["cat"]), own.encode_text(tokens, normalize=True))
 
 
+def test_a_checkpoint_over_another_attention_is_refused(tmp_path):
+    DeCLIP("tiny-eva", context="qk", scale=1.0).save(tmp_path / "declip.safetensors")
+    with pytest.raises(ValueError, match="trained with context qk, but context q was asked for"):
+        DeCLIP("tiny-eva").load_weights(tmp_path / "declip.safetensors")
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save(eva_layout(DeCLIP("tiny-eva")), tmp_path / "eva.pt")
     with pytest.raises(ValueError, match="does not fit tiny-vit"):
@@ -380,6 +397,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
+def test_towers_with_other_blocks_are_refused():
+    """A fused qkv without key bias (EVA01), blocks with norms after them (EVA02-E), patches of another kind (MobileCLIP)."""
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=32, global_pool="token")
+    alien = [Eva(**shape), Eva(**shape, qkv_fused=False, use_post_norm=True), Eva(**shape, qkv_fused=False, init_values=0.1),
+             VisionTransformer(**shape, reg_tokens=2), VisionTransformer(**shape, init_values=0.1),
+             VisionTransformer(**shape | {"num_classes": 0})]
+    assert not any(map(model.is_usable, alien))
+    assert model.is_usable(Eva(**shape, qkv_fused=False)) and model.is_usable(VisionTransformer(**shape))
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 @pytest.mark.parametrize("make, sentence", [
@@ -388,6 +415,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     (lambda: DeCLIP("ViT-B-16", "openai"), "use the model ViT-B-16-quickgelu"),
     (lambda: DeCLIP("RN50"), "vision tower of RN50 is not a transformer with a projected"),
     (lambda: DeCLIP("tiny-eva", "absent.pt"), "There is no weights file absent.pt"),
+    (lambda: DeCLIP("tiny-eva", "README.md"), "README.md is not a plain file of tensors"),
+    (lambda: load_vfm("resnet18", pretrained=False), "resnet18 is no plain ViT"),
+    (lambda: load_vfm("samvit_base_patch16", pretrained=False), "samvit_base_patch16 is no plain ViT"),
+    (lambda: DeCLIP("tiny-eva").encode_text("cat"), "give a list of names"),
+    (lambda: DeCLIP("tiny-eva").encode_text(["cat"], ["a photo"]), "and sentences with {}"),
     (lambda: DeCLIP("tiny-eva", context="v"), "context is 'v'; it must be one of q, k, qk"),
     (lambda: DeCLIP("tiny-eva").freeze(4), "4 blocks were to be unlocked, but tiny-eva has 3"),
     (lambda: DeCLIP("tiny-eva").encode_dense(images(30, 32)), "image is 30x32, but tiny-eva needs sides divisible"),

@@ -43,8 +43,9 @@ def test_tags_that_are_named_belong_to_their_models():
 
 
 def test_scripts_that_are_named_exist():
-    assert all((ROOT / name).exists() for name in named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)"))
-    assert all((ROOT / name).exists() for name in named(r"@(presets/\w+\.txt)"))
+    scripts, presets = named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)"), named(r"@(presets/\w+\.txt)")
+    assert {"train.py", "eval_seg.py"} <= scripts and all((ROOT / name).exists() for name in scripts)
+    assert "presets/published.txt" in presets and all((ROOT / name).exists() for name in presets)
 
 
 def test_means_are_the_models_own():

@@ -46,6 +46,9 @@ def test_options_have_the_types_of_the_defaults(script):
 
 
 def test_later_options_win_over_an_argument_file(script, tmp_path):
+    (tmp_path / "bad.txt").write_text("--name don't")
+    with pytest.raises(SystemExit):
+        settings.parse([f"@{tmp_path / 'bad.txt'}"], script)
     (tmp_path / "x.txt").write_text('# a preset\n--lr 1  --grid 2 4   # two options\n\n--name "c d"\n')
     chosen = settings.parse([f"@{tmp_path / 'x.txt'}", "--lr", "3"], script)
     assert (chosen.LR, chosen.GRID, chosen.NAME) == (3, (2, 4), "c d")

@@ -2,19 +2,22 @@
 
 import json
 import math
+import shutil
 
 import ddp_gradients
 import pytest
 import torch
-from conftest import options, torchrun
+import torch.nn.functional as F
+from conftest import options, succeeds, torchrun
 
 import distributed
 import settings
 import train
+from data import Grid
 from model import DeCLIP, read_record
 
 TINY = {"model": "tiny-eva", "pretrained": "none", "vfm_model": "tiny_vfm", "vfm_pretrained": "false", "image_size": 64,
-        "batch_size": 2, "workers": 0, "grid": (1, 3), "log_every": 1}
+        "crop_size": 32, "batch_size": 2, "workers": 0, "grid": (1, 3), "log_every": 1}
 ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
 
 
@@ -40,6 +43,100 @@ def test_lambda_0_is_self_distillation_without_a_vfm(images, tmp_path, monkeypat
     lines = run(images, tmp_path, epochs=40, lr=1e-3, **{"lambda": 0})
     assert all(line["context"] == 0 and line["loss"] == line["content"] for line in lines)
     assert lines[-1]["content"] < 0.9 * lines[0]["content"]
+
+
+class Recorder(torch.nn.Module):
+    """Stands for a model: keeps what it is given, returns what it is told."""
+
+    def __init__(self, answer, **attributes):
+        super().__init__()
+        self.answer, self.given = answer, []
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, *given):
+        self.given.append(given)
+        return self.answer
+
+    encode_image = forward
+
+
+def test_each_model_sees_its_own_picture(images):
+    """Student and teacher's crops normalised for CLIP, the VFM's picture for the VFM, with the student's number of tokens."""
+    cfg = settings.parse(options(**TINY | {"images": images, "grid": (2, 2), "max_crops": 3, "keep_aspect": "true"}), train)
+    clip = DeCLIP("tiny-eva")
+    grey = torch.full((3, 40, 80), 128, dtype=torch.uint8)
+    regions, context, crops, tokens = torch.randn(3, 32), torch.randn(1, 64, 48), torch.randn(3, 32), torch.randn(1, 64, 40)
+    student = Recorder((regions, context))
+    teacher = Recorder(crops, mean=clip.mean, std=clip.std, patch_size=8, visual=clip.visual)
+    vfm = Recorder(tokens, mean=(0.5, 0.5, 0.5), std=(0.1, 0.1, 0.1), patch_size=7)
+    content, of_context = train.losses(cfg, student, teacher, vfm, [grey], [4], epoch=1)
+    torch.testing.assert_close(content, (1 - F.cosine_similarity(regions, crops)).mean())
+    torch.testing.assert_close(of_context, train.context_loss(context, tokens))
+    value = 128 / 255
+    (inputs, boxes), (crop_inputs,), (vfm_inputs,) = student.given[0], teacher.given[0], vfm.given[0]
+    assert inputs.shape == (1, 3, 64, 64) and vfm_inputs.shape == (1, 3, 56, 56) and crop_inputs.shape == (3, 3, 32, 32)
+    for picture, mean, std, rows in ((inputs, clip.mean, clip.std, 32), (crop_inputs, clip.mean, clip.std, 16),
+                                     (vfm_inputs, vfm.mean, vfm.std, 28)):
+        for channel in range(3):
+            seen, black = ((level - mean[channel]) / std[channel] for level in (value, 0))
+            assert picture[:, channel, :rows].sub(seen).abs().max() < 1e-4      # above the padding, all of it kept in aspect
+            assert picture[:, channel, rows:].sub(black).abs().max() < 1e-4
+    assert len(boxes[0]) == 3 and boxes[0][:, 3].max() <= 0.5
+
+
+def test_grids_change_with_the_epoch(images, monkeypatch):
+    """The grid of image 4 is drawn anew in each epoch, from the seed, the epoch and the image alone."""
+    cfg, clip, drawn = settings.parse(options(**TINY | {"images": images, "seed": 3}), train), DeCLIP("tiny-eva"), []
+    monkeypatch.setattr(train, "draw_grid", lambda key, *_: drawn.append(key) or Grid(1, 1, [0]))
+    teacher = Recorder(torch.ones(1, 32), mean=clip.mean, std=clip.std, visual=clip.visual)
+    for epoch in range(3):
+        train.losses(cfg, Recorder((torch.ones(1, 32), None)), teacher, None, [torch.zeros(3, 40, 80).byte()], [4], epoch)
+    assert drawn == ["3-0-4", "3-1-4", "3-2-4"]
+
+
+def test_the_teacher_is_the_student_at_its_start(images):
+    cfg = settings.parse(options(**TINY | {"images": images, "precision": "fp32"}), train)
+    student, teacher, _ = train.build(cfg, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters()))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    with torch.no_grad():
+        student.visual.blocks[0].attn.q_proj.weight.add_(1)
+    assert not torch.equal(student.visual.blocks[0].attn.q_proj.weight, teacher.visual.blocks[0].attn.q_proj.weight)
+
+
+def test_gradients_are_of_equation_10(images):
+    """The gradient at λ is the one of the content loss plus λ times the one of the context loss."""
+    cfg = ddp_gradients.settings_for(str(images))
+    by_lambda = {}
+    for cfg.LAMBDA in (0.25, 1.25, 2.25):
+        by_lambda[cfg.LAMBDA] = ddp_gradients.gradients(cfg, ALONE)
+    for name in by_lambda[0.25]:
+        of_context = by_lambda[2.25][name] - by_lambda[1.25][name]
+        torch.testing.assert_close(by_lambda[1.25][name] - by_lambda[0.25][name], of_context, rtol=1e-3, atol=1e-6)
+    assert max((by_lambda[2.25][name] - by_lambda[0.25][name]).abs().max() for name in by_lambda[0.25]) > 1e-3
+
+
+def test_optimizer_has_the_settings(images, tmp_path, monkeypatch):
+    """Betas and eps as given, and at each step the learning rate of the schedule."""
+    made, rates, build = [], [], train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", lambda *given: made.append(build(*given)) or made[-1])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]))
+    lines = run(images, tmp_path, epochs=4, lr=0.5, betas=(0.7, 0.8), eps=0.1)
+    assert (made[0].defaults["betas"], made[0].defaults["eps"]) == ((0.7, 0.8), 0.1)
+    cfg = settings.parse(options(lr=0.5), train)
+    assert rates == [line["lr"] for line in lines] == [train.learning_rate(cfg, step, 8) for step in range(8)]
+
+
+@pytest.mark.parametrize("has_bf16, name", [(True, "bf16"), (False, "fp16")])
+def test_precision_of_a_gpu(monkeypatch, has_bf16, name):
+    """Auto is bf16 where the GPU computes in it itself (V100 and T4 emulate it), else fp16 with a scaled loss."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
+    amp, scaler = train.precision("auto", torch.device("cuda"))
+    assert amp().fast_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    assert scaler.is_enabled() in (name == "fp16", False)       # False where there is no GPU to scale on
+    amp, scaler = train.precision("auto", torch.device("cpu"))
+    assert not scaler.is_enabled() and not amp()._enabled
 
 
 def test_only_the_attention_blocks_change(images, tmp_path):
@@ -68,16 +165,44 @@ def test_presets_published_runs(images, tmp_path):
     assert read_record(tmp_path / "declip.safetensors")["scale"] == 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_precisions(images, tmp_path, precision):
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_precisions(images, tmp_path, precision, dtype, monkeypatch):
+    seen = []
+    monkeypatch.setattr(DeCLIP, "project", lambda self, tokens, own=DeCLIP.project: seen.append(own(self, tokens)) or seen[-1])
     assert all(math.isfinite(line["loss"]) for line in run(images, tmp_path, epochs=1, precision=precision))
+    assert {tensor.dtype for tensor in seen} == {dtype}
+
+
+def test_ensemble_is_what_is_saved(images, tmp_path):
+    """Saved: 0.5 student + 0.5 CLIP; resumed: the student alone."""
+    run(images, tmp_path / "student", epochs=2, lr=1e-2)
+    run(images, tmp_path / "mixed", epochs=2, lr=1e-2, ensemble=0.5)
+    torch.manual_seed(0)
+    clip, student, mixed = DeCLIP("tiny-eva"), *(DeCLIP(pretrained=str(tmp_path / name / "declip.safetensors"))
+                                                 for name in ("student", "mixed"))
+    for a, b, c in zip(clip.parameters(), student.parameters(), mixed.parameters()):
+        torch.testing.assert_close(c, (a + b) / 2)
+    states = [torch.load(tmp_path / name / "resume.pt", weights_only=True)["student"] for name in ("student", "mixed")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_losses_that_are_no_numbers_end_the_run(images, tmp_path):
+    """With one sentence, and the checkpoint from before."""
+    run(images, tmp_path, epochs=50, steps=1)
+    before = (tmp_path / "declip.safetensors").read_bytes()
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    next(iter(state["student"].values())).fill_(float("nan"))
+    torch.save(state, tmp_path / "resume.pt")
+    with pytest.raises(SystemExit, match="The losses are nan and nan at step 2; .* keeps the last checkpoint"):
+        run(images, tmp_path, epochs=50, resume="true")
+    assert (tmp_path / "declip.safetensors").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------- one process and many
 
 def test_two_ranks_have_the_gradients_of_one(images, tmp_path):
     """Each of two ranks with one image ends with the gradients that one process gets from both."""
-    torchrun("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients"))
+    succeeds(torchrun("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients")))
     alone = ddp_gradients.gradients(ddp_gradients.settings_for(str(images)), ALONE)
     for rank in range(2):
         together = torch.load(tmp_path / f"gradients.{rank}", weights_only=True)
@@ -88,7 +213,7 @@ def test_two_ranks_have_the_gradients_of_one(images, tmp_path):
 
 def test_ranks_that_bypass_ddp_do_not_agree(images, tmp_path):
     """The test above can fail: this is what the published code does."""
-    torchrun("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients"), "bypass")
+    succeeds(torchrun("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients"), "bypass"))
     first, second = (torch.load(tmp_path / f"gradients.{rank}", weights_only=True) for rank in range(2))
     assert max((first[name] - second[name]).abs().max() for name in first) > 1e-3
 
@@ -105,7 +230,7 @@ def test_two_ranks_train_the_model_of_one(images, tmp_path):
     """A whole run under torchrun, accumulation included, against the same run in one process."""
     given = TINY | {"images": images, "batch_size": 4, "micro_batch": 1, "epochs": 3}
     train.main(options(**given, out=tmp_path / "one"))
-    torchrun("tests/tiny.py", "train", *options(**given, out=tmp_path / "two"))
+    succeeds(torchrun("tests/tiny.py", "train", *options(**given, out=tmp_path / "two")))
     one, two = (DeCLIP("tiny-eva", str(tmp_path / name / "declip.safetensors")).clip.state_dict() for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
@@ -135,8 +260,32 @@ def test_a_resumed_run_is_the_uninterrupted_run(images, tmp_path, stop):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
 
 
-def test_resume_without_a_checkpoint_begins(images, tmp_path):
+def test_resume_without_a_checkpoint_begins(images, tmp_path, capsys):
     assert run(images, tmp_path, epochs=1, resume="true")[0]["step"] == 1
+    assert "has no resume.pt, so the run begins" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(images, tmp_path, monkeypatch, capsys):
+    """Killed after step 3, two steps after a checkpoint, with half a line in the log: the steps since are made again."""
+    whole = run(images, tmp_path / "whole", epochs=4)
+    monkeypatch.setattr(train.Log, "write", lambda self, step, epoch, lr, own=train.Log.write:
+                        exit("killed") if step == 4 else own(self, step, epoch, lr))
+    with pytest.raises(SystemExit, match="killed"):
+        run(images, tmp_path / "parts", epochs=4, save_every=2)
+    monkeypatch.undo()
+    with open(tmp_path / "parts" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "ep')
+    parts = run(images, tmp_path / "parts", epochs=4, save_every=2, resume="true")
+    assert "going on at step 2" in capsys.readouterr().out
+    assert [(line["step"], line["loss"]) for line in parts] == [(line["step"], line["loss"]) for line in whole]
+
+
+def test_ranks_must_see_one_checkpoint(images, tmp_path):
+    """Two machines without a shared disk would train from different steps, unnoticed."""
+    run(images, tmp_path / "0", epochs=3, steps=1)
+    done = torchrun("tests/tiny.py", "train", *options(**TINY | {"images": images, "epochs": 3, "resume": "true",
+                                                                 "out": tmp_path / "RANK"}))
+    assert done.returncode != 0 and "put OUT on a disk that all machines share" in done.stderr
 
 
 def test_schedule():
@@ -161,6 +310,12 @@ def test_norms_and_biases_have_no_weight_decay():
 @pytest.mark.parametrize("given, sentence", [
     ({"images": "no/such"}, "no/such does not exist; put images there"),
     ({"context": "v"}, "CONTEXT is 'v'; it must be one of q, k, qk"),
+    ({"lambda": -1}, "LAMBDA is -1.0; it must be at least 0"),
+    ({"unlocked_blocks": 0}, "UNLOCKED_BLOCKS is 0; it must be at least 1"),
+    ({"betas": 0.9}, "BETAS is (0.9,); it must be two numbers"),
+    ({"grid_aspect": 0.5}, "GRID_ASPECT is 0.5; it must be 0, or at least 1"),
+    ({"crop_size": 30}, "CROP_SIZE 30 is no multiple of tiny-eva's patch size, 8; the nearest that is is 32"),
+    ({"out": "README.md"}, "File exists: 'README.md'"),
     ({"image_size": 60}, "IMAGE_SIZE 60 is no multiple of tiny-eva's patch size, 8; the nearest that is is 64"),
     ({"grid": (3, 2)}, "GRID is (3, 2); it must be two numbers"),
     ({"ensemble": 1.5}, "ENSEMBLE is 1.5"),
@@ -181,10 +336,20 @@ def test_batch_that_cannot_be_divided():
         train.divide_batch(settings.parse([], train), 3)
 
 
+def images_without_one(images, folder):
+    copy = shutil.copytree(images, folder / "images")
+    (copy / "1.png").unlink()
+    return copy
+
+
 def test_a_run_is_not_overwritten_nor_continued_as_another(images, tmp_path):
     run(images, tmp_path, epochs=2, steps=1)
     with pytest.raises(SystemExit, match="already holds a run; go on with it by --resume"):
         run(images, tmp_path, epochs=2)
+    with pytest.raises(SystemExit, match="was begun with 5 images, .* but .* has 4 images"):
+        run(images_without_one(images, tmp_path), tmp_path, epochs=2, resume="true")
+    with pytest.raises(SystemExit, match="can teach no more; give the weights of a CLIP"):
+        run(images, tmp_path / "other", pretrained=tmp_path / "declip.safetensors")
     with pytest.raises(SystemExit, match="was begun with LR 1e-05, but now it is 0.1"):
         run(images, tmp_path, epochs=2, resume="true", lr=0.1)
     run(images, tmp_path, epochs=2, resume="true", log_every=2)      # harmless
