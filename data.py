@@ -7,8 +7,10 @@ padded, cut into crops and normalised (`student_image`, `grid_crops`), once for 
 import json
 import os
 import random
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,8 @@ from torch.utils.data import Dataset
 
 from settings import UserError
 
+MAX_PIXELS = 100_000_000     # a larger image is not decoded: a small file can hold a picture that fills the memory
+Image.MAX_IMAGE_PIXELS = None       # PIL's own bound, which warns first; ours holds before anything is decoded
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 VOID = 255      # label of pixels that do not count
 
@@ -34,16 +38,20 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
     upright: turned as its EXIF entry says; annotations are made for the picture as it is stored.
     """
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore")     # of metadata that nobody asked for
             if file.mode == "F":
                 raise ValueError("it has floating-point values of an unknown range")
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_PIXELS:,} pixels are decoded")
             if file.mode.startswith("I"):   # 16 bits, which PIL would clip instead of scaling
                 values = np.array(file)
                 file = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
             file = ImageOps.exif_transpose(file) if upright else file
             return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read as an image ({error}); replace or remove it.") from None
+    except Exception as error:      # decoders raise anything on damaged files
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error or type(error).__name__}"
+        raise UserError(f"{path} can't be read as an image ({' '.join(reason.split())}); replace or remove it.") from None
 
 
 def read_json(path: str | Path, *fields: str) -> dict:
@@ -60,6 +68,15 @@ def read_json(path: str | Path, *fields: str) -> dict:
     return content
 
 
+@contextmanager
+def fields_of(path: str | Path) -> Iterator[None]:
+    """Where entries of a json are read: a field that is missing becomes a UserError that names it and the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} has an entry without the field {error}; download it again.") from None
+
+
 def list_images(images: str | Path, root: str | Path | None = None) -> list[str]:
     """The sorted image files below a folder, or those that a COCO-style json names (below `root`, else beside it).
 
@@ -68,7 +85,8 @@ def list_images(images: str | Path, root: str | Path | None = None) -> list[str]
     images = Path(images)
     if images.suffix == ".json":
         root = Path(root or images.parent)
-        found = [str(root / entry["file_name"]) for entry in read_json(images, "images")["images"]]
+        with fields_of(images):
+            found = [str(root / entry["file_name"]) for entry in read_json(images, "images")["images"]]
         if found and not Path(found[0]).is_file():
             raise UserError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the folder of its images.")
     else:
@@ -92,8 +110,17 @@ def walk_images(folder: Path) -> Iterator[str]:
                     if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
 
 
+class Sample(NamedTuple):
+    """One training image."""
+    image: Tensor       # uint8 (3, H, W)
+    index: int          # that was asked for
+    skipped: list[tuple[str, str]]      # files that could not be read in its place, and why
+
+
 class TrainingImages(Dataset):
-    """Unlabelled images: item i is (uint8 image (3, H, W), i)."""
+    """Unlabelled images. Item i is a Sample of image i or, if that can't be read, of the next one that can."""
+
+    TRIES = 100         # files in a row that may be unreadable
 
     def __init__(self, images: str | Path, root: str | Path | None = None):
         self.paths = list_images(images, root)
@@ -108,20 +135,28 @@ class TrainingImages(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.paths[index], upright=True), index
+    def __getitem__(self, index: int) -> Sample:
+        skipped = []
+        for place in range(index, index + min(self.TRIES, len(self))):
+            path = self.paths[place % len(self)]
+            try:
+                return Sample(read_image(path, upright=True), index, skipped)
+            except UserError as error:
+                skipped.append((path, str(error)))
+        raise UserError(f"{len(skipped)} files in a row can't be read; the last sentence about them: {skipped[-1][1]}")
 
 
 def epoch_order(images: int, batch: int, epoch: int, seed: int) -> Tensor:
     """The image indices of every step of an epoch, (steps, batch), shuffled; the incomplete last batch is left out.
 
-    Fewer images than a batch are repeated. The order depends on nothing else, so a run can go on in the middle of an
-    epoch, on another number of GPUs too.
+    The order depends on nothing else, so a run can go on in the middle of an epoch, on another number of GPUs too.
+    Raises UserError if there are fewer images than a batch has.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    orders = [torch.randperm(images, generator=generator) for _ in range(max(1, -(-batch // images)))]
-    order = torch.cat(orders)
-    return order[:len(order) // batch * batch].view(-1, batch)
+    if images < batch:
+        raise UserError(f"There are {images} images, fewer than BATCH_SIZE, {batch}; add images, or set BATCH_SIZE to "
+                        f"{images} or less.")
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[:images // batch * batch].view(-1, batch)
 
 
 def rank_batches(order: Tensor, rank: int, world: int, micro_batch: int, first_step: int = 0) -> list[list[int]]:
@@ -280,13 +315,14 @@ class PanopticRegions(Dataset):
     def __init__(self, annotations: str | Path, pngs: str | Path, images: str | Path, crowd: bool = False,
                  min_area: int = 0):
         content = read_json(annotations, "images", "annotations", "categories")
-        categories = sorted(content["categories"], key=lambda category: category["id"])
         self.pngs, self.images, self.crowd, self.min_area = Path(pngs), Path(images), crowd, min_area
-        self.names = [category["name"] for category in categories]
-        self.is_thing = [bool(category["isthing"]) for category in categories]
-        self.class_of = {category["id"]: index for index, category in enumerate(categories)}
-        self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
-        self.annotations = content["annotations"]
+        with fields_of(annotations):
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            self.names = [category["name"] for category in categories]
+            self.is_thing = [bool(category["isthing"]) for category in categories]
+            self.class_of = {category["id"]: index for index, category in enumerate(categories)}
+            self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
+        self.annotations, self.path = content["annotations"], annotations
         if not self.annotations:
             raise UserError(f"{annotations} has no annotations; give a COCO-panoptic json.")
         if "segments_info" not in self.annotations[0]:
@@ -297,9 +333,16 @@ class PanopticRegions(Dataset):
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> Regions:
+        with fields_of(self.path):
+            return self._read(index)
+
+    def _read(self, index: int) -> Regions:
         annotation = self.annotations[index]
-        image = read_image(self.images / self.file_names[annotation["image_id"]])
         png = self.pngs / annotation["file_name"]
+        if annotation["image_id"] not in self.file_names:
+            raise UserError(f"{self.path} has the image_id {annotation['image_id']} for {png.name}, but no such image in "
+                            "'images'; download the json again.")
+        image = read_image(self.images / self.file_names[annotation["image_id"]])
         rgb = read_image(png).int()
         if rgb.shape != image.shape:
             raise UserError(f"{png} is {tuple(rgb.shape[1:])}, but its image {tuple(image.shape[1:])}; "
@@ -307,6 +350,7 @@ class PanopticRegions(Dataset):
         ids = (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
         kept = sorted((segment for segment in annotation["segments_info"] if self._counts(segment)),
                       key=lambda segment: segment["id"])
+        self._check(png, kept, set(np.unique(ids).tolist()))
         known = np.array([segment["id"] for segment in kept] or [0])
         place = np.searchsorted(known, ids).clip(max=len(known) - 1)
         segments = np.where((known[place] == ids) & bool(kept), place, -1).astype(np.int16)
@@ -314,6 +358,16 @@ class PanopticRegions(Dataset):
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([self.class_of[segment["category_id"]] for segment in kept], dtype=torch.long)
         return Regions(image, torch.from_numpy(segments), boxes, labels)
+
+    def _check(self, png: Path, kept: list[dict], ids: set[int]) -> None:
+        """Raises UserError on a segment of an unknown category, or one that the PNG does not have."""
+        for segment in kept:
+            if segment["category_id"] not in self.class_of:
+                raise UserError(f"{self.path} has the category_id {segment['category_id']} in a segment of {png.name}, but no "
+                                "such category in 'categories'; download the json again.")
+            if segment["id"] not in ids:
+                raise UserError(f"{self.path} has the segment id {segment['id']} for {png.name}, but the PNG has no pixel of "
+                                "it; take the json and the PNGs of one release.")
 
     def _counts(self, segment: dict) -> bool:
         width, height = segment["bbox"][2:]

@@ -57,9 +57,7 @@ def session(script: str) -> Iterator[Ranks]:
 
 def all_equal(number: int, device: torch.device) -> bool:
     """Whether every rank has the same number."""
-    extremes = torch.tensor([number, -number], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    extremes = max_over_ranks(torch.tensor([number, -number], device=device))
     return bool(extremes[0] == -extremes[1])
 
 
@@ -68,6 +66,22 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest of `tensor` over all ranks, element by element, in place; the tensor itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather(thing: object) -> list:
+    """What every rank has, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def barrier() -> None:

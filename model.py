@@ -426,6 +426,8 @@ def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (SafetensorError, RuntimeError) as error:        # what safetensors and torch.save make of a full disk
+        raise OSError(f"{path} could not be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

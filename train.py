@@ -12,10 +12,12 @@ published scripts do instead. The total batch is BATCH_SIZE on any number of GPU
 import copy
 import json
 import math
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,12 +76,15 @@ SEED = 0                            # of the order of images and of their grids
 WORKERS = 4                         # processes that decode images, for each GPU
 LOG_EVERY = 20                      # steps between lines of log.jsonl
 SAVE_EVERY = 1000                   # steps between checkpoints, besides each epoch's end
+KEEP = 2                            # checkpoints kept to go on from, should the last one be damaged
+MAX_BAD_FILES = 0.01                # share of the image files that may be unreadable before the run stops
+MAX_BAD_STEPS = 20                  # steps in a row whose gradient is not finite before the run stops
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
-    with distributed.session(__file__) as ranks:
+    with distributed.session(__file__) as ranks, signals_restored():
         run(cfg, ranks)
 
 
@@ -88,13 +93,12 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     check(cfg)
     micro_batch, accumulate = divide_batch(cfg, ranks.world)
     dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT)
+    steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
     resumed = find_resume(cfg, dataset)
-    Path(cfg.OUT).mkdir(parents=True, exist_ok=True)
     if ranks.is_main:
-        print(settings.show(cfg))
-        if cfg.RESUME:
-            print(f"going on at step {resumed['step']}" if resumed else f"{cfg.OUT} has no resume.pt, so the run begins")
+        prepare_folder(cfg, resumed)
     student, teacher, vfm = build(cfg, ranks.device)
+    check_disk(cfg, student)
     optimizer = build_optimizer(cfg, student)
     amp, scaler = precision(cfg.PRECISION, ranks.device)
     step = restore(resumed, student, optimizer, scaler) if resumed else 0
@@ -102,10 +106,10 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         raise UserError(f"The processes found different checkpoints in {cfg.OUT}; put OUT on a disk that all machines share.")
     wrapped = distribute(student, ranks)
 
-    steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
     total = cfg.EPOCHS * steps_per_epoch
     last = min(cfg.STEPS or total, total)
-    log = Log(cfg, ranks, step)
+    log, guard = Log(cfg, ranks, dataset, step), Guard(cfg, ranks, resumed["bad_steps"] if resumed else 0)
+    is_saved = True
     progress = tqdm(initial=step, total=last, desc="train", unit="step", disable=not ranks.is_main)
     while step < last:
         epoch, first_step = divmod(step, steps_per_epoch)
@@ -114,20 +118,31 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
             lr = learning_rate(cfg, step, total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            log.add(accumulate_gradients(cfg, wrapped, teacher, vfm, islice(batches, accumulate), accumulate, epoch,
-                                         amp, scaler))
-            scaler.step(optimizer)
+            batch = list(islice(batches, accumulate))
+            losses_of_step = accumulate_gradients(cfg, wrapped, teacher, vfm, batch, epoch, amp, scaler)
+            step += 1
+            guard.watch(step, optimizer, [dataset.paths[index] for _, indices, _ in batch for index in indices])
+            log.add(losses_of_step, [failure for _, _, skipped in batch for failures in skipped for failure in failures])
+            scaler.step(optimizer)      # leaves the weights as they are if the gradient is not finite
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
             progress.update()
-            saves = step % steps_per_epoch == 0 or step == last or step % cfg.SAVE_EVERY == 0
+            guard.look()
+            saves = step % steps_per_epoch == 0 or step == last or step % cfg.SAVE_EVERY == 0 or guard.stops
+            if saves:
+                guard.look(last=True)
             if saves or step == 1 or step % cfg.LOG_EVERY == 0:
-                log.write(step, epoch, lr)      # refuses to go on with losses that are no numbers, so before saving
+                log.write(step, epoch, lr, guard.bad_steps)
             if saves and ranks.is_main:
-                save(cfg, step, dataset, student, teacher, optimizer, scaler)
+                is_saved = save(cfg, step, guard.bad_steps, dataset, student, teacher, optimizer, scaler)
+            if guard.stops:
+                progress.close()
+                distributed.barrier()
+                raise SystemExit(guard.leave(step))
     progress.close()
     distributed.barrier()
+    if not is_saved:
+        raise UserError(f"The last checkpoint could not be written to {cfg.OUT}; make room, and repeat the end with --resume.")
     if ranks.is_main:
         model = Path(cfg.OUT) / "declip.safetensors"
         print(f"{model} holds the model after {step} steps; evaluate it with python eval_seg.py --ckpt {model}")
@@ -139,7 +154,8 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, LOG_EVERY=1, SAVE_EVERY=1, IMAGE_SIZE=1, CROP_SIZE=1,
-                         UNLOCKED_BLOCKS=1, STEPS=0, WARMUP=0, MAX_CROPS=0, WORKERS=0, LR=0, LAMBDA=0, WEIGHT_DECAY=0)
+                         KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, UNLOCKED_BLOCKS=1, STEPS=0,
+                         WARMUP=0, MAX_CROPS=0, WORKERS=0, LR=0, LAMBDA=0, WEIGHT_DECAY=0)
     if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed and can teach no more; "
                         "give the weights of a CLIP.")
@@ -192,16 +208,20 @@ def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.Ada
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.WEIGHT_DECAY},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.LR, betas=tuple(cfg.BETAS), eps=cfg.EPS, fused=trained[0].is_cuda)
+    return torch.optim.AdamW(groups, lr=cfg.LR, betas=tuple(cfg.BETAS), eps=cfg.EPS, fused=True)
 
 
 def precision(name: str, device: torch.device) -> tuple:
-    """(a function that opens the autocast context, a GradScaler that does nothing unless fp16 needs it)."""
+    """(a function that opens the autocast context, a GradScaler).
+
+    The scaler leaves out steps whose gradient is not finite, on the device; only in fp16 it scales the loss, too.
+    """
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+    rules = {} if name == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+    scaler = torch.amp.GradScaler(device.type, **rules)
     return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), scaler
 
 
@@ -214,12 +234,12 @@ def learning_rate(cfg: SimpleNamespace, step: int, total: int) -> float:
 
 
 def load_epoch(cfg: SimpleNamespace, dataset: TrainingImages, epoch: int, first_step: int, micro_batch: int,
-               ranks: distributed.Ranks) -> Iterator[tuple[list[Tensor], list[int]]]:
-    """This rank's micro batches of an epoch from `first_step` on: uint8 images, and their indices."""
+               ranks: distributed.Ranks) -> Iterator[tuple[list[Tensor], list[int], list[list[tuple[str, str]]]]]:
+    """This rank's micro batches of an epoch from `first_step` on: uint8 images, their indices, the files skipped for each."""
     order = epoch_order(len(dataset), cfg.BATCH_SIZE, epoch, cfg.SEED)
     batches = rank_batches(order, ranks.rank, ranks.world, micro_batch, first_step)
     return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers(cfg.WORKERS), collate_fn=transposed,
-                           pin_memory=ranks.device.type == "cuda"))
+                           worker_init_fn=leave_signals_to_the_trainer, pin_memory=ranks.device.type == "cuda"))
 
 
 def transposed(samples: list[tuple]) -> tuple[list, ...]:
@@ -227,11 +247,11 @@ def transposed(samples: list[tuple]) -> tuple[list, ...]:
     return tuple(map(list, zip(*samples)))
 
 
-def accumulate_gradients(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM | None, batches: Iterable,
-                         accumulate: int, epoch: int, amp: Callable, scaler: torch.amp.GradScaler) -> Tensor:
-    """Adds the gradients of one step, equation 10 over `accumulate` micro batches -> (2,) its content and context loss."""
-    total = torch.zeros(2, device=teacher.visual.pos_embed.device)
-    for micro_step, (images, indices) in enumerate(batches):
+def accumulate_gradients(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM | None, batches: list[tuple],
+                         epoch: int, amp: Callable, scaler: torch.amp.GradScaler) -> Tensor:
+    """Adds the gradients of one step, equation 10 over its micro batches -> (2,) its content and context loss."""
+    total, accumulate = torch.zeros(2, device=teacher.visual.pos_embed.device), len(batches)
+    for micro_step, (images, indices, _) in enumerate(batches):
         # Ranks average their gradients once a step, in the last backward.
         waits = isinstance(student, DistributedDataParallel) and micro_step < accumulate - 1
         with student.no_sync() if waits else nullcontext():
@@ -266,40 +286,131 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
     return content, context_loss(context, vfm(vfm_inputs))
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)      # what a scheduler sends before it takes a machine, and Ctrl-C
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """Leaves the handling of SIGNALS as it was before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    """In a worker: SIGNALS go to all processes of a group, but the trainer still wants images for its last steps."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))      # ends the worker, should the trainer forget it
+
+
+class Guard:
+    """What ranks must agree on at every step: whether its gradient was finite, and whether a signal asked to stop.
+
+    The answer about a step is read after the next one was sent to the device, so that the device never waits for it.
+    """
+
+    def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, bad_steps: int = 0):
+        self.cfg, self.ranks = cfg, ranks
+        self.signal, self.stops = 0, False      # the signal that came; whether all ranks know of one
+        self.bad_steps, self.in_a_row = bad_steps, 0
+        self.pending: list[tuple[int, Tensor, list[str]]] = []
+        for number in SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number: int, _) -> None:
+        """Remembers a signal; a second one ends the process as it would without us."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def watch(self, step: int, optimizer: torch.optim.Optimizer, files: list[str]) -> None:
+        """Asks all ranks about a step whose gradients are there; `files` are this rank's images of it."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        is_bad = ~torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        # A step ahead of the answer may be bad here and good there only before DDP has averaged: so the greatest counts.
+        flags = torch.stack([is_bad.float(), torch.tensor(float(self.signal), device=self.ranks.device)])
+        self.pending.append((step, distributed.max_over_ranks(flags), files))
+
+    def look(self, last: bool = False) -> None:
+        """Reads the answers but for the newest (all of them when `last`); UserError after MAX_BAD_STEPS in a row."""
+        while len(self.pending) > (0 if last else 1):
+            step, flags, files = self.pending.pop(0)
+            is_bad, number = flags.tolist()
+            self.stops, self.signal = self.stops or number > 0, self.signal or int(number)
+            self.in_a_row = self.in_a_row + 1 if is_bad else 0
+            if is_bad:
+                self.bad_steps += 1
+                files = [file for share in distributed.gather(files) for file in share]
+                if self.ranks.is_main:
+                    with open(Path(self.cfg.OUT) / "bad_steps.jsonl", "a") as out:
+                        out.write(json.dumps({"step": step, "files": files}) + "\n")
+                    tqdm.write(f"step {step} was left out, its gradient is not finite; its images are in bad_steps.jsonl")
+            if self.in_a_row >= self.cfg.MAX_BAD_STEPS:
+                raise UserError(f"The gradient was not finite in {self.in_a_row} steps in a row, up to step {step}; lower LR "
+                                f"or look at the images in bad_steps.jsonl; {self.cfg.OUT} keeps the last good checkpoint.")
+
+    def leave(self, step: int) -> int:
+        """Says what a signal has led to, and gives the exit status that is usual for it (143 for SIGTERM, 130 for Ctrl-C)."""
+        if self.ranks.is_main:
+            print(f"stopped by {signal.Signals(self.signal).name} after step {step}, which is saved; go on with --resume")
+        return 128 + self.signal
+
+
 class Log:
     """Means over some steps and all ranks, a line of json each, without a device synchronisation in between."""
 
-    def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, first_step: int):
-        self.cfg, self.ranks = cfg, ranks
-        self.sums, self.steps, self.since = torch.zeros(2, device=ranks.device), 0, time.perf_counter()
-        self.path = Path(cfg.OUT) / "log.jsonl"
+    def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, dataset: TrainingImages, first_step: int):
+        self.cfg, self.ranks, self.files = cfg, ranks, len(dataset)
+        self.sums, self.steps, self.since = torch.zeros(3, device=ranks.device), 0, time.perf_counter()
+        self.path, self.skipped_path = Path(cfg.OUT) / "log.jsonl", Path(cfg.OUT) / "skipped.txt"
+        self.new_failures: dict[str, str] = {}
+        listed = self.skipped_path.read_text().splitlines() if first_step and self.skipped_path.exists() else []
+        self.failures = dict.fromkeys(line.split("\t")[0] for line in listed)
         if ranks.is_main:
             # Steps after the checkpoint that a run goes on from are made again.
             lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
             whole = [line for line in lines if line.endswith("\n")]      # a killed run may leave half a line
             self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
 
-    def add(self, content_and_context: Tensor) -> None:
-        """Takes one step's losses, (2,)."""
-        self.sums += content_and_context
+    def add(self, content_and_context: Tensor, failures: list[tuple[str, str]]) -> None:
+        """Takes one step's losses, (2,), and the files that could not be read for it, with the reasons."""
+        finite = content_and_context.isfinite().all()
+        self.sums += torch.cat([content_and_context.where(finite, 0), finite.float()[None]])
         self.steps += 1
+        self.new_failures.update(failures)
 
-    def write(self, step: int, epoch: int, lr: float) -> None:
-        """Writes a line on the steps since the last one; UserError if their losses are not finite."""
-        content, context = (distributed.sum_over_ranks(self.sums) / self.steps / self.ranks.world).tolist()
-        if not math.isfinite(content + context):
-            raise UserError(f"The losses are {content} and {context} at step {step}; {self.cfg.OUT} keeps the last "
-                            "checkpoint before that, so lower LR, or look at the images, and go on from there.")
+    def write(self, step: int, epoch: int, lr: float, bad_steps: int) -> None:
+        """Writes a line on the steps since the last one, and new failures; UserError if there are too many of those."""
+        content, context, counted = distributed.sum_over_ranks(self.sums).tolist()
+        content, context = (total / counted if counted else None for total in (content, context))
+        self.write_failures()
         seconds = time.perf_counter() - self.since
-        line = {"step": step, "epoch": epoch, "loss": content + self.cfg.LAMBDA * context, "content": content,
-                "context": context, "lr": lr, "images_per_second": round(self.steps * self.cfg.BATCH_SIZE / seconds, 2),
-                "memory_mb": peak_memory(self.ranks.device)}
+        line = {"step": step, "epoch": epoch, "loss": content + self.cfg.LAMBDA * context if counted else None,
+                "content": content, "context": context, "lr": lr,
+                "images_per_second": round(self.steps * self.cfg.BATCH_SIZE / seconds, 2),
+                "memory_mb": peak_memory(self.ranks.device), "bad_steps": bad_steps, "bad_files": len(self.failures)}
         if self.ranks.is_main:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
             tqdm.write("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                                  for key, value in line.items()))
         self.sums, self.steps, self.since = torch.zeros_like(self.sums), 0, time.perf_counter()
+
+    def write_failures(self) -> None:
+        """Lists files that no rank could read so far in skipped.txt, each once; UserError if their share is too large."""
+        found = {path: reason for share in distributed.gather(self.new_failures) for path, reason in share.items()}
+        new = {path: reason for path, reason in found.items() if path not in self.failures}
+        self.failures.update(new)
+        self.new_failures = {}
+        if new and self.ranks.is_main:
+            with open(self.skipped_path, "a") as file:
+                file.writelines(f"{path}\t{reason}\n" for path, reason in sorted(new.items()))
+        if len(self.failures) > self.cfg.MAX_BAD_FILES * self.files:
+            raise UserError(f"{len(self.failures)} of {self.files} image files can't be read, more than MAX_BAD_FILES, "
+                            f"{self.cfg.MAX_BAD_FILES:.2%}; they are listed in {self.skipped_path}, so look whether these are "
+                            "the data that you meant.")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -310,18 +421,59 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 
 
-def save(cfg: SimpleNamespace, step: int, dataset: TrainingImages, student: DeCLIP, teacher: DeCLIP,
-         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Writes the model (declip.safetensors) and all that resuming needs (resume.pt), each whole or not at all."""
-    student.save(Path(cfg.OUT) / "declip.safetensors", vars(cfg) | {"step": step}, teacher, cfg.ENSEMBLE)
+def save(cfg: SimpleNamespace, step: int, bad_steps: int, dataset: TrainingImages, student: DeCLIP, teacher: DeCLIP,
+         optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Writes the model (declip.safetensors) and all that going on needs (resume-STEP.pt), each whole or not at all.
+
+    If the disk is full it says so, returns False, and what was there before stays.
+    """
+    out = Path(cfg.OUT)
     trained = {name: parameter.detach() for name, parameter in student.named_parameters() if parameter.requires_grad}
     state = {"step": step, "settings": vars(cfg), "images": dataset.fingerprint, "student": trained,
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    write_whole(Path(cfg.OUT) / "resume.pt", lambda file: torch.save(state, file))
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "bad_steps": bad_steps}
+    try:
+        write_whole(out / f"resume-{step:08}.pt", lambda file: torch.save(state, file))
+        student.save(out / "declip.safetensors", vars(cfg) | {"step": step}, teacher, cfg.ENSEMBLE)
+    except OSError as error:
+        tqdm.write(f"the checkpoint of step {step} could not be written ({error}); make room: the one before it is kept")
+        return False
+    for old in resume_files(cfg)[cfg.KEEP:]:
+        old.unlink(missing_ok=True)
+    return True
+
+
+def resume_files(cfg: SimpleNamespace) -> list[Path]:
+    """The checkpoints that OUT has to go on from, the newest first."""
+    return sorted(Path(cfg.OUT).glob("resume-*.pt"), reverse=True)
+
+
+def prepare_folder(cfg: SimpleNamespace, resumed: dict | None) -> None:
+    """Makes OUT, removes what a killed run left half-written, and prints the settings."""
+    Path(cfg.OUT).mkdir(parents=True, exist_ok=True)
+    for half in Path(cfg.OUT).glob("*.tmp"):
+        half.unlink()
+    print(settings.show(cfg))
+    if cfg.RESUME:
+        print(f"going on at step {resumed['step']}" if resumed else f"{cfg.OUT} has no checkpoint, so the run begins")
+
+
+def check_disk(cfg: SimpleNamespace, student: DeCLIP) -> None:
+    """Raises UserError if the checkpoints of this run will not fit beside each other on OUT's disk."""
+    Path(cfg.OUT).mkdir(parents=True, exist_ok=True)
+    trained = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)
+    everything = sum(p.numel() * 4 for p in student.parameters())
+    # Each checkpoint has weights and two moments; while the newest is written there is one more than is kept.
+    needed = 2 * everything + (cfg.KEEP + 1) * 3 * trained
+    there = sum(file.stat().st_size for file in (*resume_files(cfg), Path(cfg.OUT) / "declip.safetensors") if file.exists())
+    free = shutil.disk_usage(cfg.OUT).free
+    if free + there < needed:
+        raise UserError(f"{Path(cfg.OUT).absolute()} has {free / 1e9:.1f} GB free, but the run's checkpoints take "
+                        f"{needed / 1e9:.1f} GB; make room, set OUT to another disk, or lower KEEP.")
 
 
 # Settings that may differ when a run is resumed: the rest would make it another run.
-HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS", "IMAGES", "IMAGE_ROOT")
+HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS", "KEEP", "MAX_BAD_FILES",
+            "MAX_BAD_STEPS", "IMAGES", "IMAGE_ROOT")
 
 
 def find_resume(cfg: SimpleNamespace, dataset: TrainingImages) -> dict | None:
@@ -329,15 +481,14 @@ def find_resume(cfg: SimpleNamespace, dataset: TrainingImages) -> dict | None:
 
     Raises UserError if OUT holds a run that is not to be resumed, or one with other settings or images.
     """
-    path = Path(cfg.OUT) / "resume.pt"
-    if not path.exists():
+    paths = resume_files(cfg)
+    if not paths:
         return None
     if not cfg.RESUME:
         raise UserError(f"{cfg.OUT} already holds a run; go on with it by --resume, or set OUT to another folder.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        raise UserError(f"{path} is damaged; remove it, and begin anew in another OUT.") from None
+    state = next(filter(None, map(read_state, paths)), None)
+    if state is None:
+        raise UserError(f"All checkpoints in {cfg.OUT} are damaged; remove them, or begin anew in another OUT.")
     now, then = vars(cfg), state["settings"]
     changed = next((name for name in now if name not in HARMLESS and now[name] != then.get(name)), None)
     if changed:
@@ -349,11 +500,21 @@ def find_resume(cfg: SimpleNamespace, dataset: TrainingImages) -> dict | None:
     return state
 
 
+def read_state(path: Path) -> dict | None:
+    """A checkpoint, None if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:       # whatever a damaged file leads to
+        print(f"{path} is damaged, so the one before it is taken")
+        return None
+
+
 def restore(state: dict, student: DeCLIP, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Puts a saved state back and returns its step."""
     student.load_state_dict(state["student"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] and scaler.is_enabled():     # another GPU may compute in another precision
+    # Another GPU may compute in another precision, whose scaler goes by other rules.
+    if state["scaler"] and state["scaler"].get("growth_interval") == scaler.get_growth_interval():
         scaler.load_state_dict(state["scaler"])
     return state["step"]
 

@@ -33,6 +33,10 @@ def draw_scene(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarr
     return image.clip(0, 255).astype(np.uint8), label
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, default=5, help="how often the training of test_survival.py is killed")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random models are the same at every run."""

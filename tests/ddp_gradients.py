@@ -25,8 +25,8 @@ def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = Fal
     amp, scaler = train.precision("fp32", ranks.device)
     batches = train.load_epoch(cfg, dataset, 0, 0, micro_batch, ranks)
     wrapped = train.distribute(student, ranks)
-    train.accumulate_gradients(cfg, student if bypass else wrapped, teacher, vfm, train.islice(batches, accumulate),
-                               accumulate, 0, amp, scaler)
+    batch = list(train.islice(batches, accumulate))
+    train.accumulate_gradients(cfg, student if bypass else wrapped, teacher, vfm, batch, 0, amp, scaler)
     return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 

@@ -30,8 +30,8 @@ def test_images_are_found_in_all_folders(images):
 def test_images_of_a_json(tmp_path, images):
     (tmp_path / "coco.json").write_text(json.dumps({"images": [{"file_name": "2.png"}, {"file_name": "more/0.png"}]}))
     dataset = data.TrainingImages(tmp_path / "coco.json", images)
-    image, index = dataset[1]
-    assert (len(dataset), index, image.dtype, image.shape) == (2, 1, torch.uint8, (3, 64, 64))
+    image, index, skipped = dataset[1]
+    assert (len(dataset), index, image.dtype, image.shape, skipped) == (2, 1, torch.uint8, (3, 64, 64), [])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "I;16"])
@@ -81,7 +81,8 @@ def test_an_epoch_has_every_image_once():
     assert not torch.equal(order, epoch_order(32, 4, epoch=1, seed=1))
     assert torch.equal(order, epoch_order(32, 4, epoch=0, seed=1))
     assert epoch_order(35, 4, 0, 1).shape == (8, 4)         # the rest waits for another epoch
-    assert epoch_order(3, 8, 0, 1).shape == (1, 8)          # few images are repeated
+    with pytest.raises(ValueError, match="There are 3 images, fewer than BATCH_SIZE, 8; add images, or set BATCH_SIZE to 3"):
+        epoch_order(3, 8, 0, 1)
 
 
 @pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 4), (2, 1), (4, 2)])
@@ -222,6 +223,13 @@ def test_a_class_has_the_best_of_its_synonyms(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
+def first(panoptic: dict, tmp_path, change) -> data.Regions:
+    """The first item after `change` has been made to the json."""
+    content = json.loads(open(panoptic["annotations"]).read())
+    change(content)
+    return data.PanopticRegions(**spoil(panoptic, tmp_path, **content))[0]
+
+
 def spoil(panoptic: dict, tmp_path, **changes) -> dict:
     content = json.loads(open(panoptic["annotations"]).read()) | changes
     (tmp_path / "x.json").write_text(json.dumps(content))
@@ -238,6 +246,13 @@ def spoil(panoptic: dict, tmp_path, **changes) -> dict:
     (lambda p, t: data.read_json(__file__), "is not json"),
     (lambda p, t: data.PanopticRegions(**spoil(p, t, annotations=[{"id": 1}])), "no field 'segments_info'"),
     (lambda p, t: data.PanopticRegions(**spoil(p, t, annotations=[])), "has no annotations"),
+    (lambda p, t: first(p, t, lambda c: c["categories"].pop(0)), "has the category_id 7 in a segment of 0.png, but no such"),
+    (lambda p, t: first(p, t, lambda c: c["images"].pop(0)), "has the image_id 0 for 0.png, but no such image in 'images'"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].update(id=77)), "has the segment id 77 for"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].pop("bbox")), "without the field 'bbox'"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0].update(file_name="no.png")), "no.png can't be read as an image"),
+    (lambda p, t: first(p, t, lambda c: c["images"][0].update(file_name="no.jpg")), "no.jpg can't be read as an image"),
+    (lambda p, t: first(p, t, lambda c: c["categories"][0].pop("isthing")), "without the field 'isthing'"),
     (lambda p, t: data.SegmentationImages(BENCHMARKS["voc20"], t), "set DATA to the folder that holds VOCdevkit/VOC2012"),
 ])
 def test_refusals_say_what_to_do(panoptic, tmp_path, make, sentence):

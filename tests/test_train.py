@@ -134,9 +134,9 @@ def test_precision_of_a_gpu(monkeypatch, has_bf16, name):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation)
     amp, scaler = train.precision("auto", torch.device("cuda"))
     assert amp().fast_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    assert scaler.is_enabled() in (name == "fp16", False)       # False where there is no GPU to scale on
     amp, scaler = train.precision("auto", torch.device("cpu"))
-    assert not scaler.is_enabled() and not amp()._enabled
+    assert scaler.get_scale() == 1 and not amp()._enabled
+    assert train.precision("fp16", torch.device("cpu"))[1].get_scale() > 1
 
 
 def test_only_the_attention_blocks_change(images, tmp_path):
@@ -153,7 +153,8 @@ def test_only_the_attention_blocks_change(images, tmp_path):
 def test_log_and_checkpoint_tell_of_the_run(images, tmp_path):
     lines = run(images, tmp_path, epochs=2, context="qk", scale=1.0)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and [line["epoch"] for line in lines] == [0, 0, 1, 1]
-    assert set(lines[0]) == {"step", "epoch", "loss", "content", "context", "lr", "images_per_second", "memory_mb"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "content", "context", "lr", "images_per_second", "memory_mb",
+                             "bad_steps", "bad_files"}
     assert math.isclose(lines[0]["loss"], lines[0]["content"] + 0.25 * lines[0]["context"], rel_tol=1e-6)
     record = read_record(tmp_path / "declip.safetensors")
     assert (record["model"], record["context"], record["scale"]) == ("tiny-eva", "qk", 1.0)
@@ -182,20 +183,8 @@ def test_ensemble_is_what_is_saved(images, tmp_path):
                                                  for name in ("student", "mixed"))
     for a, b, c in zip(clip.parameters(), student.parameters(), mixed.parameters()):
         torch.testing.assert_close(c, (a + b) / 2)
-    states = [torch.load(tmp_path / name / "resume.pt", weights_only=True)["student"] for name in ("student", "mixed")]
+    states = [torch.load(tmp_path / name / "resume-00000004.pt", weights_only=True)["student"] for name in ("student", "mixed")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_losses_that_are_no_numbers_end_the_run(images, tmp_path):
-    """With one sentence, and the checkpoint from before."""
-    run(images, tmp_path, epochs=50, steps=1)
-    before = (tmp_path / "declip.safetensors").read_bytes()
-    state = torch.load(tmp_path / "resume.pt", weights_only=True)
-    next(iter(state["student"].values())).fill_(float("nan"))
-    torch.save(state, tmp_path / "resume.pt")
-    with pytest.raises(SystemExit, match="The losses are nan and nan at step 2; .* keeps the last checkpoint"):
-        run(images, tmp_path, epochs=50, resume="true")
-    assert (tmp_path / "declip.safetensors").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------- one process and many
@@ -262,14 +251,14 @@ def test_a_resumed_run_is_the_uninterrupted_run(images, tmp_path, stop):
 
 def test_resume_without_a_checkpoint_begins(images, tmp_path, capsys):
     assert run(images, tmp_path, epochs=1, resume="true")[0]["step"] == 1
-    assert "has no resume.pt, so the run begins" in capsys.readouterr().out
+    assert "has no checkpoint, so the run begins" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(images, tmp_path, monkeypatch, capsys):
     """Killed in the middle of an epoch, with half a line in the log: the steps since the last SAVE_EVERY are made again."""
     whole = run(images, tmp_path / "whole", epochs=2, batch_size=1)
-    monkeypatch.setattr(train.Log, "write", lambda self, step, epoch, lr, own=train.Log.write:
-                        exit("killed") if step == 4 else own(self, step, epoch, lr))
+    monkeypatch.setattr(train.Log, "write", lambda self, step, *given, own=train.Log.write:
+                        exit("killed") if step == 4 else own(self, step, *given))
     with pytest.raises(SystemExit, match="killed"):
         run(images, tmp_path / "parts", epochs=2, batch_size=1, save_every=2)
     monkeypatch.undo()
