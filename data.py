@@ -38,20 +38,25 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
     upright: turned as its EXIF entry says; annotations are made for the picture as it is stored.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # of metadata that nobody asked for
-            if file.mode == "F":
-                raise ValueError("it has floating-point values of an unknown range")
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_PIXELS:,} pixels are decoded")
-            if file.mode.startswith("I"):   # 16 bits, which PIL would clip instead of scaling
-                values = np.array(file)
-                file = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
-            file = ImageOps.exif_transpose(file) if upright else file
-            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+            with Image.open(path) as file:
+                return torch.from_numpy(decode(file, upright)).permute(2, 0, 1)
     except Exception as error:      # decoders raise anything on damaged files
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error or type(error).__name__}"
         raise UserError(f"{path} can't be read as an image ({' '.join(reason.split())}); replace or remove it.") from None
+
+
+def decode(file: Image.Image, upright: bool) -> np.ndarray:
+    """An opened image as RGB, uint8 (H, W, 3); ValueError if it is too large or has values of an unknown range."""
+    if file.mode == "F":
+        raise ValueError("it has floating-point values of an unknown range")
+    if file.width * file.height > MAX_PIXELS:
+        raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_PIXELS:,} pixels are decoded")
+    if file.mode.startswith("I"):       # 16 bits, which PIL would clip instead of scaling
+        values = np.array(file)
+        file = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+    return np.array((ImageOps.exif_transpose(file) if upright else file).convert("RGB"))
 
 
 def read_json(path: str | Path, *fields: str) -> dict:

@@ -128,6 +128,7 @@ def test_optimizer_has_the_settings(images, tmp_path, monkeypatch):
     assert rates == [line["lr"] for line in lines] == [train.learning_rate(cfg, step, 8) for step in range(8)]
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("has_bf16, name", [(True, "bf16"), (False, "fp16")])
 def test_precision_of_a_gpu(monkeypatch, has_bf16, name):
     """Auto is bf16 where the GPU computes in it itself (V100 and T4 emulate it), else fp16 with a scaled loss."""
