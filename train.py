@@ -10,6 +10,7 @@ published scripts do instead. The total batch is BATCH_SIZE on any number of GPU
 """
 
 import copy
+import fcntl
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +96,13 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     micro_batch, accumulate = divide_batch(cfg, ranks.world)
     dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT)
     steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
+    lock = hold_folder(cfg) if ranks.is_main else None      # noqa: F841 - let go when this function ends
     resumed = find_resume(cfg, dataset)
     if ranks.is_main:
         prepare_folder(cfg, resumed)
     student, teacher, vfm = build(cfg, ranks.device)
-    check_disk(cfg, student)
+    if ranks.is_main:
+        check_disk(cfg, student)
     optimizer = build_optimizer(cfg, student)
     amp, scaler = precision(cfg.PRECISION, ranks.device)
     step = restore(resumed, student, optimizer, scaler) if resumed else 0
@@ -372,7 +376,8 @@ class Log:
             # Steps after the checkpoint that a run goes on from are made again.
             lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
             whole = [line for line in lines if line.endswith("\n")]      # a killed run may leave half a line
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= first_step)
+            write_whole(self.path, lambda file: Path(file).write_text(kept))
 
     def add(self, content_and_context: Tensor, failures: list[tuple[str, str]]) -> None:
         """Takes one step's losses, (2,), and the files that could not be read for it, with the reasons."""
@@ -447,9 +452,23 @@ def resume_files(cfg: SimpleNamespace) -> list[Path]:
     return sorted(Path(cfg.OUT).glob("resume-*.pt"), reverse=True)
 
 
-def prepare_folder(cfg: SimpleNamespace, resumed: dict | None) -> None:
-    """Makes OUT, removes what a killed run left half-written, and prints the settings."""
+def hold_folder(cfg: SimpleNamespace) -> IO:
+    """Makes OUT and locks it as long as the returned file is open and this process lives, however it may end.
+
+    Raises UserError if another process writes there, such as one that a scheduler has not ended yet.
+    """
     Path(cfg.OUT).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(cfg.OUT) / ".lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"Another process is training into {cfg.OUT}; wait for its end or stop it, or set OUT to another "
+                        "folder.") from None
+    return lock
+
+
+def prepare_folder(cfg: SimpleNamespace, resumed: dict | None) -> None:
+    """Removes what a killed run left half-written in OUT, and prints the settings."""
     for half in Path(cfg.OUT).glob("*.tmp"):
         half.unlink()
     print(settings.show(cfg))
@@ -459,7 +478,6 @@ def prepare_folder(cfg: SimpleNamespace, resumed: dict | None) -> None:
 
 def check_disk(cfg: SimpleNamespace, student: DeCLIP) -> None:
     """Raises UserError if the checkpoints of this run will not fit beside each other on OUT's disk."""
-    Path(cfg.OUT).mkdir(parents=True, exist_ok=True)
     trained = sum(p.numel() * 4 for p in student.parameters() if p.requires_grad)
     everything = sum(p.numel() * 4 for p in student.parameters())
     # Each checkpoint has weights and two moments; while the newest is written there is one more than is kept.

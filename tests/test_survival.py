@@ -1,5 +1,6 @@
 """No run is lost, no bad file stops one: kills, signals, damaged images, full disks, numbers that are none."""
 
+import contextlib
 import errno
 import json
 import os
@@ -34,6 +35,21 @@ def start(out: Path, images: Path, ranks: int, **given) -> subprocess.Popen:
     with open(f"{out}.printed", "w") as printed:
         return subprocess.Popen(command, cwd=tiny.ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and all that it has started, as when a machine is lost."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    family = [process.pid]
+    for member in family:
+        family += [pid for pid, parent in parents.items() if parent == member]
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> bool:
@@ -75,8 +91,7 @@ def test_killed_at_random_moments(images, tmp_path, ranks, request):
         if not wait_for_steps(process, tmp_path / "parts" / "log.jsonl", draw.randint(0, 24)):
             break
         time.sleep(draw.random() * 0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)
         killed += 1
     assert killed == kills, "the training ended before it was killed that often"
     last = start(tmp_path / "parts", images, ranks, resume="true", **given)
@@ -112,6 +127,16 @@ def test_a_signal_to_one_rank_stops_both(images, tmp_path):
     assert process.returncode != 0 and "stopped by SIGTERM after step" in printed, printed
     step = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert train.resume_files(SimpleNamespace(OUT=out))[0].name == f"resume-{step:08}.pt"
+
+
+def test_two_runs_do_not_write_into_one_folder(images, tmp_path):
+    """As when a scheduler starts a run again that it has not ended yet."""
+    process = start(tmp_path / "run", images, 1, epochs=2000)
+    assert wait_for_steps(process, tmp_path / "run" / "log.jsonl", 3)
+    with pytest.raises(SystemExit, match="Another process is training into"):
+        run(images, tmp_path / "run", epochs=2000, save_every=7, workers=1, resume="true")
+    kill_tree(process)
+    run(images, tmp_path / "run", epochs=2000, steps=1, resume="true")      # the lock went with the process
 
 
 def test_a_run_goes_on_with_other_ranks(images, tmp_path):
@@ -158,7 +183,7 @@ def test_a_full_disk(images, tmp_path, capsys, monkeypatch, error):
     with pytest.raises(SystemExit, match="The last checkpoint could not be written .*; make room, and repeat the end with"):
         run(images, tmp_path / "full", epochs=3, save_every=1)
     assert "the checkpoint of step 3 could not be written" in capsys.readouterr().out
-    names = sorted(path.name for path in (tmp_path / "full").iterdir())
+    names = sorted(path.name for path in (tmp_path / "full").glob("[!.]*"))
     assert names == ["declip.safetensors", "log.jsonl", "resume-00000001.pt", "resume-00000002.pt"]
     monkeypatch.undo()
     parts = run(images, tmp_path / "full", epochs=3, resume="true")
