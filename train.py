@@ -13,6 +13,7 @@ import copy
 import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -86,6 +87,8 @@ MAX_BAD_STEPS = 20                  # steps in a row whose gradient is not finit
 def main(argv: list[str] | None = None) -> None:
     """Trains as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
+    # torchrun --max_restarts starts the same command again after a crash.
+    cfg.RESUME = cfg.RESUME or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with distributed.session(__file__) as ranks, signals_restored():
         run(cfg, ranks)
 
@@ -333,7 +336,7 @@ class Guard:
         """Asks all ranks about a step whose gradients are there; `files` are this rank's images of it."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         is_bad = ~torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
-        # A step ahead of the answer may be bad here and good there only before DDP has averaged: so the greatest counts.
+        # Averaged by DDP, a gradient is finite on all ranks or on none; but a signal may have come to one alone.
         flags = torch.stack([is_bad.float(), torch.tensor(float(self.signal), device=self.ranks.device)])
         self.pending.append((step, distributed.max_over_ranks(flags), files))
 

@@ -48,6 +48,12 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     assert (image.float() - 200).abs().max() <= 3
 
 
+def test_of_an_animation_the_first_picture_is_read(tmp_path):
+    first, second = Image.new("RGB", (4, 4), (10, 20, 30)), Image.new("RGB", (4, 4), (200, 0, 0))
+    first.save(tmp_path / "x.png", save_all=True, append_images=[second])
+    assert data.read_image(tmp_path / "x.png")[:, 0, 0].tolist() == [10, 20, 30]
+
+
 def test_training_images_are_turned_upright(tmp_path):
     """Annotations are made for the picture as it is stored, so evaluation leaves it."""
     exif = Image.Exif()

@@ -1,5 +1,6 @@
 """The names that scripts, presets and README give are names that open_clip and timm know; large models build."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def test_scripts_that_are_named_exist():
     scripts, presets = named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)"), named(r"@(presets/\w+\.txt)")
     assert {"train.py", "eval_seg.py"} <= scripts and all((ROOT / name).exists() for name in scripts)
     assert "presets/published.txt" in presets and all((ROOT / name).exists() for name in presets)
+
+
+def test_nothing_is_executed_that_was_only_to_be_read():
+    """No eval, exec or shell in any script, and every torch.load takes tensors alone."""
+    for path in ROOT.glob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert ast.unparse(call.func) not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads"), path
+            assert keywords.get("shell") != "True", path
+            assert ast.unparse(call.func) != "torch.load" or keywords.get("weights_only") == "True", path
 
 
 def test_means_are_the_models_own():

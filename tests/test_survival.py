@@ -129,6 +129,14 @@ def test_a_signal_to_one_rank_stops_both(images, tmp_path):
     assert train.resume_files(SimpleNamespace(OUT=out))[0].name == f"resume-{step:08}.pt"
 
 
+def test_workers_that_torchrun_restarts_go_on(images, tmp_path, monkeypatch):
+    """torchrun --max_restarts repeats the command without --resume."""
+    whole = run(images, tmp_path / "whole", epochs=3)
+    run(images, tmp_path / "parts", epochs=3, steps=3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [line["loss"] for line in run(images, tmp_path / "parts", epochs=3)] == [line["loss"] for line in whole]
+
+
 def test_two_runs_do_not_write_into_one_folder(images, tmp_path):
     """As when a scheduler starts a run again that it has not ended yet."""
     process = start(tmp_path / "run", images, 1, epochs=2000)
