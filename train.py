@@ -328,9 +328,9 @@ class Guard:
             signal.signal(number, self.note)
 
     def note(self, number: int, _) -> None:
-        """Remembers a signal; a second one ends the process as it would without us."""
+        """Remembers a signal. A second Ctrl-C ends the process at once; SIGTERM may be repeated by launchers."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch(self, step: int, optimizer: torch.optim.Optimizer, files: list[str]) -> None:
         """Asks all ranks about a step whose gradients are there; `files` are this rank's images of it."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
 
 import model
@@ -400,7 +400,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_towers_with_other_blocks_are_refused():
     """A fused qkv without key bias (EVA01), blocks with norms after them (EVA02-E), patches of another kind (MobileCLIP)."""
     shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=32, global_pool="token")
-    alien = [Eva(**shape), Eva(**shape, qkv_fused=False, use_post_norm=True), Eva(**shape, qkv_fused=False, init_values=0.1),
+    normed_after = Eva(**shape, qkv_fused=False)
+    normed_after.blocks[-1] = EvaBlockPostNorm(48, 3, qkv_fused=False)
+    alien = [Eva(**shape), normed_after, Eva(**shape, qkv_fused=False, init_values=0.1),
              VisionTransformer(**shape, reg_tokens=2), VisionTransformer(**shape, init_values=0.1),
              VisionTransformer(**shape | {"num_classes": 0})]
     assert not any(map(model.is_usable, alien))

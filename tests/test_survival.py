@@ -107,6 +107,8 @@ def test_signals_save_and_leave(images, tmp_path, number, code):
     process = start(tmp_path / "parts", images, 1)
     assert wait_for_steps(process, tmp_path / "parts" / "log.jsonl", 5)
     os.killpg(process.pid, number)
+    if number == signal.SIGTERM:
+        os.killpg(process.pid, number)      # launchers repeat it
     process.wait(60)
     printed = (tmp_path / "parts.printed").read_text()
     assert process.returncode == code, printed
