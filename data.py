@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ def list_images(images: str | Path, root: str | Path | None = None) -> list[str]
     if not found:
         state = "holds no image" if images.exists() else "does not exist"
         raise UserError(f"{images.absolute()} {state}; put images there (any folder of {', '.join(IMAGE_SUFFIXES)} files, "
-                         "or a COCO-style json) or set IMAGES to where they are.")
+                        "or a COCO-style json) or set IMAGES to where they are.")
     return found
 
 
@@ -130,7 +131,7 @@ class TrainingImages(Dataset):
     def __init__(self, images: str | Path, root: str | Path | None = None):
         self.paths = list_images(images, root)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Tells whether two lists have the same images in the same order, wherever their folders are."""
         root = os.path.commonpath(self.paths)
@@ -332,7 +333,7 @@ class PanopticRegions(Dataset):
             raise UserError(f"{annotations} has no annotations; give a COCO-panoptic json.")
         if "segments_info" not in self.annotations[0]:
             raise UserError(f"{annotations} has no field 'segments_info' in its annotations; give the panoptic json, "
-                             "such as panoptic_val2017.json, not instances or captions.")
+                            "such as panoptic_val2017.json, not instances or captions.")
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -351,7 +352,7 @@ class PanopticRegions(Dataset):
         rgb = read_image(png).int()
         if rgb.shape != image.shape:
             raise UserError(f"{png} is {tuple(rgb.shape[1:])}, but its image {tuple(image.shape[1:])}; "
-                             "they must be of one size.")
+                            "they must be of one size.")
         ids = (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
         kept = sorted((segment for segment in annotation["segments_info"] if self._counts(segment)),
                       key=lambda segment: segment["id"])
@@ -419,7 +420,7 @@ class SegmentationImages(Dataset):
         listing = self.root / benchmark.names
         if not listing.is_file():
             raise UserError(f"There is no {listing.absolute()}; unpack the data set there in its original layout, or set "
-                             f"DATA to the folder that holds {benchmark.folder}.")
+                            f"DATA to the folder that holds {benchmark.folder}.")
         self.names = listing.read_text(encoding="utf-8-sig").split()
         if not self.names:
             raise UserError(f"{listing} names no image; unpack the data set again.")

@@ -91,7 +91,7 @@ def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
     classes = read_classes(cfg.CLASSES)
     if len(classes) != len(dataset.names):
         raise UserError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} {len(dataset.names)} "
-                         "categories; give a file of as many lines, or --classes none for the names in the json.")
+                        "categories; give a file of as many lines, or --classes none for the names in the json.")
     return classes
 
 

@@ -52,7 +52,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     clip = evaluation.open_model(cfg).to(ranks.device)
     if cfg.WINDOW % clip.patch_size:
         raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
-                         f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
+                        f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
     result = {}
     for name, (dataset, classes) in sets.items():
         confusion = evaluate(cfg, clip, dataset, classes, name, ranks)

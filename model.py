@@ -100,7 +100,7 @@ class DeCLIP(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the image that CLIP was trained with, and of the crops that its [CLS] is asked about."""
+        """Side of the image that CLIP was trained with."""
         return self.visual.patch_embed.img_size[0]
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict, tuple[int, int]]:
@@ -111,7 +111,7 @@ class DeCLIP(nn.Module):
         H, W = images.shape[-2:]
         if H % self.patch_size or W % self.patch_size:
             raise UserError(f"The image is {H}x{W}, but {self.model_name} needs sides divisible by its patch size, "
-                             f"{self.patch_size}; resize or pad it.")
+                            f"{self.patch_size}; resize or pad it.")
         visual = self.visual
         x = visual.patch_embed.proj(images)
         h, w = x.shape[-2:]
@@ -193,7 +193,7 @@ class DeCLIP(nn.Module):
             raise UserError(f"names are {names!r} and templates {templates!r}; give a list of names, and sentences with {{}}.")
         if not self.has_text:
             raise UserError("The weights hold no text tower, so classes cannot be named; load the model by an "
-                             "open_clip tag first, and this file on top of it.")
+                            "open_clip tag first, and this file on top of it.")
         tokenizer = open_clip.get_tokenizer(self.model_name)
         device = self.visual.pos_embed.device
         return open_clip.build_zero_shot_classifier(self.clip, tokenizer, list(names), templates, device=device).T
@@ -206,7 +206,7 @@ class DeCLIP(nn.Module):
         blocks = self.visual.blocks
         if not 1 <= unlocked_blocks <= len(blocks):
             raise UserError(f"{unlocked_blocks} blocks were to be unlocked, but {self.model_name} has {len(blocks)}; "
-                             f"choose 1 to {len(blocks)}.")
+                            f"choose 1 to {len(blocks)}.")
         self.requires_grad_(False)
         blocks[len(blocks) - unlocked_blocks:].requires_grad_(True)
         unused = [blocks[-1].norm2, blocks[-1].mlp]
@@ -222,9 +222,9 @@ class DeCLIP(nn.Module):
         """
         if state is None:
             state, recorded = read_weights(path)
-        for key, own in {"model": self.model_name, "context": self.context, "scale": self.scale}.items():
-            if recorded and own != recorded[key]:
-                raise UserError(f"{path} was trained with {key} {recorded[key]}, but {key} {own} was asked for; "
+        for key, asked in {"model": self.model_name, "context": self.context, "scale": self.scale}.items():
+            if recorded and asked != recorded[key]:
+                raise UserError(f"{path} was trained with {key} {recorded[key]}, but {key} {asked} was asked for; "
                                 f"leave {key} out, or set it to {recorded[key]}.")
         if not recorded:
             state = self._from_published_layout(state)
@@ -236,8 +236,8 @@ class DeCLIP(nn.Module):
         missing += [key for key in text_keys if key not in state] if has_text else []
         if missing or alien:
             raise UserError(f"{path} does not fit {self.model_name}: {len(missing)} weights are missing and {len(alien)} "
-                             f"are unknown or of another shape, the first being {(missing + alien)[0]}; "
-                             "name the model that the file was made with.")
+                            f"are unknown or of another shape, the first being {(missing + alien)[0]}; "
+                            "name the model that the file was made with.")
         self.clip.load_state_dict(state, strict=False)
         self.has_text = self.has_text or has_text
 
@@ -277,10 +277,10 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
     tags = [] if local else open_clip.list_pretrained_tags_by_model(model_name)
     if tag and not local and tag not in tags:
         raise UserError(f"{tag!r} is neither a file nor one of open_clip's weights for {model_name}: "
-                         f"{', '.join(tags) or 'it has none'}.")
+                        f"{', '.join(tags) or 'it has none'}.")
     if tag and open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False) != uses_quick_gelu(model_name):
         raise UserError(f"The weights {tag!r} need the other activation; use the model "
-                         f"{model_name.removesuffix('-quickgelu') + ('' if uses_quick_gelu(model_name) else '-quickgelu')}.")
+                        f"{model_name.removesuffix('-quickgelu') + ('' if uses_quick_gelu(model_name) else '-quickgelu')}.")
     with silenced():
         return open_clip.create_model(model_name, pretrained=tag, force_custom_text=True)
 
@@ -338,7 +338,7 @@ def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:
         trunk = None
     if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer) or not is_usable(trunk):
         raise UserError(f"The vision tower of {model_name} is not a transformer with a projected [CLS] token, which "
-                         "the method distils from; use an EVA02 or OpenAI-style ViT such as EVA02-B-16 or ViT-B-16.")
+                        "the method distils from; use an EVA02 or OpenAI-style ViT such as EVA02-B-16 or ViT-B-16.")
     attn = trunk.blocks[-1].attn
     if attn.qkv is not None:
         attn.qkv = SplitQKV(attn.qkv)
@@ -472,7 +472,7 @@ def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
     """
     if context.shape[:2] != vfm_tokens.shape[:2]:
         raise UserError(f"The student has {tuple(context.shape[:2])} images and tokens, the VFM "
-                         f"{tuple(vfm_tokens.shape[:2])}; give the VFM the student's token grid times its own patch size.")
+                        f"{tuple(vfm_tokens.shape[:2])}; give the VFM the student's token grid times its own patch size.")
     with torch.autocast(context.device.type, enabled=False):
         a, b = F.normalize(context.float(), dim=-1), F.normalize(vfm_tokens.float(), dim=-1)
         large = a.shape[1] > a.shape[2] + b.shape[2]

@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -155,7 +156,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         print(f"{model} holds the model after {step} steps; evaluate it with python eval_seg.py --ckpt {model}")
 
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}     # what autocast computes in
+PRECISIONS = ("auto", *DTYPES)
 
 
 def check(cfg: SimpleNamespace) -> None:
@@ -182,7 +184,7 @@ def divide_batch(cfg: SimpleNamespace, world: int) -> tuple[int, int]:
     if cfg.BATCH_SIZE % world:
         fits = -(-cfg.BATCH_SIZE // world) * world
         raise UserError(f"BATCH_SIZE {cfg.BATCH_SIZE} can't be divided over {world} processes; set it to {fits}, or "
-                         "choose another --nproc_per_node.")
+                        "choose another --nproc_per_node.")
     share = cfg.BATCH_SIZE // world
     micro_batch = max(size for size in range(1, min(share, cfg.MICRO_BATCH) + 1) if share % size == 0)
     return micro_batch, share // micro_batch
@@ -215,7 +217,7 @@ def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.Ada
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.WEIGHT_DECAY},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.LR, betas=tuple(cfg.BETAS), eps=cfg.EPS, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.LR, betas=cfg.BETAS, eps=cfg.EPS, fused=True)
 
 
 def precision(name: str, device: torch.device) -> tuple:
@@ -226,7 +228,7 @@ def precision(name: str, device: torch.device) -> tuple:
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+    dtype = DTYPES[name]
     rules = {} if name == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
     scaler = torch.amp.GradScaler(device.type, **rules)
     return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), scaler
@@ -374,7 +376,7 @@ class Log:
         self.path, self.skipped_path = Path(cfg.OUT) / "log.jsonl", Path(cfg.OUT) / "skipped.txt"
         self.new_failures: dict[str, str] = {}
         listed = self.skipped_path.read_text().splitlines() if first_step and self.skipped_path.exists() else []
-        self.failures = dict.fromkeys(line.split("\t")[0] for line in listed)
+        self.failures = {line.split("\t")[0] for line in listed}
         if ranks.is_main:
             # Steps after the checkpoint that a run goes on from are made again.
             lines = self.path.read_text().splitlines(keepends=True) if first_step and self.path.exists() else []
@@ -425,7 +427,6 @@ def peak_memory(device: torch.device) -> int:
     """The most memory used so far in MB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    import resource  # here, because Windows has none
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
 
 
@@ -514,7 +515,7 @@ def find_resume(cfg: SimpleNamespace, dataset: TrainingImages) -> dict | None:
     changed = next((name for name in now if name not in HARMLESS and now[name] != then.get(name)), None)
     if changed:
         raise UserError(f"The run in {cfg.OUT} was begun with {changed} {then.get(changed)}, but now it is {now[changed]}; "
-                         "resume with the old value, or set OUT to another folder.")
+                        "resume with the old value, or set OUT to another folder.")
     if state["images"] != dataset.fingerprint:
         raise UserError(f"The run in {cfg.OUT} was begun with {state['images']} (number, checksum of names), but {cfg.IMAGES} "
                         f"has {dataset.fingerprint}; resume with the same images, or set OUT to another folder.")

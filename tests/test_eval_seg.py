@@ -19,6 +19,8 @@ from model import DeCLIP
 TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "workers": 0, "short_side": 48, "window": 32,
         "stride": 16, "window_batch": 3}
 
+OF_CHECKPOINT = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}   # it says itself what it is
+
 
 def config(**given):
     return settings.parse(options(**TINY | given), eval_seg, evaluation)
@@ -111,8 +113,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_path):
     """From a checkpoint with no argument about the model, both benchmarks, on labels that the scenes were drawn from."""
-    given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}
-    result = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
+    result = eval_seg.main(options(**OF_CHECKPOINT, ckpt=checkpoint, data=voc, out=tmp_path))
     clip = DeCLIP("tiny-eva", checkpoint)
     assert (clip.context, clip.scale) == ("qk", 0.5)
     for name, table in (("voc20", [VOID, 2, 5]), ("voc21", [0, 3, 6])):     # ground, disc (bird), box (bus)
@@ -135,7 +136,7 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
 
 
 def test_ranks_share_the_images(voc, checkpoint, tmp_path):
-    given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")} | {"benchmarks": "voc21"}
+    given = OF_CHECKPOINT | {"benchmarks": "voc21"}
     alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
     succeeds(torchrun("tests/tiny.py", "eval_seg", *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
     together = json.loads((tmp_path / "two" / "seg.json").read_text())["benchmarks"]
@@ -185,7 +186,7 @@ def test_a_checkpoint_is_not_evaluated_as_another(checkpoint, tmp_path):
 def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_path):
     broken = shutil.copytree(voc, tmp_path / "data")
     (broken / "VOCdevkit/VOC2012/JPEGImages/s_1.jpg").write_text("no picture")
-    given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")} | {"workers": 1}
+    given = OF_CHECKPOINT | {"workers": 1}
     with pytest.raises(SystemExit) as error:
         eval_seg.main(options(**given, ckpt=checkpoint, data=broken, out=tmp_path))
     assert str(error.value).startswith("eval_seg.py: ") and "s_1.jpg can't be read as an image" in str(error.value)
