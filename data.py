@@ -404,10 +404,13 @@ class Benchmark:
 
 
 _VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
+_TOY = ("names.txt", "images/{}.png", "labels/{}.png")
 
 BENCHMARKS = {
     "voc20": Benchmark(*_VOC, "voc20.txt", range(1, 21)),
     "voc21": Benchmark(*_VOC, "voc21.txt", range(21), threshold=0.4),
+    "toy": Benchmark("toy/val", *_TOY, "toy.txt", range(18)),
+    "toy_dev": Benchmark("toy/dev", *_TOY, "toy.txt", range(18)),       # to choose settings with
 }
 
 
@@ -419,8 +422,8 @@ class SegmentationImages(Dataset):
         self.benchmark = benchmark
         listing = self.root / benchmark.names
         if not listing.is_file():
-            raise UserError(f"There is no {listing.absolute()}; unpack the data set there in its original layout, or set "
-                            f"DATA to the folder that holds {benchmark.folder}.")
+            raise UserError(f"There is no {listing.absolute()}; unpack the data set there in its original layout "
+                            f"(toy.py draws the toy scenes), or set DATA to the folder that holds {benchmark.folder}.")
         self.names = listing.read_text(encoding="utf-8-sig").split()
         if not self.names:
             raise UserError(f"{listing} names no image; unpack the data set again.")

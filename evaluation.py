@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from data import Classes
-from model import ATTENTIONS, DeCLIP, read_record, read_weights, write_whole
+from model import ATTENTIONS, DECOUPLED, DeCLIP, read_record, read_weights, write_whole
 from settings import UserError
 
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: the CLIP that MODEL names
-MODEL: str | None = None            # open_clip model; None: the checkpoint's, else EVA02-B-16
+MODEL: str | None = None            # open_clip model, or local-dir:FOLDER; None: the checkpoint's, else EVA02-B-16
 PRETRAINED: str | None = "merged2b_s8b_b131k"           # MODEL's weights, unless CKPT describes itself; None: random
-CONTEXT: str | None = None          # q, k or qk; None: the checkpoint's, else q
+CONTEXT: str | None = None          # q, k, qk, clip or maskclip; None: the checkpoint's, else q
 SCALE = "auto"                      # factor of the decoupled block's logits: sqrt_d (1/√d), a number; auto: the checkpoint's
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: the decoupled block of CONTEXT
 TEMPLATE = "imagenet"               # imagenet: 80 sentences (paper); simple: 7; or a sentence with {}
@@ -70,8 +70,11 @@ def encode_classes(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes) -> Tens
 
 def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
     """One line that says what was evaluated."""
-    attention = cfg.ATTENTION or f"{clip.context}, scale {'1/√d' if clip.scale is None else clip.scale}"
-    return f"{clip.model_name}, attention {attention}, {cfg.CKPT or cfg.PRETRAINED or 'random weights'}"
+    attention = cfg.ATTENTION or clip.context
+    if attention in DECOUPLED:
+        attention += f", scale {'1/√d' if clip.scale is None else clip.scale}"
+    weights = cfg.CKPT or ("its own weights" if cfg.PRETRAINED and ":" in clip.model_name else cfg.PRETRAINED)
+    return f"{clip.model_name}, attention {attention}, {weights or 'random weights'}"
 
 
 def write_result(cfg: SimpleNamespace, clip: DeCLIP, name: str, result: dict) -> None:

@@ -32,6 +32,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+import toy  # noqa: F401 - timm and open_clip learn of the nano models
 from settings import UserError
 
 
@@ -50,7 +51,9 @@ ATTENTIONS = {
     "k": Attention("k", False),
     "qk": Attention("qk", False),
 }
-CONTEXTS = ("q", "k", "qk")
+DECOUPLED = ("q", "k", "qk")
+UNDECOUPLED = ("clip", "maskclip")      # X_dense learns from both teachers: the first rows of Table 1
+CONTEXTS = DECOUPLED + UNDECOUPLED
 
 
 class DeCLIP(nn.Module):
@@ -58,8 +61,9 @@ class DeCLIP(nn.Module):
 
     model_name: a name of open_clip.list_models(); None is the file's own, else EVA02-B-16.
     pretrained: an open_clip tag; a file (`declip.safetensors`, an EVA-CLIP layout `.pt` or an open_clip state dict);
-        None for random weights.
-    context: q, k or qk, the projections that make X_context (Table 7); None is the file's own, else q.
+        None for random weights. A model named `local-dir:FOLDER` brings its own, whatever the tag.
+    context: q, k or qk, the projections that make X_context (Table 7); clip or maskclip for a block that is not
+        decoupled, whose dense output is content and context at once (Table 1); None is the file's own, else q.
     scale: factor of the decoupled block's logits (baselines always have 1/√d); None is the file's own, else the
         paper's 1/√d. The checkpoints that the authors released need 1.
 
@@ -136,7 +140,7 @@ class DeCLIP(nn.Module):
 
         attention: a row of ATTENTIONS for the content (a baseline's), by default this model's own context. The
             context does not depend on it. Neither output is normalised. For `qk` the context is (B, N, 2D), so
-            that its cosine similarity is the mean of the two.
+            that its cosine similarity is the mean of the two; where nothing is decoupled it is the content, (B, N, C).
         """
         attention = self.context if attention is None else attention
         if attention not in ATTENTIONS:
@@ -145,8 +149,11 @@ class DeCLIP(nn.Module):
         for block in self.visual.blocks[:-1]:
             x = block(x, **extra)
         y, context = self._last_block(x, extra, attention)
-        content = self.project(y[:, 1:]).transpose(1, 2).unflatten(2, (h, w))
-        return content, context[:, 1:]
+        content = self.project(y[:, 1:])
+        if self.context in UNDECOUPLED:
+            own = y if attention == self.context else self._last_block(x, extra, self.context)[0]
+            context = self.project(own)
+        return content.transpose(1, 2).unflatten(2, (h, w)), context[:, 1:]
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """One training step's view: region features (sum k, C) and context (B, N, D). DDP must be entered here."""
@@ -154,15 +161,19 @@ class DeCLIP(nn.Module):
         return region_features(content, boxes), context
 
     def _last_block(self, x: Tensor, extra: dict, attention: str) -> tuple[Tensor, Tensor]:
-        """(B, 1 + N, D) -> what `attention` makes of it, and X_context (equations 4 to 6), the same shape or 2D wide."""
+        """(B, 1 + N, D) -> what `attention` makes of it, and X_context (equations 4 to 6), the same shape or 2D wide.
+
+        X_context is None where nothing is decoupled.
+        """
         block, (projections, keeps_residual) = self.visual.blocks[-1], ATTENTIONS[attention]
         normed = block.norm1(x)
-        heads = {name: self._heads(name, normed) for name in {*self.context, *(projections or "")}}
-        context = self._merge_context([heads[name].transpose(1, 2).flatten(2) for name in self.context])
+        of_context = self.context if self.context in DECOUPLED else ""
+        heads = {name: self._heads(name, normed) for name in {*of_context, *(projections or "")}}
+        context = self._merge_context([heads[name].transpose(1, 2).flatten(2) for name in of_context])
         if projections is None:
             return block(x, **extra), context
         v = self._heads("v", normed)
-        scale = self.scale if attention in CONTEXTS else None       # baselines divide by √d
+        scale = self.scale if attention in DECOUPLED else None      # baselines divide by √d
         y = sum(F.scaled_dot_product_attention(heads[name], heads[name], v, scale=scale) for name in projections)
         y = (y if projections else v).transpose(1, 2).flatten(2)
         y = block.attn.proj(block.attn.norm(y))
@@ -177,9 +188,11 @@ class DeCLIP(nn.Module):
         return projection(attn, name)(normed).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
     @staticmethod
-    def _merge_context(parts: list[Tensor]) -> Tensor:
+    def _merge_context(parts: list[Tensor]) -> Tensor | None:
+        if len(parts) < 2:
+            return parts[0] if parts else None
         # Unit vectors side by side: their cosine is the mean of the parts' cosines.
-        return parts[0] if len(parts) == 1 else torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1)
+        return torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1)
 
     @torch.no_grad()
     def encode_text(self, names: Sequence[str], templates: Sequence[str | Callable[[str], str]] = ("{}",)) -> Tensor:
@@ -199,7 +212,7 @@ class DeCLIP(nn.Module):
         return open_clip.build_zero_shot_classifier(self.clip, tokenizer, list(names), templates, device=device).T
 
     def freeze(self, unlocked_blocks: int) -> None:
-        """Leaves the last `unlocked_blocks` attention blocks trainable, less what the decoupled path does not use.
+        """Leaves the last `unlocked_blocks` attention blocks trainable, less what the last one does not use for `context`.
 
         Raises UserError unless 1 <= unlocked_blocks <= depth.
         """
@@ -209,8 +222,9 @@ class DeCLIP(nn.Module):
                             f"choose 1 to {len(blocks)}.")
         self.requires_grad_(False)
         blocks[len(blocks) - unlocked_blocks:].requires_grad_(True)
-        unused = [blocks[-1].norm2, blocks[-1].mlp]
-        unused += [projection(blocks[-1].attn, name) for name in "qk" if name not in self.context]
+        used = "qk" if self.context == "clip" else ATTENTIONS[self.context].projections
+        unused = [projection(blocks[-1].attn, name) for name in "qk" if name not in used]
+        unused += [] if ATTENTIONS[self.context].keeps_residual else [blocks[-1].norm2, blocks[-1].mlp]
         for module in unused:
             module.requires_grad_(False)
 
@@ -270,19 +284,31 @@ class DeCLIP(nn.Module):
 
 
 def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
-    """open_clip's model with its text tower as `.text`; its warnings about missing weights are ours to give."""
-    local = model_name.startswith(("local-dir:", "hf-hub:"))
-    if not local and model_name not in open_clip.list_models():
+    """open_clip's model with its text tower as `.text`; its warnings about missing weights are ours to give.
+
+    A model in a folder, `local-dir:FOLDER`, or on the Hugging Face hub brings its own weights; tag None leaves them out.
+    """
+    schema, _, folder = model_name.partition(":")
+    if schema == "local-dir" and not (Path(folder) / "open_clip_config.json").is_file():
+        raise UserError(f"{model_name} has no open_clip_config.json; name a folder that holds a model in open_clip's format, "
+                        "as seen from the present one.")
+    if schema not in ("local-dir", "hf-hub"):
+        check_tag(model_name, tag)
+    with silenced():
+        return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None, force_custom_text=True)
+
+
+def check_tag(model_name: str, tag: str | None) -> None:
+    """Raises UserError unless open_clip has the model and weights of that tag for it, made with its activation."""
+    if model_name not in open_clip.list_models():
         raise UserError(f"open_clip has no model named {model_name!r}; see open_clip.list_models().")
-    tags = [] if local else open_clip.list_pretrained_tags_by_model(model_name)
-    if tag and not local and tag not in tags:
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if tag and tag not in tags:
         raise UserError(f"{tag!r} is neither a file nor one of open_clip's weights for {model_name}: "
                         f"{', '.join(tags) or 'it has none'}.")
     if tag and open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False) != uses_quick_gelu(model_name):
         raise UserError(f"The weights {tag!r} need the other activation; use the model "
                         f"{model_name.removesuffix('-quickgelu') + ('' if uses_quick_gelu(model_name) else '-quickgelu')}.")
-    with silenced():
-        return open_clip.create_model(model_name, pretrained=tag, force_custom_text=True)
 
 
 def uses_quick_gelu(model_name: str) -> bool:

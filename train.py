@@ -46,8 +46,8 @@ RESUME = False                      # go on with the run in OUT from its last ch
 
 # The model
 MODEL = "EVA02-B-16"                # open_clip model that is student and teacher; EVA02-L-14-336, ViT-B-16-quickgelu ...
-PRETRAINED: str | None = "merged2b_s8b_b131k"           # its weights: an open_clip tag or a file; None: random
-CONTEXT = "q"                       # projections that make X_context: q, k or qk
+PRETRAINED: str | None = "merged2b_s8b_b131k"           # its weights: a tag or a file; None: random; local-dir: has its own
+CONTEXT = "q"                       # projections that make X_context: q, k, qk; clip, maskclip: not decoupled (Table 1)
 SCALE: float | None = None          # factor of the last block's logits; None: 1/√d (paper); 1 (published scripts)
 UNLOCKED_BLOCKS: int | None = None  # attention blocks trained, counted from the end; None: all of them (paper)
 ENSEMBLE = 1.0                      # share of the student in the saved weights, the rest is CLIP; 0.7 published for B/16

@@ -105,7 +105,7 @@ def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Te
     block = clip.visual.blocks[-1]
     attn, normed = block.attn, block.norm1(x)
     d = normed.shape[-1] // attn.num_heads
-    is_decoupled = attention in model.CONTEXTS
+    is_decoupled = attention in model.DECOUPLED
     q, k, v = (model.projection(attn, name)(normed).split(d, dim=-1) for name in "qkv")
     scale = clip.scale if clip.scale is not None and is_decoupled else 1 / math.sqrt(d)
     pairs = {"maskclip": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k], "qk": [q, k]}[attention]
@@ -180,18 +180,34 @@ def test_tokens_are_row_major():
     assert change_of_context.argmax() == 1 * 6 + 3
 
 
+@pytest.mark.parametrize("context", model.UNDECOUPLED)
+def test_without_decoupling_one_output_is_content_and_context(clip, context):
+    """X_dense of Table 1's first rows is the block's ordinary output, whatever baseline's content is asked for."""
+    clip.context = context
+    with torch.inference_mode():
+        ordinary, _ = clip.encode_dense(images(32, 48), context)
+        for attention in (None, context, "clearclip"):
+            content, tokens = clip.encode_dense(images(32, 48), attention)
+            torch.testing.assert_close(tokens, ordinary.flatten(2).mT)
+            assert torch.equal(content, ordinary) == (attention != "clearclip")
+
+
+USED = {"q": "q", "k": "k", "qk": "qk", "clip": "qk", "maskclip": ""}      # of Q and K of the last block
+
+
 @pytest.mark.parametrize("context", model.CONTEXTS)
 def test_freeze(clip, context):
-    """Trained: attention blocks, less what the decoupled path leaves out; and every one of them gets a gradient."""
+    """Trained: attention blocks, less what the last one leaves out; and every one of them gets a gradient."""
     clip.context = context
     clip.freeze(2)
     trained = {name for name, parameter in clip.named_parameters() if parameter.requires_grad}
     assert all(name.startswith(("clip.visual.blocks.1.", "clip.visual.blocks.2.")) for name in trained)
-    assert not any(".blocks.2.norm2." in name or ".blocks.2.mlp." in name for name in trained)
+    for part in (".blocks.2.norm2.", ".blocks.2.mlp."):
+        assert any(part in name for name in trained) == (context in model.UNDECOUPLED)
     assert any(".blocks.1.mlp." in name for name in trained)
     for name in "qk":
         last = [key for key in trained if ".blocks.2." in key and (f"{name}_proj" in key or f"qkv.{name}." in key)]
-        assert bool(last) == (name in context)
+        assert bool(last) == (name in USED[context])
     regions, tokens = clip(images(32, 48), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])] * 2)
     (regions.sum() + tokens.square().sum()).backward()
     assert {name for name, parameter in clip.named_parameters() if parameter.grad is not None} == trained

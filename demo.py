@@ -1,0 +1,175 @@
+"""The end of `make demo`: one table of what its evaluations found, and one picture of what changed.
+
+    ./demo.sh                           # everything; `make demo` sets up the environment first
+    python demo.py                      # the table and the picture again
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps, patches
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+
+import evaluation
+import settings
+import toy
+from data import BENCHMARKS, SegmentationImages, read_classes, student_image
+from model import DeCLIP
+from settings import UserError
+
+RESULTS = "out/toy"                 # folder of the evaluations' json, the trained model's in declip/ below it
+DATA = "data"                       # folder that holds toy/
+CKPT = "out/toy/declip/declip.safetensors"      # the trained model
+SCENES = (0, 5, 9)                  # scenes of data/toy/val that the picture shows
+PICTURE = "out/toy/demo.png"        # where the picture goes
+
+METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json", "DeCLIP": "declip/{}.json"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table and draws the picture, as the command line (or `argv`) says."""
+    cfg = settings.parse(argv, sys.modules[__name__])
+    try:
+        print(table(read_results(cfg)))
+        draw(cfg)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"demo.py: {error}") from None
+    print(f"\nThe picture is {cfg.PICTURE}. Next, with real data: unpack COCO into data/ as README.md says, then\n"
+          "torchrun --nproc_per_node 8 train.py")
+
+
+def read_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
+    """For each method what eval_region.py and eval_seg.py wrote."""
+    results = {}
+    for method, pattern in METHODS.items():
+        files = {name: Path(cfg.RESULTS) / pattern.format(name) for name in ("region", "seg")}
+        missing = next((file for file in files.values() if not file.is_file()), None)
+        if missing:
+            raise UserError(f"There is no {missing}; run ./demo.sh, which evaluates first.")
+        results[method] = {name: json.loads(file.read_text()) for name, file in files.items()}
+    return results
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """The comparison for a screen, in per cent."""
+    def of_regions(method: str, way: str) -> str:
+        means = results[method]["region"]["mAcc"]
+        return "".join(f"{means[f'{way} {kind}']['top1']:8.1f}" for kind in ("thing", "stuff"))
+
+    lines = ["", f"{'':36}{'mAcc by box':>16}{'mAcc by mask':>16}", f"{'%':36}{'thing   stuff   thing   stuff    mIoU':>40}"]
+    for method, result in results.items():
+        miou = result["seg"]["benchmarks"]["toy"]["mIoU"]
+        lines.append(f"{method:36}{of_regions(method, 'box')}{of_regions(method, 'mask')}{miou:8.1f}")
+    return "\n".join([*lines, f"{'CLIP on crops cut out of the scenes':36}{of_regions('CLIP', 'crop')}"])
+
+
+# ------------------------------------------------------------------------------------------------------- the picture
+
+@torch.inference_mode()
+def draw(cfg: SimpleNamespace) -> None:
+    """Scene, ground truth, segmentation and attention of one anchor before and after training, a row for each scene."""
+    after = DeCLIP(pretrained=cfg.CKPT)
+    before = DeCLIP(after.model_name, "own")
+    classes = read_classes("classes/toy.txt")
+    text = evaluation.encode_classes(SimpleNamespace(TEMPLATE="imagenet"), before, classes)
+    scenes = SegmentationImages(BENCHMARKS["toy"], cfg.DATA)
+    titles = ["scene and anchor", "ground truth", "CLIP", "DeCLIP", "CLIP's attention", "DeCLIP's attention"]
+    matplotlib.use("agg")
+    shape = len(cfg.SCENES), len(titles)
+    figure, axes = plt.subplots(*shape, figsize=(2 * shape[1], 2.1 * shape[0] + 0.9), squeeze=False)
+    seen = set()
+    for row, number in zip(axes, cfg.SCENES):
+        image, label = scenes[number]
+        anchor = find_anchor(label)
+        picture = student_image(image, 128, before.mean, before.std)[None]
+        found = [best_class(clip.encode_dense(picture, attention)[0], text, label.shape)
+                 for clip, attention in ((before, "clip"), (after, None))]
+        seen.update(label.unique().tolist(), *(each.unique().tolist() for each in found))
+        h, w = picture.shape[-2] // before.patch_size, picture.shape[-1] // before.patch_size
+        token = anchor[1] * h // label.shape[0] * w + anchor[0] * w // label.shape[1]
+        rows = [last_attention(before, picture, "clip")[0, token], last_attention(after, picture, after.context)[0, token]]
+        maps = [F.interpolate(each.view(1, 1, h, w), label.shape, mode="nearest")[0, 0] for each in rows]
+        row[0].imshow(image.permute(1, 2, 0))
+        for axis, classes_of_pixels in zip(row[1:4], (label, *found)):
+            axis.imshow(PALETTE[classes_of_pixels], interpolation="nearest")
+        for axis, values in zip(row[4:], maps):
+            axis.imshow(values, cmap="magma", vmin=0, vmax=max(float(each.max()) for each in maps))
+        for axis in (row[0], *row[4:]):
+            axis.plot(*anchor, "P", color="white", markeredgecolor="black", markersize=9)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=11)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    handles = [patches.Patch(color=PALETTE[index], label=classes.names[index]) for index in sorted(seen)]
+    figure.legend(handles=handles, loc="lower center", ncols=9, frameon=False, fontsize=10)
+    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 1, 1), pad=0.5)
+    Path(cfg.PICTURE).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(cfg.PICTURE, dpi=110)
+    plt.close(figure)
+
+
+PALETTE = np.concatenate([colormaps["tab10"].colors, colormaps["Set2"].colors])     # things strong, stuff pale
+
+
+def find_anchor(label: Tensor) -> tuple[int, int]:
+    """The pixel (x, y) that is deepest inside a thing: the last to go when things are eroded."""
+    inside = (label < len(toy.THINGS)).float()[None, None]
+    while (smaller := -F.max_pool2d(-inside, 3, 1, 1)).any():
+        inside = smaller
+    y, x = inside[0, 0].nonzero()[0].tolist()
+    return x, y
+
+
+def best_class(content: Tensor, text: Tensor, size: tuple[int, int]) -> Tensor:
+    """Content (1, C, h, w) and text (K, C) -> the nearest class of each pixel, (H, W)."""
+    scores = torch.einsum("chw,kc->khw", F.normalize(content[0], dim=0), text)
+    return F.interpolate(scores[None], size, mode="bilinear")[0].argmax(dim=0)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+@contextmanager
+def recorded_attention(trunk: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects softmax(QKᵀ/√d) of every block of a timm ViT that runs inside: (B, heads, tokens, tokens) each."""
+    rows, handles = [], []
+    fused = [block.attn.fused_attn for block in trunk.blocks]
+    for block in trunk.blocks:
+        block.attn.fused_attn = False       # the plain form has the matrix, and hands it to a dropout
+        handles.append(block.attn.attn_drop.register_forward_pre_hook(lambda _, given: rows.append(given[0])))
+    try:
+        yield rows
+    finally:
+        for block, was_fused in zip(trunk.blocks, fused):
+            block.attn.fused_attn = was_fused
+        for handle in handles:
+            handle.remove()
+
+
+def last_attention(clip: DeCLIP, images: Tensor, attention: str) -> Tensor:
+    """(B, 3, H, W) -> (B, N, N): how the last block's patch tokens attend to each other, mean over heads.
+
+    attention: clip for CLIP's own block; q, k or qk for the decoupled one. The rest of a row, 1 - its sum, is [CLS]'s.
+    """
+    if attention == "clip":
+        with recorded_attention(clip.visual) as rows:
+            clip.encode_image(images)
+        return rows[-1].mean(dim=1)[:, 1:, 1:]
+    x, extra, _ = clip.embed(images)
+    for block in clip.visual.blocks[:-1]:
+        x = block(x, **extra)
+    heads = [clip._heads(name, clip.visual.blocks[-1].norm1(x)) for name in attention]
+    scale = heads[0].shape[-1]**-0.5 if clip.scale is None else clip.scale
+    return torch.stack([(each @ each.mT * scale).softmax(dim=-1) for each in heads]).mean(dim=(0, 2))[:, 1:, 1:]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Table 1 in the toy world: what self-distillation does alone, with a VFM, and with a VFM and decoupling.
+
+    python toy.py                       # the scenes, first
+    python table1.py --search           # a grid of LR and λ for each row, judged on the dev scenes; 16 minutes on 2 cores
+    python table1.py                    # each row with the settings in presets/, three seeds, on the val scenes; 6 minutes
+
+A row's settings are judged by the mean of its five figures. A run that is in OUT already is not made again.
+"""
+
+import contextlib
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+import eval_region
+import eval_seg
+import settings
+import train
+from settings import UserError
+
+OUT = "out/table1"                  # folder of the runs, one below it for each
+SEARCH = False                      # try the grid below on the dev scenes, one seed; else the presets' settings on val
+LRS = (3e-4, 1e-3, 3e-3)            # learning rates of the grid
+LAMBDAS = (0.05, 0.25, 1.0)         # weights of the context loss, for rows that have one
+SEEDS = (0, 1, 2)                   # of the order of images and of their crops, for the reported runs
+
+ROWS = {"self-distillation": ["@presets/toy_self.txt"], "self + VFM": ["@presets/toy_undecoupled.txt"],
+        "self + VFM + decoupled (DeCLIP)": []}
+FIGURES = ("box thing", "box stuff", "mask thing", "mask stuff", "mIoU")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Makes the runs that the command line (or `argv`) asks for, and prints their table."""
+    cfg = settings.parse(argv, sys.modules[__name__])
+    try:
+        print(search(cfg) if cfg.SEARCH else report(cfg))
+    except UserError as error:
+        raise SystemExit(f"table1.py: {error}") from None
+
+
+def search(cfg: SimpleNamespace) -> str:
+    """Every LR and λ of the grid for every row, on the dev scenes -> a table, the best of each row marked."""
+    runs = [(name, lr, weight) for name in ROWS for lr, weight in product(cfg.LRS, cfg.LAMBDAS)
+            if name != "self-distillation" or weight == cfg.LAMBDAS[0]]
+    judged = {}
+    for name, lr, weight in tqdm(runs, desc="search", unit="run"):
+        options = ["--lr", str(lr), *(["--lambda", str(weight)] if name != "self-distillation" else [])]
+        judged[name, lr, weight] = figures(cfg, name, options, seed=0, scenes="dev")
+    lines = [f"{'dev scenes, %':34}{'LR':>8}{'λ':>6}" + "".join(f"{figure:>12}" for figure in FIGURES) + f"{'mean':>8}"]
+    for (name, lr, weight), found in judged.items():
+        best = max(mean(other.values()) for (arm, *_), other in judged.items() if arm == name)
+        shown = "-" if name == "self-distillation" else f"{weight:g}"
+        lines.append(f"{name:34}{lr:>8g}{shown:>6}" + "".join(f"{found[figure]:12.1f}" for figure in FIGURES)
+                     + f"{mean(found.values()):8.1f}" + ("  best" if mean(found.values()) == best else ""))
+    return "\n".join(lines)
+
+
+def report(cfg: SimpleNamespace) -> str:
+    """Each row with the settings of its preset and every seed, on the val scenes -> mean and standard deviation."""
+    found = {name: [] for name in ROWS}
+    for name, seed in tqdm(list(product(ROWS, cfg.SEEDS)), desc="report", unit="run"):
+        found[name].append(figures(cfg, name, [], seed, scenes="val"))
+    lines = [f"{'val scenes, %':34}" + "".join(f"{figure:>14}" for figure in FIGURES)]
+    for name, runs in found.items():
+        columns = [[run[figure] for run in runs] for figure in FIGURES]
+        spread = [stdev(each) if len(each) > 1 else 0 for each in columns]
+        lines.append(f"{name:34}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}" for each, wide in zip(columns, spread)))
+    return "\n".join(lines)
+
+
+def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int, scenes: str) -> dict[str, float]:
+    """Trains and evaluates one run, unless it is there -> its five FIGURES in per cent."""
+    words = [Path(word).stem if word.startswith("@") else word.lstrip("-") for word in [*ROWS[name], *options]]
+    folder = Path(cfg.OUT) / "-".join([*words, f"seed-{seed}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = ["--ckpt", str(folder / "declip.safetensors")]
+    root = f"data/toy/{scenes}"
+    with open(folder / "output.txt", "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        if not (folder / "trained").exists():
+            train.main(["@presets/toy.txt", *ROWS[name], *options, "--seed", str(seed), "--out", str(folder), "--resume"])
+            (folder / "trained").touch()
+        result = folder / f"{scenes}.json"
+        if not result.exists():
+            places = ["--annotations", f"{root}/panoptic.json", "--pngs", f"{root}/panoptic", "--images", f"{root}/images"]
+            of_regions = eval_region.main(["@presets/toy_region.txt", *checkpoint, *places])["mAcc"]
+            benchmark = "toy_dev" if scenes == "dev" else "toy"
+            of_pixels = eval_seg.main(["@presets/toy_seg.txt", *checkpoint, "--benchmarks", benchmark])[benchmark]
+            found = {figure: of_regions[figure]["top1"] for figure in FIGURES[:-1]} | {"mIoU": of_pixels["mIoU"]}
+            result.write_text(json.dumps(found))
+    return json.loads(result.read_text())
+
+
+if __name__ == "__main__":
+    main()
