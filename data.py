@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_masks
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -393,25 +394,50 @@ def segment_masks(segments: Tensor, count: int, size: int, patch_size: int) -> T
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a segmentation benchmark's files are in its original layout, and what its label values mean."""
+    """Where a segmentation benchmark's files are in its original layout, what its label values mean, and how it is evaluated.
+
+    `{}` in a path stands for an image's name.
+    """
     folder: str                         # below the data folder
-    names: str                          # file that lists the images, one name a line
-    image: str                          # path of an image by its name
-    label: str                          # path of its label PNG
+    names: str                          # file that lists the images, a name a line; or a pattern of names: * or */*
+    image: str                          # path of an image
+    label: str                          # path of its label PNG, or of a COCO-instances json to render it from
     classes: str                        # file in classes/
     values: Sequence[int]               # label value of each class, in the order of `classes`; all others are void
     threshold: float | None = None      # with a background class (the first): it gets pixels of a lower probability
+    logit_scale: float = 40.0           # factor of the similarities before that probability's softmax
+    short_side: int = 448               # of the image that the model sees
 
 
 _VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
+_CONTEXT = ("VOCdevkit/VOC2010", "ImageSets/SegmentationContext/val.txt", "JPEGImages/{}.jpg",
+            "SegmentationClassContext/{}.png")
 _TOY = ("names.txt", "images/{}.png", "labels/{}.png")
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_NOT_IN_COCO_STUFF = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}       # ids that COCO has no annotation of
 
+# Thresholds, scales and sides are the authors' (configs/ of their code); the paper does not give them.
 BENCHMARKS = {
+    "voc21": Benchmark(*_VOC, "voc21.txt", range(21), threshold=0.4, logit_scale=80.0),
+    "context60": Benchmark(*_CONTEXT, "context60.txt", range(60), threshold=0.15),
+    "coco_object": Benchmark("coco", "*", "val2017/{}.jpg", "annotations/instances_val2017.json", "coco_object.txt", range(81),
+                             threshold=0.2),
     "voc20": Benchmark(*_VOC, "voc20.txt", range(1, 21)),
-    "voc21": Benchmark(*_VOC, "voc21.txt", range(21), threshold=0.4),
+    "context59": Benchmark(*_CONTEXT, "context59.txt", range(1, 60)),
+    "coco_stuff": Benchmark("coco", "*", "val2017/{}.jpg", "stuffthingmaps/val2017/{}.png", "coco_stuff.txt",
+                            [id - 1 for id in range(1, 183) if id not in _NOT_IN_COCO_STUFF]),
+    "cityscapes": Benchmark("cityscapes", "*/*", "leftImg8bit/val/{}_leftImg8bit.png", "gtFine/val/{}_gtFine_labelIds.png",
+                            "cityscapes.txt", _CITYSCAPES_IDS, short_side=560),
+    "ade150": Benchmark("ADEChallengeData2016", "*", "images/validation/{}.jpg", "annotations/validation/{}.png", "ade150.txt",
+                        range(1, 151)),
     "toy": Benchmark("toy/val", *_TOY, "toy.txt", range(18)),
     "toy_dev": Benchmark("toy/dev", *_TOY, "toy.txt", range(18)),       # to choose settings with
 }
+PAPERS = tuple(name for name in BENCHMARKS if not name.startswith("toy"))       # Table 5, Table 10
+
+
+class NotThere(UserError):
+    """A benchmark's files are not where they were looked for."""
 
 
 class SegmentationImages(Dataset):
@@ -420,15 +446,27 @@ class SegmentationImages(Dataset):
     def __init__(self, benchmark: Benchmark, data: str | Path):
         self.root = Path(data) / benchmark.folder
         self.benchmark = benchmark
-        listing = self.root / benchmark.names
-        if not listing.is_file():
-            raise UserError(f"There is no {listing.absolute()}; unpack the data set there in its original layout "
-                            f"(toy.py draws the toy scenes), or set DATA to the folder that holds {benchmark.folder}.")
-        self.names = listing.read_text(encoding="utf-8-sig").split()
-        if not self.names:
-            raise UserError(f"{listing} names no image; unpack the data set again.")
+        self.names = self._list()
+        self.instances = Instances(self.root / benchmark.label) if benchmark.label.endswith(".json") else None
         self.lookup = np.full(65536, VOID, dtype=np.uint8)
         self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
+
+    def _list(self) -> list[str]:
+        """The images' names; NotThere if there are none."""
+        pattern = self.benchmark.image.format(self.benchmark.names)
+        is_listed = "*" not in self.benchmark.names
+        looked_at = self.root / (self.benchmark.names if is_listed else pattern)
+        if is_listed and looked_at.is_file():
+            names = looked_at.read_text(encoding="utf-8-sig").split()
+        else:
+            before, after = self.benchmark.image.split("{}")
+            found = sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern)) if not is_listed else []
+            names = [path[len(before):len(path) - len(after)] for path in found]
+        if not names:
+            raise NotThere(f"There is no {looked_at.absolute()}, or it names no image; unpack the data set there in its "
+                           "original layout (toy.py draws the toy scenes), or set DATA to the folder that holds "
+                           f"{self.benchmark.folder}.")
+        return names
 
     def __len__(self) -> int:
         return len(self.names)
@@ -437,10 +475,48 @@ class SegmentationImages(Dataset):
         image = read_image(self.root / self.benchmark.image.format(self.names[index]))
         path = self.root / self.benchmark.label.format(self.names[index])
         try:
-            with Image.open(path) as file:
-                label = self.lookup[np.array(file)]
+            if self.instances:
+                values = self.instances.render(f"{Path(self.names[index]).name}.jpg", *image.shape[1:])
+            else:
+                with Image.open(path) as file:
+                    values = np.array(file)
+            label = self.lookup[values]
         except (OSError, IndexError) as error:
             raise UserError(f"{path} can't be read as a label image ({error}); download it again.") from None
         if label.shape != tuple(image.shape[1:]):
             raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; they must be of one size.")
         return image, torch.from_numpy(label)
+
+
+class Instances:
+    """A COCO-instances json, rendered to label images: 0 background, 1 ... the categories in the order of their ids."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise NotThere(f"There is no {path.absolute()}; unpack COCO's annotations there, or set DATA to the folder that "
+                           "holds coco.")
+        content = read_json(path, "images", "annotations", "categories")
+        with fields_of(path):
+            self.value = {id: place + 1 for place, id in enumerate(sorted(each["id"] for each in content["categories"]))}
+            self.image_of = {image["file_name"]: image["id"] for image in content["images"]}
+            self.of_image: dict[int, list[dict]] = {}
+            for annotation in content["annotations"]:
+                kept = {name: annotation[name] for name in ("category_id", "segmentation")}
+                self.of_image.setdefault(annotation["image_id"], []).append(kept)
+
+    def render(self, file_name: str, height: int, width: int) -> np.ndarray:
+        """The label image (height, width) of an image; of overlapping objects the smaller one is on top."""
+        label = np.zeros((height, width), np.uint8)
+        objects = [(self._mask(each["segmentation"], height, width), self.value[each["category_id"]])
+                   for each in self.of_image.get(self.image_of.get(file_name), [])]
+        for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
+            label[mask] = value
+        return label
+
+    @staticmethod
+    def _mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+        """Polygons, or a run-length code in either of COCO's forms -> bool (height, width)."""
+        if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str):
+            return coco_masks.decode(segmentation).astype(bool)
+        codes = coco_masks.frPyObjects(segmentation, height, width)
+        return coco_masks.decode(coco_masks.merge(codes) if isinstance(codes, list) else codes).astype(bool)

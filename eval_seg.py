@@ -1,6 +1,7 @@
 """Open-vocabulary segmentation from dense features: each pixel gets the class whose text is nearest (Tables 5 and 10).
 
     python eval_seg.py --ckpt out/declip/declip.safetensors
+    python eval_seg.py --benchmarks all --ckpt ...                 # the paper's eight, as far as their data are there
     python eval_seg.py --attention clearclip                       # a baseline, no checkpoint
     torchrun --nproc_per_node 8 eval_seg.py --ckpt ...             # images divided among GPUs
 
@@ -22,19 +23,19 @@ import distributed
 import evaluation
 import settings
 from data import BENCHMARKS as KNOWN
-from data import VOID, Classes, SegmentationImages, normalize, padded, read_classes, resize, workers
+from data import PAPERS, VOID, Classes, NotThere, SegmentationImages, normalize, padded, read_classes, resize, workers
 from model import DeCLIP
 from settings import UserError
 
 # Besides these, the settings of evaluation.py: which model, which attention, where the result goes.
-BENCHMARKS = ("voc20", "voc21")     # which to evaluate
+BENCHMARKS = ("voc20", "voc21")     # which to evaluate; all: the paper's eight, as far as their data are there
 DATA = "data"                       # folder that holds the data sets in their original layouts
 CLASSES: str | None = None          # class file instead of the benchmark's own in classes/, with as many lines
-SHORT_SIDE = 448                    # of the image, in pixels
+SHORT_SIDE: int | None = None       # of the image, in pixels; None: the benchmark's own (448; cityscapes: 560)
 WINDOW = 336                        # side of a window; a multiple of the patch size
 STRIDE = 112                        # from window to window
-LOGIT_SCALE = 80.0                  # factor of the cosine similarities before the softmax; 80 is the authors' for VOC21
-THRESHOLD: float | None = None      # background where no class is more probable; None: the benchmark's own (voc21: 0.4)
+LOGIT_SCALE: float | None = None    # factor of the cosine similarities before the softmax; None: the benchmark's own
+THRESHOLD: float | None = None      # background where no class is more probable; None: the benchmark's own
 WINDOW_BATCH = 16                   # windows of one forward pass
 
 
@@ -48,26 +49,53 @@ def main(argv: list[str] | None = None) -> dict:
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Every benchmark through the model, each printed; the json is written after each."""
     check(cfg)
-    sets = {name: (SegmentationImages(KNOWN[name], cfg.DATA), benchmark_classes(cfg, name)) for name in cfg.BENCHMARKS}
+    sets, missing = find_data(cfg)
     clip = evaluation.open_model(cfg).to(ranks.device)
     if cfg.WINDOW % clip.patch_size:
         raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
                         f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
     result = {}
     for name, (dataset, classes) in sets.items():
-        confusion = evaluate(cfg, clip, dataset, classes, name, ranks)
+        confusion = evaluate(protocol(cfg, name), clip, dataset, classes, name, ranks)
         result[name] = summarize(confusion, classes)
         if ranks.is_main:
             print(f"\n{name}: {evaluation.title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
             evaluation.write_result(cfg, clip, "seg", {"benchmarks": result})
+    if ranks.is_main and (len(result) > 1 or missing):
+        print(overview(result, missing))
     return result
+
+
+def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages, Classes]], dict[str, str]]:
+    """(images and classes of each benchmark asked for; of `all`, what was looked for in vain)."""
+    sets, missing = {}, {}
+    wants_all = cfg.BENCHMARKS == ("all",)
+    for name in PAPERS if wants_all else cfg.BENCHMARKS:
+        try:
+            sets[name] = SegmentationImages(KNOWN[name], cfg.DATA), benchmark_classes(cfg, name)
+        except NotThere as error:
+            if not wants_all:
+                raise
+            missing[name] = str(error)
+    if not sets:
+        raise UserError(f"None of the benchmarks is in {Path(cfg.DATA).absolute()}; README.md says how each is unpacked.")
+    return sets, missing
+
+
+def protocol(cfg: SimpleNamespace, name: str) -> SimpleNamespace:
+    """The settings with a benchmark's own ones where none were given."""
+    own = {"SHORT_SIDE": KNOWN[name].short_side, "LOGIT_SCALE": KNOWN[name].logit_scale, "THRESHOLD": KNOWN[name].threshold}
+    given = {key: value for key, value in vars(cfg).items() if value is not None}
+    if KNOWN[name].threshold is None:       # without a background class there is nothing for a threshold to do
+        given.pop("THRESHOLD", None)
+    return SimpleNamespace(**vars(cfg) | own | given)
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN]
+    unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN and cfg.BENCHMARKS != ("all",)]
     if unknown:
-        raise UserError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}.")
+        raise UserError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}, or all alone.")
     settings.check_least(cfg, SHORT_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
@@ -88,15 +116,12 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, dataset: SegmentationImages, cl
              ranks: distributed.Ranks) -> Tensor:
     """The confusion matrix (K, K) of a benchmark, rows true, columns predicted, summed over ranks."""
     text = evaluation.encode_classes(cfg, clip, classes)
-    threshold = KNOWN[name].threshold
-    if threshold is not None and cfg.THRESHOLD is not None:
-        threshold = cfg.THRESHOLD
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=ranks.device)
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     loader = DataLoader(share, batch_size=None, num_workers=workers(cfg.WORKERS))
     for image, label in tqdm(loader, desc=name, unit="image", disable=not ranks.is_main):
         logits = segment(cfg, clip, image.to(ranks.device), text)
-        prediction = decide(logits, classes, cfg.LOGIT_SCALE, threshold)
+        prediction = decide(logits, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD)
         confusion += confusion_matrix(label.to(ranks.device), prediction, len(classes))
     return distributed.sum_over_ranks(confusion).cpu()
 
@@ -170,6 +195,15 @@ def table(result: dict) -> str:
     cells = [f"{name[:20]:20}{'-' if iou is None else f'{iou:.1f}':>6}" for name, iou in result["IoU"].items()]
     lines = ["   ".join(cells[start:start + 4]) for start in range(0, len(cells), 4)]
     return "\n".join([*lines, f"mIoU {result['mIoU']:.1f} %   pixel accuracy {result['pixel accuracy']:.1f} %"])
+
+
+def overview(result: dict[str, dict], missing: dict[str, str]) -> str:
+    """mIoU of each benchmark, their mean, and what was missing, for a screen."""
+    papers = [result[name]["mIoU"] for name in result if name in PAPERS]
+    lines = ["", *(f"{name:16}{each['mIoU']:6.1f}" for name, each in result.items())]
+    if len(papers) > 1:
+        lines.append(f"{'mean':16}{sum(papers) / len(papers):6.1f}   of {len(papers)} of the paper's {len(PAPERS)}, mIoU in %")
+    return "\n".join([*lines, *(f"{name:16}     -   {reason}" for name, reason in missing.items())])
 
 
 if __name__ == "__main__":

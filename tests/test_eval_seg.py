@@ -194,7 +194,7 @@ def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("given, sentence", [
-    ({"benchmarks": "voc22"}, "There is no benchmark 'voc22'; choose among voc20, voc21"),
+    ({"benchmarks": "voc22"}, "There is no benchmark 'voc22'; choose among voc21, context60"),
     ({"data": "no"}, "set DATA to the folder that holds VOCdevkit/VOC2012"),
     ({"window": 30}, "WINDOW 30 is no multiple of tiny-eva's patch size; set it to 24"),
     ({"stride": 33}, "STRIDE is 33; it must be from 1 to WINDOW, 32"),
