@@ -62,7 +62,7 @@ def read_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The comparison for a screen, in per cent."""
     def of_regions(method: str, way: str) -> str:
-        means = results[method]["region"]["mAcc"]
+        means = results[method]["region"]["sizes"]["128"]["mAcc"]
         return "".join(f"{means[f'{way} {kind}']['top1']:8.1f}" for kind in ("thing", "stuff"))
 
     lines = ["", f"{'':36}{'mAcc by box':>16}{'mAcc by mask':>16}", f"{'%':36}{'thing   stuff   thing   stuff    mIoU':>40}"]

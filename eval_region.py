@@ -2,6 +2,7 @@
 
     python eval_region.py --ckpt out/declip/declip.safetensors
     python eval_region.py --attention clip                         # plain CLIP, no checkpoint
+    python eval_region.py --sizes 224 336 448 560 672 784 896 1024 --ckpt ...       # Figure 6: a table and a plot
     torchrun --nproc_per_node 8 eval_region.py --ckpt ...          # images divided among GPUs
 
 Prints top-1 and top-5 mAcc for boxes and masks, and for the crops' [CLS], the bound of what regions can learn from the
@@ -12,6 +13,7 @@ itself, which training has changed. Writes them to region.json beside the checkp
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -48,7 +50,7 @@ CROWD = False                       # also regions marked iscrowd; CLIPSelf's ev
 MIN_AREA = 64                       # smallest box in pixels; 64 is CLIPSelf's
 
 TEACHER: str | None = None          # weights of MODEL whose [CLS] of crops is the bound; None: the evaluated model's own
-IMAGE_SIZE = 560                    # longest side; the paper's ablations use 560, Table 7 1024, Figure 6 224 to 1024
+SIZES = (560,)                      # longest side, one or several; the paper's ablations use 560, Table 7 1024
 BATCH_SIZE = 8                      # images of one forward pass
 CROP_BATCH = 64                     # crops of one forward pass
 
@@ -62,26 +64,47 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """All images through the model, their scores summed over ranks, printed and written."""
-    settings.check_least(cfg, IMAGE_SIZE=1, BATCH_SIZE=1, CROP_BATCH=1)
+    settings.check_least(cfg, BATCH_SIZE=1, CROP_BATCH=1)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
     clip = evaluation.open_model(cfg).to(ranks.device)
     teacher = DeCLIP(clip.model_name, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
+    check_sizes(cfg, clip)
     text = evaluation.encode_classes(cfg, clip, classes)
+    result = {}
+    for size in cfg.SIZES:
+        hits = evaluate(cfg, clip, teacher, dataset, classes, text, size, ranks)
+        result[str(size)] = summarize(classes, dataset.is_thing, hits)
+        if ranks.is_main:
+            print(f"\n{evaluation.title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
+            path = evaluation.write_result(cfg, clip, "region", {"sizes": result})
+    if ranks.is_main and len(cfg.SIZES) > 1:
+        print("\n" + table_of_sizes(result))
+        plot_sizes(result, evaluation.title(cfg, clip), path.with_suffix(".png"))
+    return result
+
+
+def check_sizes(cfg: SimpleNamespace, clip: DeCLIP) -> None:
+    """Raises UserError on a size that the patch size does not divide."""
+    wrong = next((size for size in cfg.SIZES if size < 1 or size % clip.patch_size), None)
+    if wrong is not None:
+        nearest = max(1, round(wrong / clip.patch_size)) * clip.patch_size
+        raise UserError(f"SIZES has {wrong}, no multiple of {clip.model_name}'s patch size, {clip.patch_size}; the nearest "
+                        f"size that works is {nearest}.")
+
+
+def evaluate(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP, dataset: PanopticRegions, classes: Classes, text: Tensor,
+             size: int, ranks: distributed.Ranks) -> dict[str, Tensor]:
+    """All images at one size -> for each way the counts (K, 3) of count_hits, summed over ranks."""
     # hits[way, class] = regions, right at top 1, right among 5
     hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ("box", "mask", "crop")}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list)
-    for samples in tqdm(loader, desc="regions", unit="batch", disable=not ranks.is_main):
+    for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch", disable=not ranks.is_main):
         labels = torch.cat([sample.labels for sample in samples]).to(ranks.device)
-        for way, features in encode_regions(cfg, clip, teacher, samples, ranks.device).items():
+        for way, features in encode_regions(cfg, clip, teacher, samples, size, ranks.device).items():
             hits[way] += count_hits(classes.best((F.normalize(features, dim=-1) @ text.T).T).T, labels)
-    hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
-    result = summarize(classes, dataset.is_thing, hits)
-    if ranks.is_main:
-        print(f"\n{evaluation.title(cfg, clip)}, {cfg.IMAGE_SIZE} px\n{table(result['mAcc'])}")
-        evaluation.write_result(cfg, clip, "region", result)
-    return result
+    return {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
 
 
 def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
@@ -96,11 +119,10 @@ def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
 
 
 @torch.inference_mode()
-def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP, samples: list[Regions],
+def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP, samples: list[Regions], size: int,
                    device: torch.device) -> dict[str, Tensor]:
     """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`: each (sum k, C)."""
     images = [sample.image.to(device) for sample in samples]
-    size = cfg.IMAGE_SIZE
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
     content, _ = clip.encode_dense(inputs, cfg.ATTENTION)
     boxes = [box_in_frame(sample, size).to(device) for sample in samples]
@@ -163,6 +185,38 @@ def table(means: dict[str, dict]) -> str:
         top1, top5 = ("-" if row[top] is None else f"{row[top]:.1f}" for top in ("top1", "top5"))
         rows.append(f"{name.replace('crop', 'crop [CLS]'):16}{top1:>7}{top5:>8}{row['regions']:9}{row['classes']:9}")
     return "\n".join(rows)
+
+
+def table_of_sizes(result: dict[str, dict]) -> str:
+    """Top-1 mAcc at every size, for a screen."""
+    ways = next(iter(result.values()))["mAcc"]
+    lines = [f"{'top 1 mAcc, %':16}" + "".join(f"{size:>7}" for size in result)]
+    for way in ways:
+        values = [each["mAcc"][way]["top1"] for each in result.values()]
+        lines.append(f"{way:16}" + "".join(f"{'-' if value is None else f'{value:.1f}':>7}" for value in values))
+    return "\n".join(lines)
+
+
+def plot_sizes(result: dict[str, dict], title: str, path: Path) -> None:
+    """Figure 6: top-1 mAcc over the picture's size, for things and for stuff."""
+    from matplotlib import pyplot as plt  # here, because it takes a second and most runs plot nothing
+
+    sizes = [int(size) for size in result]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    for axis, kind in zip(axes, ("thing", "stuff")):
+        for way, label in (("box", "boxes"), ("mask", "masks"), ("crop", "[CLS] of crops")):
+            values = [each["mAcc"][f"{way} {kind}"]["top1"] for each in result.values()]
+            if None not in values:
+                axis.plot(sizes, values, marker="o", label=label)
+        axis.set(title=f"{kind}s" if kind == "thing" else kind, xlabel="longest side of the picture, px", xticks=sizes)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 mAcc, %")
+    axes[1].legend()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"the plot is {path}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Which model an evaluation looks at, and where its result goes: the settings that all evaluation scripts share."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Classes
@@ -21,6 +23,7 @@ SCALE = "auto"                      # factor of the decoupled block's logits: sq
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: the decoupled block of CONTEXT
 TEMPLATE = "imagenet"               # imagenet: 80 sentences (paper); simple: 7; or a sentence with {}
 WORKERS = 4                         # processes that decode images, for each GPU
+CACHE: str | None = "out/cache"     # folder where embeddings of class names are kept; None: computed at every run
 OUT: str | None = None              # folder of the result; None: the checkpoint's, or out/ without one
 
 TEMPLATES = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
@@ -62,10 +65,26 @@ def number(text: str) -> float:
 
 
 def encode_classes(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes) -> Tensor:
-    """All names of a class list, synonyms too -> (prompts, C), L2-normalised, by the sentences that TEMPLATE names."""
+    """All names of a class list, synonyms too -> (prompts, C), L2-normalised, by the sentences that TEMPLATE names.
+
+    Kept in CACHE under a checksum of the text tower, the names and the sentences; so whatever changes is a new entry.
+    """
     if cfg.TEMPLATE not in TEMPLATES and not re.fullmatch(r"[^{}]*\{\}[^{}]*", cfg.TEMPLATE):
         raise UserError(f"TEMPLATE is {cfg.TEMPLATE!r}; it must be {', '.join(TEMPLATES)} or a sentence with {{}}.")
-    return clip.encode_text(classes.prompts, TEMPLATES.get(cfg.TEMPLATE, (cfg.TEMPLATE,)))
+    templates = TEMPLATES.get(cfg.TEMPLATE, (cfg.TEMPLATE,))
+    if cfg.CACHE is None or not clip.has_text:
+        return clip.encode_text(classes.prompts, templates)
+    sentences = [template.format("") if isinstance(template, str) else template("") for template in templates]
+    key = hashlib.sha256(json.dumps([classes.prompts, sentences]).encode())
+    for name, value in sorted(clip.clip.text.state_dict().items()):
+        key.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    path = Path(cfg.CACHE) / f"text-{key.hexdigest()[:24]}.safetensors"
+    device = clip.visual.pos_embed.device
+    if path.is_file():
+        return read_weights(path)[0]["text"].to(device)
+    text = clip.encode_text(classes.prompts, templates)
+    write_whole(path, lambda file: save_file({"text": text.cpu().contiguous()}, file))
+    return text
 
 
 def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
@@ -77,10 +96,10 @@ def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
     return f"{clip.model_name}, attention {attention}, {weights or 'random weights'}"
 
 
-def write_result(cfg: SimpleNamespace, clip: DeCLIP, name: str, result: dict) -> None:
+def write_result(cfg: SimpleNamespace, clip: DeCLIP, name: str, result: dict) -> Path:
     """Writes `result`, with the model and the settings that led to it, as `name`.json beside the checkpoint or into OUT.
 
-    A baseline's file has its attention in its name, so that it does not replace the model's own.
+    A baseline's file has its attention in its name, so that it does not replace the model's own. Returns the path.
     """
     folder = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out"))
     path = folder / (f"{name}.{cfg.ATTENTION}.json" if cfg.ATTENTION else f"{name}.json")
@@ -88,3 +107,4 @@ def write_result(cfg: SimpleNamespace, clip: DeCLIP, name: str, result: dict) ->
     text = json.dumps(result | about, indent=2)
     write_whole(path, lambda file: Path(file).write_text(text + "\n"))
     print(f"written to {path}")
+    return path

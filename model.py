@@ -28,7 +28,7 @@ from open_clip.transformer import VisionTransformer as OpenClipViT
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
-from timm.models import eva, vision_transformer
+from timm.models import eva, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -83,9 +83,9 @@ class DeCLIP(nn.Module):
         if self.context not in CONTEXTS:
             raise UserError(f"context is {self.context!r}; it must be one of {', '.join(CONTEXTS)}.")
         self.clip = create_open_clip(self.model_name, None if file else pretrained)
-        preprocess = self.clip.visual.preprocess_cfg
-        self.mean = tuple(recorded.get("mean", preprocess["mean"]))
-        self.std = tuple(recorded.get("std", preprocess["std"]))
+        self.preprocess = dict(self.clip.visual.preprocess_cfg)     # as open_clip keeps it
+        self.mean = tuple(recorded.get("mean", self.preprocess["mean"]))
+        self.std = tuple(recorded.get("std", self.preprocess["std"]))
         self.clip.visual = timm_trunk(self.clip.visual, self.model_name)
         self.has_text = not file
         if file:
@@ -520,7 +520,10 @@ def row_distances_gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 class VFM(nn.Module):
-    """A frozen vision foundation model: images normalised with its own `mean` and `std` -> patch tokens (B, N, D')."""
+    """A frozen vision foundation model: images normalised with its own `mean` and `std` -> patch tokens (B, N, D').
+
+    Raises UserError for an image whose sides its patch size does not divide.
+    """
 
     def __init__(self, trunk: nn.Module):
         super().__init__()
@@ -531,13 +534,17 @@ class VFM(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, h*w, D'): the last block's patch tokens after the final norm, row-major."""
+        """(B, 3, H, W) -> (B, h*w, D'): the last block's patch tokens after the final norm (SAM: its neck), row-major."""
+        H, W, p = *images.shape[-2:], self.patch_size
+        if H % p or W % p:
+            raise UserError(f"The VFM's picture is {H}x{W}, but its patch size is {p}; the nearest size that works is "
+                            f"{max(1, round(H / p)) * p}x{max(1, round(W / p)) * p}.")
         features, = self.trunk.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
         return features.flatten(2).transpose(1, 2)
 
 
 def load_vfm(name: str = "vit_base_patch14_dinov2.lvd142m", pretrained: bool | str = True) -> VFM:
-    """A timm ViT as a teacher of context: DINO, DINOv2, DINOv3 and others with tokens of one scale.
+    """A timm ViT as a teacher of context: DINO, DINOv2, DINOv3, SAM and others with tokens of one scale.
 
     pretrained: True for timm's weights, a file of weights, or False for random ones.
     Raises UserError if timm has no such model, or if it is no plain ViT.
@@ -545,12 +552,12 @@ def load_vfm(name: str = "vit_base_patch14_dinov2.lvd142m", pretrained: bool | s
     if not timm.is_model(name):
         raise UserError(f"timm has no model named {name!r}; see timm.list_models('*dino*').")
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+    any_size = {} if name.startswith("samvit") else {"dynamic_img_size": True}     # SAM takes any size as it is
     try:
-        trunk = timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, num_classes=0,
-                                  dynamic_img_size=True)
+        trunk = timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, num_classes=0, **any_size)
     except TypeError:       # a model of a fixed image size does not know the last argument
         trunk = None
-    if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer):
+    if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer | vision_transformer_sam.VisionTransformerSAM):
         raise UserError(f"{name} is no plain ViT whose patch tokens can be compared; use one, such as "
                         "vit_base_patch14_dinov2.lvd142m.")
     return VFM(trunk)

@@ -87,7 +87,7 @@ def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int, scen
         result = folder / f"{scenes}.json"
         if not result.exists():
             places = ["--annotations", f"{root}/panoptic.json", "--pngs", f"{root}/panoptic", "--images", f"{root}/images"]
-            of_regions = eval_region.main(["@presets/toy_region.txt", *checkpoint, *places])["mAcc"]
+            of_regions = eval_region.main(["@presets/toy_region.txt", *checkpoint, *places])["128"]["mAcc"]
             benchmark = "toy_dev" if scenes == "dev" else "toy"
             of_pixels = eval_seg.main(["@presets/toy_seg.txt", *checkpoint, "--benchmarks", benchmark])[benchmark]
             found = {figure: of_regions[figure]["top1"] for figure in FIGURES[:-1]} | {"mIoU": of_pixels["mIoU"]}

@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"      # a test that would download fails inste
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402, F401
 
+import evaluation  # noqa: E402
+
 torch.set_num_threads(1)        # threads cost tiny models more than they give
 SIZES = [(64, 64), (48, 80), (80, 40), (64, 96), (33, 65)]      # height, width
 
@@ -41,6 +43,12 @@ def pytest_addoption(parser) -> None:
 def seeded() -> None:
     """Random models are the same at every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def uncached(monkeypatch) -> None:
+    """Text embeddings are computed anew in every test that does not ask for a cache."""
+    monkeypatch.setattr(evaluation, "CACHE", None)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import evaluation
 import settings
 from model import DeCLIP, region_features
 
-TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "classes": "none", "image_size": 64, "workers": 0,
+TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "classes": "none", "sizes": 64, "workers": 0,
         "min_area": 1}
 
 
@@ -62,13 +62,13 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
     clip.save(tmp_path / "declip.safetensors")
     given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}
     result = eval_region.main(options(**given | panoptic | {"ckpt": tmp_path / "declip.safetensors", "batch_size": 2,
-                                                            "crop_batch": 4}))
+                                                            "crop_batch": 4}))["64"]
     text = clip.encode_text(["disc", "box", "sea", "ground other"], ["a {}."])
     hits, dataset = {}, data.PanopticRegions(panoptic["annotations"], panoptic["pngs"], panoptic["images"])
     for index, (_, label) in enumerate(scenes):
         sample = dataset[index]
         encoded = eval_region.encode_regions(settings.parse(options(**TINY), eval_region, evaluation), clip, clip,
-                                             [sample], torch.device("cpu"))
+                                             [sample], 64, torch.device("cpu"))
         for value, klass in ((0, 3), (1, 0), (2, 1)):       # ground, disc, box
             place = sample.labels.tolist().index(klass)
             for way, feature in direct_features(clip, sample.image, label, value).items():
@@ -79,19 +79,19 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
         assert result["mAcc"][row]["top1"] == pytest.approx(100 * np.mean([np.mean(right) for right in classes.values()]))
     assert result["mAcc"]["box thing"]["regions"] == 10 and result["mAcc"]["mask stuff"]["regions"] == 5
     written = json.loads((tmp_path / "region.json").read_text())
-    assert written["mAcc"] == result["mAcc"] and (written["context"], written["scale"]) == ("k", 2.0)
+    assert written["sizes"]["64"] == result and (written["context"], written["scale"]) == ("k", 2.0)
 
 
 def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_path):
     """Features set to the class embeddings are all right, features set to their opposite all wrong."""
     text = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
 
-    def painted(cfg, clip, teacher, samples, device):
+    def painted(cfg, clip, teacher, samples, size, device):
         features = torch.cat([text[sample.labels] for sample in samples])
         return {"box": features, "mask": features, "crop": -features}
     monkeypatch.setattr(eval_region, "encode_regions", painted)
     monkeypatch.setattr(eval_region.evaluation, "encode_classes", lambda *_: text)
-    means = eval_region.main(options(**TINY | panoptic | {"out": tmp_path}))["mAcc"]
+    means = eval_region.main(options(**TINY | panoptic | {"out": tmp_path}))["64"]["mAcc"]
     assert means["box thing"]["top1"] == means["mask stuff"]["top1"] == 100 and means["crop thing"]["top1"] == 0
 
 
@@ -106,9 +106,9 @@ def test_synonyms_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(DeCLIP, "encode_dense", lambda self, images, attention=None, own=DeCLIP.encode_dense:
                         (seen.append(attention), own(self, images, attention))[1])
-    assert eval_region.main(given)["mAcc"]["box thing"]["regions"] == 9
+    assert eval_region.main(given)["64"]["mAcc"]["box thing"]["regions"] == 9
     assert set(seen) == {"maskclip"} and (tmp_path / "region.maskclip.json").exists()
-    assert eval_region.main([*given, "--crowd"])["mAcc"]["box thing"]["regions"] == 10
+    assert eval_region.main([*given, "--crowd"])["64"]["mAcc"]["box thing"]["regions"] == 10
     # Loaded from a file with the vision tower alone, the teacher can be told from the model that is evaluated.
     torch.save(DeCLIP("tiny-eva").clip.visual.state_dict(prefix="visual."), tmp_path / "teacher.pt")
     monkeypatch.setattr(DeCLIP, "encode_image", lambda self, images: pytest.fail("asked") if self.has_text else
@@ -119,9 +119,9 @@ def test_synonyms_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
 def test_ranks_share_the_images(panoptic, tmp_path):
     """Five images over two ranks: every region counts once."""
     given = TINY | panoptic | {"out": tmp_path / "one"}
-    alone = eval_region.main(options(**given))["mAcc"]
+    alone = eval_region.main(options(**given))["64"]["mAcc"]
     succeeds(torchrun("tests/tiny.py", "eval_region", *options(**given | {"out": tmp_path / "two"})))
-    together = json.loads((tmp_path / "two" / "region.json").read_text())["mAcc"]
+    together = json.loads((tmp_path / "two" / "region.json").read_text())["sizes"]["64"]["mAcc"]
     assert {name: row["regions"] for name, row in together.items()} == {name: row["regions"] for name, row in alone.items()}
     assert together["mask stuff"]["top1"] == pytest.approx(alone["mask stuff"]["top1"], abs=21)   # one region on the edge
 
@@ -146,4 +146,23 @@ def test_an_image_without_regions_is_no_error(tmp_path):
                "annotations": [{"image_id": 1, "file_name": "x.png", "segments_info": []}]}
     (tmp_path / "p.json").write_text(json.dumps(content))
     arguments = {"annotations": tmp_path / "p.json", "pngs": tmp_path, "images": tmp_path, "out": tmp_path}
-    assert eval_region.main(options(**TINY | arguments))["mAcc"]["box thing"]["regions"] == 0
+    assert eval_region.main(options(**TINY | arguments))["64"]["mAcc"]["box thing"]["regions"] == 0
+
+
+def test_several_sizes_are_a_table_and_a_plot(panoptic, tmp_path, capsys):
+    """Each size has the figures of a run of its own."""
+    given = TINY | panoptic | {"out": tmp_path}
+    both = eval_region.main(options(**given | {"sizes": (32, 64)}))
+    table = capsys.readouterr().out.split("top 1 mAcc, %")[1].splitlines()
+    assert table[0].split() == ["32", "64"] and len(table) >= 7
+    for size in (32, 64):
+        assert eval_region.main(options(**given | {"sizes": size, "out": tmp_path / "alone"}))[str(size)] == both[str(size)]
+    box = [f"{both[size]['mAcc']['box thing']['top1']:.1f}" for size in ("32", "64")]
+    assert next(line for line in table if line.startswith("box thing")).split()[2:] == box
+    assert json.loads((tmp_path / "region.json").read_text())["sizes"] == both
+    assert (tmp_path / "region.png").stat().st_size > 5000
+
+
+def test_a_size_that_patches_do_not_fill_is_refused(panoptic):
+    with pytest.raises(SystemExit, match="SIZES has 60, .* the nearest size that works is 64"):
+        eval_region.main(options(**TINY | panoptic | {"sizes": (32, 60)}))

@@ -1,6 +1,7 @@
 """The names that scripts, presets and README give are names that open_clip and timm know; large models build."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from conftest import options
 
 import evaluation
 import train
@@ -67,12 +69,39 @@ def test_means_are_the_models_own():
     assert (vfm.mean, vfm.std, vfm.patch_size) == (config.mean, config.std, 14)
 
 
+STEP = {"vfm_model": "tiny_vfm", "vfm_pretrained": "false", "pretrained": "none", "batch_size": 1, "epochs": 1, "steps": 1,
+        "workers": 0, "grid": (1, 2)}
+
+
+def one_step(images, tmp_path, **given) -> dict:
+    """Trains one step as the options say; returns the line of log.jsonl."""
+    train.main(options(**STEP | {"images": images, "out": tmp_path / "run"} | given))
+    return json.loads((tmp_path / "run" / "log.jsonl").read_text())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["EVA02-L-14", "EVA02-L-14-336", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14", "ViT-L-14-336"])
-def test_backbones_of_full_size(name):
-    """Built with random weights; content and context of a picture that is not square."""
+@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14", "EVA02-L-14-336", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-L-14",
+                                  "ViT-L-14-336"])
+def test_backbones_of_full_size(images, tmp_path, name):
+    """Built with random weights: content and context of a picture that is not square, and one step of training."""
     clip = DeCLIP(name)
     p = clip.patch_size
     with torch.inference_mode():
         content, context = clip.encode_dense(torch.randn(1, 3, 4 * p, 6 * p))
     assert content.shape == (1, 768 if "-L-" in name else 512, 4, 6) and context.shape[1] == 24
+    line = one_step(images, tmp_path, model=name, image_size=8 * p, crop_size=4 * p)
+    print(f"{name}: {line['memory_mb']} MB, {1 / line['images_per_second']:.1f} s a step")
+    assert line["content"] > 0 and line["context"] > 0 and line["bad_steps"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    "vit_base_patch8_224.dino", "vit_base_patch16_224.dino", "vit_base_patch14_dinov2.lvd142m", "vit_large_patch14_dinov2.lvd142m",
+    "vit_base_patch14_reg4_dinov2.lvd142m", "vit_large_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_dinov3.lvd1689m",
+    "vit_large_patch16_dinov3.lvd1689m", "samvit_base_patch16.sa1b", "samvit_large_patch16.sa1b"])
+def test_vfms_of_full_size(images, tmp_path, name):
+    """Built with random weights: one step of training, in which the VFM has the student's number of tokens."""
+    line = one_step(images, tmp_path, model="tiny-eva", vfm_model=name, image_size=64, crop_size=32)
+    print(f"{name}: {line['memory_mb']} MB, {1 / line['images_per_second']:.1f} s a step")
+    assert line["context"] > 0 and line["bad_steps"] == 0
+    assert name in timm.list_pretrained()

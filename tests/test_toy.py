@@ -210,5 +210,5 @@ def test_the_teacher_knows_its_world(drawn, monkeypatch, tmp_path):
     root = drawn / "toy" / "val"
     paths = {"annotations": root / "panoptic.json", "pngs": root / "panoptic", "images": root / "images"}
     result = eval_region.main(["@presets/toy_region.txt", *options(**paths, out=tmp_path, workers=0, attention="clip")])
-    means = result["mAcc"]
+    means = result["128"]["mAcc"]
     assert means["crop thing"]["top1"] > 60 and means["crop stuff"]["top1"] > 60

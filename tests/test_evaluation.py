@@ -1,0 +1,53 @@
+"""evaluation.py: embeddings of class names are computed once, and again whenever anything that they depend on changes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluation
+from data import make_classes
+from model import DeCLIP
+
+
+@pytest.fixture
+def encode(tmp_path, monkeypatch):
+    """Encodes names with a cache -> (embeddings, whether they were computed)."""
+    computed = []
+    monkeypatch.setattr(DeCLIP, "encode_text", lambda *given, whole=DeCLIP.encode_text: computed.append(1) or whole(*given))
+
+    def run(clip: DeCLIP, lines: list[str], template: str = "a {}.") -> tuple[torch.Tensor, bool]:
+        before = len(computed)
+        cfg = SimpleNamespace(TEMPLATE=template, CACHE=str(tmp_path / "cache"))
+        return evaluation.encode_classes(cfg, clip, make_classes(lines)), len(computed) > before
+    return run
+
+
+def test_embeddings_are_computed_once(encode):
+    clip = DeCLIP("tiny-eva")
+    first, was_computed = encode(clip, ["cat", "dog, puppy"])
+    again, was_computed_again = encode(clip, ["cat", "dog, puppy"])
+    assert was_computed and not was_computed_again
+    assert torch.equal(first, again) and torch.equal(first, clip.encode_text(["cat", "dog", "puppy"], ["a {}."]))
+
+
+def test_whatever_changes_is_computed_anew(encode):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat", "dog"])
+    for changed in (lambda: encode(clip, ["cat", "hound"]), lambda: encode(clip, ["dog", "cat"]),
+                    lambda: encode(clip, ["cat", "dog"], "the {}."), lambda: encode(clip, ["cat", "dog"], "simple")):
+        text, was_computed = changed()
+        assert was_computed and not torch.equal(text, first)
+    with torch.no_grad():
+        clip.clip.text.positional_embedding[3, 0] += 0.5        # a tower that differs in a single weight
+    text, was_computed = encode(clip, ["cat", "dog"])
+    assert was_computed and not torch.equal(text, first)
+
+
+def test_two_models_share_what_their_text_towers_share(encode):
+    """Training leaves the text tower as it is, so a checkpoint's classes are those of its CLIP."""
+    clip = DeCLIP("tiny-eva")
+    encode(clip, ["cat"])
+    with torch.no_grad():
+        clip.visual.blocks[0].attn.q_proj.weight.add_(1)
+    assert not encode(clip, ["cat"])[1]
