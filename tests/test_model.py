@@ -135,20 +135,60 @@ def test_attention_rows(clip, attention, size, scale):
     torch.testing.assert_close(content.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", "tiny-vit-quickgelu"])
-def test_clip_row_and_cls_are_open_clips_own(name):
-    """An OpenAI-style tower as a timm trunk returns what open_clip's own tower returns, [CLS] and patches."""
+def open_clip_tower(name: str) -> torch.nn.Module:
+    """open_clip's own random OpenAI-style tower."""
     own = open_clip.create_model(name, force_custom_text=True).eval().visual
     for parameter in own.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
     own.output_tokens = True
-    clip = DeCLIP(name)
+    return own
+
+
+def resample_positions(own: torch.nn.Module, size: tuple[int, int]) -> None:
+    """Bicubic without antialiasing, as the published code does it."""
+    cls, patches = own.positional_embedding.data.split([1, 16])
+    grid = patches.T.reshape(1, -1, 4, 4)
+    grid = F.interpolate(grid, (size[0] // 8, size[1] // 8), mode="bicubic", antialias=False)
+    own.positional_embedding = torch.nn.Parameter(torch.cat([cls, grid[0].flatten(1).T]))
+
+
+def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale: float | None) -> torch.Tensor:
+    """Patch features of a row of the table, written out from the weights of open_clip's own tower."""
+    x = own.conv1(x).flatten(2).mT
+    x = own.ln_pre(torch.cat([own.class_embedding.expand(len(x), 1, -1), x], dim=1) + own.positional_embedding)
+    *before, last = own.transformer.resblocks
+    for block in before:
+        x = block(x)
+    d = x.shape[-1] // last.attn.num_heads
+    q, k, v = F.linear(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in (q, k, v))
+    factor = scale if scale is not None and attention in model.DECOUPLED else d**-0.5
+    pairs = {"clip": [(q, k)], "maskclip": [], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)], "q": [(q, q)], "k": [(k, k)],
+             "qk": [(q, q), (k, k)]}[attention]
+    y = sum((a @ b.mT * factor).softmax(-1) @ v for a, b in pairs) if pairs else v
+    y = last.attn.out_proj(y.transpose(1, 2).flatten(2))
+    if attention in ("clip", "maskclip", "sclip"):
+        y = x + y
+        y = y + last.mlp(last.ln_2(y))
+    return own.ln_post(y)[:, 1:] @ own.proj
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-vit-quickgelu"])
+@pytest.mark.parametrize("size", [(32, 32), (48, 80)], ids=["native", "larger, not square"])
+def test_openai_style_towers_are_open_clips_own(name, size):
+    """As a timm trunk: [CLS] of open_clip's forward, and every row of the table computed from open_clip's weights."""
+    own = open_clip_tower(name)
+    clip = DeCLIP(name, scale=1.0)
     clip.clip.visual = model.timm_trunk(own, name)
+    resample_positions(own, size)
     with torch.inference_mode():
-        cls, tokens = own(images(32, 32))
-        content, _ = clip.encode_dense(images(32, 32), "clip")
-        torch.testing.assert_close(clip.encode_image(images(32, 32)), cls, rtol=0, atol=2e-5)
-        torch.testing.assert_close(content.flatten(2).mT, tokens @ own.proj, rtol=0, atol=2e-5)
+        cls, tokens = own(images(*size))
+        torch.testing.assert_close(clip.encode_image(images(*size)), cls, rtol=0, atol=1e-4)
+        torch.testing.assert_close(tokens @ own.proj, open_clip_rows(own, images(*size), "clip", None), rtol=0, atol=1e-4)
+        for attention in ATTENTIONS:
+            content, _ = clip.encode_dense(images(*size), attention)
+            expected = open_clip_rows(own, images(*size), attention, 1.0)
+            torch.testing.assert_close(content.flatten(2).mT, expected, rtol=0, atol=1e-4)
 
 
 def test_context_does_not_depend_on_attention(clip):
@@ -432,10 +472,14 @@ def test_towers_with_other_blocks_are_refused():
     (lambda: DeCLIP("tiny-eva", "merged2b"), "'merged2b' is neither a file nor one of open_clip's weights for tiny-eva"),
     (lambda: DeCLIP("ViT-B-16", "openai"), "use the model ViT-B-16-quickgelu"),
     (lambda: DeCLIP("RN50"), "vision tower of RN50 is not a transformer with a projected"),
+    (lambda: DeCLIP("convnext_base"), "vision tower of convnext_base is not a transformer with a projected"),
+    (lambda: DeCLIP("ViT-B-16-SigLIP"), "vision tower of ViT-B-16-SigLIP is not a transformer with a projected"),
+    (lambda: load_vfm("tiny_vfm", pretrained=False)(torch.zeros(1, 3, 30, 42)), "is 30x42, but its patch size is 7; the nearest "
+                                                                               "size that works is 28x42"),
     (lambda: DeCLIP("tiny-eva", "absent.pt"), "There is no weights file absent.pt"),
     (lambda: DeCLIP("tiny-eva", "README.md"), "README.md is not a plain file of tensors"),
     (lambda: load_vfm("resnet18", pretrained=False), "resnet18 is no plain ViT"),
-    (lambda: load_vfm("samvit_base_patch16", pretrained=False), "samvit_base_patch16 is no plain ViT"),
+    (lambda: load_vfm("swin_tiny_patch4_window7_224", pretrained=False), "swin_tiny_patch4_window7_224 is no plain ViT"),
     (lambda: DeCLIP("tiny-eva").encode_text("cat"), "give a list of names"),
     (lambda: DeCLIP("tiny-eva").encode_text(["cat"], ["a photo"]), "and sentences with {}"),
     (lambda: DeCLIP("tiny-eva", context="v"), "context is 'v'; it must be one of q, k, qk"),

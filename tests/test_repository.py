@@ -96,9 +96,10 @@ def test_backbones_of_full_size(images, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    "vit_base_patch8_224.dino", "vit_base_patch16_224.dino", "vit_base_patch14_dinov2.lvd142m", "vit_large_patch14_dinov2.lvd142m",
-    "vit_base_patch14_reg4_dinov2.lvd142m", "vit_large_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_dinov3.lvd1689m",
-    "vit_large_patch16_dinov3.lvd1689m", "samvit_base_patch16.sa1b", "samvit_large_patch16.sa1b"])
+    "vit_base_patch8_224.dino", "vit_base_patch16_224.dino", "vit_base_patch14_dinov2.lvd142m",
+    "vit_large_patch14_dinov2.lvd142m", "vit_base_patch14_reg4_dinov2.lvd142m", "vit_large_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch16_dinov3.lvd1689m", "vit_large_patch16_dinov3.lvd1689m", "samvit_base_patch16.sa1b",
+    "samvit_large_patch16.sa1b"])
 def test_vfms_of_full_size(images, tmp_path, name):
     """Built with random weights: one step of training, in which the VFM has the student's number of tokens."""
     line = one_step(images, tmp_path, model="tiny-eva", vfm_model=name, image_size=64, crop_size=32)
