@@ -10,6 +10,7 @@ Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.json beside
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,15 +121,37 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, dataset: SegmentationImages, cl
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     loader = DataLoader(share, batch_size=None, num_workers=workers(cfg.WORKERS))
     for image, label in tqdm(loader, desc=name, unit="image", disable=not ranks.is_main):
-        logits = segment(cfg, clip, image.to(ranks.device), text)
-        prediction = decide(logits, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD)
+        prediction = predict(cfg, clip, image.to(ranks.device), text, classes)
         confusion += confusion_matrix(label.to(ranks.device), prediction, len(classes))
     return distributed.sum_over_ranks(confusion).cpu()
 
 
 @torch.inference_mode()
+def predict(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor, classes: Classes) -> Tensor:
+    """uint8 (3, H, W) and the embeddings (P, C) of all names of `classes` -> the class of each pixel, (H, W)."""
+    rows = resized_rows(segment(cfg, clip, image, text), *image.shape[-2:])
+    return torch.cat([decide(scores, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD) for scores in rows])
+
+
+def resized_rows(scores: Tensor, height: int, width: int, most: int = 2**26) -> Iterator[Tensor]:
+    """(P, h, w) resized bilinearly to (P, height, width), some rows at a time, of at most about `most` numbers.
+
+    All rows of 171 classes on a picture of 12 megapixels would be 8 GB.
+    """
+    wide = F.interpolate(scores[None], (scores.shape[1], width), mode="bilinear")[0]
+    places = ((torch.arange(height, device=scores.device) + 0.5) * scores.shape[1] / height - 0.5).clamp(0, scores.shape[1] - 1)
+    for chosen in places.split(max(1, most // (len(scores) * width))):
+        above = chosen.long()
+        below = (above + 1).clamp(max=scores.shape[1] - 1)
+        yield torch.lerp(wide[:, above], wide[:, below], (chosen - above)[:, None])
+
+
+@torch.inference_mode()
 def segment(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
-    """uint8 (3, H, W) and text (P, C) -> (P, H, W): cosine similarities, the mean over overlapping windows."""
+    """uint8 (3, H, W) and text (P, C) -> (P, h, w): cosine similarities, the mean over overlapping windows.
+
+    h and w are of the image with its shorter side resized to SHORT_SIDE.
+    """
     H, W = image.shape[-2:]
     factor = cfg.SHORT_SIDE / min(H, W)
     picture = resize(image, max(1, round(H * factor)), max(1, round(W * factor)))
@@ -145,7 +168,7 @@ def segment(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> 
         for (y, x), scores in zip(batch, window_logits(cfg, clip, windows, text)):
             total[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW] += scores
             count[y:y + cfg.WINDOW, x:x + cfg.WINDOW] += 1
-    return F.interpolate((total / count)[None, :, :h, :w], (H, W), mode="bilinear")[0]
+    return (total / count)[:, :h, :w]
 
 
 def window_logits(cfg: SimpleNamespace, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import options
 from PIL import Image
-from test_eval_seg import OF_CHECKPOINT, slow_iou
+from test_eval_seg import OF_CHECKPOINT, slow_iou, slow_logits
 
 import data
 import eval_seg
@@ -143,11 +143,11 @@ def test_all_benchmarks_against_a_direct_computation(tmp_path, checkpoint, capsy
     for name in result:
         benchmark, classes = BENCHMARKS[name], read_classes(f"classes/{BENCHMARKS[name].classes}")
         text, labels, predictions = clip.encode_text(classes.prompts, ["a {}."]), [], []
-        cfg = eval_seg.settings.parse(options(**given), eval_seg, eval_seg.evaluation)
+        cfg = eval_seg.settings.parse(options(**given), eval_seg, eval_seg.evaluation)      # short_side 48, windows of 32
         for index in range(IMAGES):
             image = data.read_image(tmp_path / PLACES[name][0].format(index))
             with torch.inference_mode():
-                logits = eval_seg.segment(cfg, clip, image, text)
+                logits = slow_logits(cfg, clip, image, text)
             predictions.append(eval_seg.decide(logits, classes, benchmark.logit_scale, benchmark.threshold).flatten())
             labels.append(expected_label(name, index).flatten())
         expected = slow_iou(np.concatenate(labels), np.concatenate(predictions), len(classes))

@@ -91,9 +91,20 @@ def test_windows_in_batches_are_windows_one_by_one(size, short_side):
     image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
     text = clip.encode_text(["cat", "dog", "sea"])
     with torch.inference_mode():
-        logits = eval_seg.segment(cfg, clip, image, text)
+        scores = eval_seg.segment(cfg, clip, image, text)
+        logits = torch.cat(list(eval_seg.resized_rows(scores, *size, most=3 * size[1] * 7)), dim=1)
         torch.testing.assert_close(logits, slow_logits(cfg, clip, image, text), rtol=0, atol=2e-6)
     assert logits.shape == (3, *size)
+
+
+@pytest.mark.parametrize("size, wanted", [((14, 20), (33, 47)), ((30, 17), (12, 17)), ((5, 5), (5, 5))])
+def test_rows_some_at_a_time_are_the_whole(size, wanted):
+    """Enlarged, made smaller and as it was; in strips that do not divide the height."""
+    scores = torch.randn(4, *size)
+    rows = list(eval_seg.resized_rows(scores, *wanted, most=4 * wanted[1] * 5))
+    assert len(rows) == -(-wanted[0] // 5)
+    whole = F.interpolate(scores[None], wanted, mode="bilinear")[0]
+    torch.testing.assert_close(torch.cat(rows, dim=1), whole, rtol=0, atol=1e-5)
 
 
 def test_synonyms_and_background():

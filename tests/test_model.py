@@ -474,8 +474,8 @@ def test_towers_with_other_blocks_are_refused():
     (lambda: DeCLIP("RN50"), "vision tower of RN50 is not a transformer with a projected"),
     (lambda: DeCLIP("convnext_base"), "vision tower of convnext_base is not a transformer with a projected"),
     (lambda: DeCLIP("ViT-B-16-SigLIP"), "vision tower of ViT-B-16-SigLIP is not a transformer with a projected"),
-    (lambda: load_vfm("tiny_vfm", pretrained=False)(torch.zeros(1, 3, 30, 42)), "is 30x42, but its patch size is 7; the nearest "
-                                                                               "size that works is 28x42"),
+    (lambda: load_vfm("tiny_vfm", pretrained=False)(torch.zeros(1, 3, 30, 42)),
+     "is 30x42, but its patch size is 7; the nearest size that works is 28x42"),
     (lambda: DeCLIP("tiny-eva", "absent.pt"), "There is no weights file absent.pt"),
     (lambda: DeCLIP("tiny-eva", "README.md"), "README.md is not a plain file of tensors"),
     (lambda: load_vfm("resnet18", pretrained=False), "resnet18 is no plain ViT"),
