@@ -92,9 +92,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse(argv: list[str] | None, script: ModuleType, *shared: ModuleType) -> SimpleNamespace:
+def parse(argv: list[str] | None, script: ModuleType, *shared: ModuleType, positional: str | None = None) -> SimpleNamespace:
     """The constants of `script` (a module) and of `shared` ones, changed by `argv` (None: the command line), by NAME.
 
+    positional: a name for what stands in the command line without an option, one word or several; it becomes a tuple.
     Exits with status 2 and one line on an unknown option, a value of the wrong type or a missing argument file.
     """
     parser = Parser(prog=Path(script.__file__).name, description=script.__doc__, fromfile_prefix_chars="@",
@@ -109,6 +110,8 @@ def parse(argv: list[str] | None, script: ModuleType, *shared: ModuleType) -> Si
         parser.add_argument(*spellings, dest=name, default=setting.default, metavar=setting.kind.upper(),
                             type=converter(setting.kind, setting.optional),
                             help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
+    if positional:
+        parser.add_argument(positional, nargs="+", metavar=positional.lower())
     given = parser.parse_args(sys.argv[1:] if argv is None else argv)
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()})
 

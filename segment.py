@@ -1,0 +1,239 @@
+"""Names what is where in your own photographs.
+
+    python segment.py photo.jpg --classes "cat, wooden chair, grass" --ckpt out/declip/declip.safetensors
+    python segment.py photo.jpg --classes "dog | puppy, grass"          # synonyms; no checkpoint: the block as CLIP has it
+    python segment.py photos/ --classes names.txt --background --threshold 0.4      # a folder; a class file; a rest
+    python segment.py photo.jpg --classes "cat, sofa" --attention clip --ckpt ...   # beside what plain CLIP sees
+
+Writes photo.segmentation.png beside each photograph (or into OUT): every class in a colour of its own, named on its
+regions and in a legend with its share of the picture. --json writes photo.segmentation.json with the numbers.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+import evaluation
+import settings
+from data import Classes, fitted_size, list_images, make_classes, read_classes, read_image, resize
+from eval_seg import predict
+from model import DeCLIP, read_record, write_whole
+from settings import UserError
+
+matplotlib.use("agg")       # pictures go to files, on machines without a screen too
+from matplotlib import patches, patheffects  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+
+# Besides these, the settings of evaluation.py: which model, where the result goes. ATTENTION adds a panel for comparison.
+CLASSES = ""                        # names with commas between them, synonyms with | ; or a class file
+BACKGROUND = False                  # a class for everything else, named as in classes/voc21.txt
+THRESHOLD: float | None = None      # with BACKGROUND: it gets pixels where no class is more probable, such as 0.4
+LOGIT_SCALE = 40.0                  # factor of the cosine similarities before the softmax that THRESHOLD is held against
+JSON = False                        # write the numbers too
+SHORT_SIDE = 448                    # of the picture that the model sees; larger shows finer detail and takes longer
+WINDOW = 336                        # side of a window; a multiple of the patch size
+STRIDE = 112                        # from window to window
+WINDOW_BATCH = 16                   # windows of one forward pass
+LARGEST = 1280                      # longest side of the written picture
+
+# Okabe and Ito's colours, which differ for colour-blind eyes, then lighter and darker ones between them.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#332288", "#999933", "#882255",
+           "#44aa99", "#aa4499", "#117733", "#ddcc77", "#6699cc", "#661100", "#88ccee", "#cc6677", "#bbbbbb", "#4d4d4d")
+MOST_NAMED = 24     # classes in a legend
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Segments the photographs that the command line (or `argv`) names."""
+    cfg = settings.parse(argv, sys.modules[__name__], evaluation, positional="PHOTOS")
+    with distributed.session(__file__) as ranks:
+        run(cfg, ranks.device)
+
+
+@torch.inference_mode()
+def run(cfg: SimpleNamespace, device: torch.device) -> None:
+    """Every photograph; one that can't be read is named, and the rest goes on."""
+    classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
+    compared, cfg.ATTENTION = cfg.ATTENTION, None
+    clip = evaluation.open_model(cfg).to(device)
+    if cfg.WINDOW % clip.patch_size:
+        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size, {clip.patch_size}; set it to "
+                        "one.")
+    text = evaluation.encode_classes(cfg, clip, classes)
+    failed = []
+    for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
+        try:
+            photo = read_image(path, upright=True)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        if max(photo.shape) > cfg.LARGEST:
+            photo = (resize(photo, *fitted_size(photo, cfg.LARGEST)) * 255).round().byte()
+        panels = {}
+        for attention in dict.fromkeys([None, compared]):
+            setting = SimpleNamespace(**vars(cfg) | {"ATTENTION": attention})
+            panels[panel_title(setting, clip)] = predict(setting, clip, photo.to(device), text, classes).cpu()
+        out = Path(cfg.OUT or path.parent) / f"{path.stem}.segmentation.png"
+        write_whole(out, partial(draw, photo, panels, classes))
+        if cfg.JSON:
+            write_numbers(panels, classes, out.with_suffix(".json"))
+        tqdm.write(f"{out}: {describe(next(iter(panels.values())), classes)}")
+    if failed:
+        raise UserError(" ".join(failed))
+
+
+def panel_title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
+    """What stands over a panel: DeCLIP for a trained block, else the model and its attention."""
+    if cfg.ATTENTION is None and read_record(cfg.CKPT or ""):
+        return f"DeCLIP ({clip.model_name}, context {clip.context})"
+    return f"{clip.model_name}, attention {cfg.ATTENTION or clip.context}"
+
+
+def find_classes(cfg: SimpleNamespace) -> Classes:
+    """CLASSES, and background in front of them; UserError if there is none, or one twice."""
+    if Path(cfg.CLASSES).is_file():
+        classes = read_classes(cfg.CLASSES)
+        lines = [line_of(classes, k) for k in range(len(classes))]
+    else:
+        lines = [", ".join(name.strip() for name in entry.split("|") if name.strip()) for entry in cfg.CLASSES.split(",")]
+        lines = [line for line in lines if line]
+    if not lines:
+        raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, wooden chair, grass", or give a '
+                        "class file.")
+    if cfg.BACKGROUND:
+        lines.insert(0, line_of(read_classes("classes/voc21.txt"), 0))
+    elif cfg.THRESHOLD is not None:
+        raise UserError("THRESHOLD is for --background, which gets what no class is sure of; add it, or leave --threshold out.")
+    classes = make_classes(lines)
+    twice = next((name for name in classes.names if classes.names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
+    return classes
+
+
+def line_of(classes: Classes, k: int) -> str:
+    """A class with its synonyms, as a class file has it."""
+    return ", ".join(name for name, owner in zip(classes.prompts, classes.owner) if owner == k)
+
+
+def find_photos(given: Sequence[str]) -> list[Path]:
+    """Files as they are named, folders with all images below them but our own pictures; UserError if there is none."""
+    found = []
+    for path in map(Path, given):
+        if not path.exists():
+            raise UserError(f"There is no photograph {path}; give an image file or a folder of them.")
+        found += [path] if path.is_file() else [Path(each) for each in list_images(path)]
+    return [path for path in found if not path.name.endswith(".segmentation.png")]
+
+
+# ------------------------------------------------------------------------------------------------------- the numbers
+
+def shares(prediction: Tensor, classes: Classes) -> dict[str, float]:
+    """The share of the picture of each class that occurs, the largest first."""
+    counts = prediction.flatten().bincount(minlength=len(classes)) / prediction.numel()
+    return {classes.names[k]: counts[k].item() for k in counts.argsort(descending=True).tolist() if counts[k] > 0}
+
+
+def describe(prediction: Tensor, classes: Classes) -> str:
+    """One line for a screen: the classes with the largest shares."""
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(shares(prediction, classes).items())[:8])
+
+
+def write_numbers(panels: dict[str, Tensor], classes: Classes, path: Path) -> None:
+    """Each panel's shares as json."""
+    text = json.dumps({title: shares(prediction, classes) for title, prediction in panels.items()}, indent=2)
+    write_whole(path, lambda file: Path(file).write_text(text + "\n"))
+
+
+# ------------------------------------------------------------------------------------------------------- the picture
+
+def colours(panels: dict[str, Tensor], classes: Classes) -> dict[str, str]:
+    """A colour for each class that occurs: always the same one, unless there are more classes than colours."""
+    if len(classes) <= len(PALETTE):
+        return dict(zip(classes.names, PALETTE))
+    total: dict[str, float] = {}
+    for prediction in panels.values():
+        for name, share in shares(prediction, classes).items():
+            total[name] = total.get(name, 0) + share
+    order = sorted(total, key=lambda name: -total[name])
+    return {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(order)}
+
+
+def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, path: str) -> None:
+    """The photograph and, for each title, its regions in colour with names on them, and a legend below."""
+    colour_of = colours(panels, classes)
+    H, W = photo.shape[-2:]
+    columns = 1 + len(panels)
+    width = 5.5 * columns if W >= H else 4.0 * columns
+    figure, axes = plt.subplots(1, columns, figsize=(width, width / columns * H / W + 0.4), layout="constrained")
+    axes[0].imshow(photo.permute(1, 2, 0))
+    axes[0].set_title("photograph", fontsize=9)
+    for axis, (title, prediction) in zip(axes[1:], panels.items()):
+        paint(axis, photo, prediction, classes, colour_of)
+        axis.set_title(title, fontsize=9, wrap=True)
+        legend(axis, prediction, classes, colour_of)
+    for axis in axes:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110, format="png", bbox_inches="tight")
+    plt.close(figure)
+
+
+def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> None:
+    """The photograph in grey under its regions' colours, dark borders between them, names inside them."""
+    palette = np.array([matplotlib.colors.to_rgb(colour_of.get(name, "#000000")) for name in classes.names])
+    grey = photo.float().mean(dim=0, keepdim=True).permute(1, 2, 0).numpy() / 255
+    axis.imshow((0.4 * grey + 0.6 * palette[prediction.numpy()]).clip(0, 1))
+    border = torch.zeros_like(prediction, dtype=torch.bool)
+    border[1:] |= prediction[1:] != prediction[:-1]
+    border[:, 1:] |= prediction[:, 1:] != prediction[:, :-1]
+    thick = F.max_pool2d(border[None].float(), 3, 1, 1)[0].numpy()
+    axis.imshow(np.zeros((*thick.shape, 4)) + thick[..., None] * [0, 0, 0, 0.55])
+    taken: list[tuple[float, float, float, float]] = []
+    for name in shares(prediction, classes):
+        x, y, depth = deepest(prediction == classes.names.index(name))
+        # In pixels of the picture; a letter is about 0.6 of its height wide.
+        letter = max(prediction.shape) / 34
+        box = (x - 0.32 * letter * len(name), y - 0.6 * letter, x + 0.32 * letter * len(name), y + 0.6 * letter)
+        overlaps = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+        if depth > 0.6 * letter and not overlaps:
+            taken.append(box)
+            axis.text(x, y, name, ha="center", va="center", fontsize=9, color="white", weight="bold", clip_on=True,
+                      path_effects=[patheffects.withStroke(linewidth=2.5, foreground="black")])
+
+
+def deepest(mask: Tensor) -> tuple[float, float, float]:
+    """(x, y) of the point of a bool mask (H, W) that is farthest from what is outside, and about how far it is, in pixels."""
+    factor = max(1, max(mask.shape) // 200)
+    inside = F.max_pool2d(mask[None].float(), factor, ceil_mode=True)[0]
+    depth, layer = torch.zeros_like(inside), F.pad(inside, (1, 1, 1, 1))[None]
+    while layer.any():
+        depth += layer[0, 1:-1, 1:-1]
+        layer = -F.max_pool2d(-layer, 3, 1, 1)
+        layer[:, [0, -1]] = layer[:, :, [0, -1]] = 0        # beyond the picture is outside
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    return (x + 0.5) * factor, (y + 0.5) * factor, depth.max().item() * factor
+
+
+def legend(axis: plt.Axes, prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> None:
+    """Below a panel: colour, name and share of each class, the largest first."""
+    found = shares(prediction, classes)
+    handles = [patches.Patch(color=colour_of[name], label=f"{name}  {100 * share:.1f} %")
+               for name, share in list(found.items())[:MOST_NAMED]]
+    if len(found) > MOST_NAMED:
+        rest = sum(list(found.values())[MOST_NAMED:])
+        handles.append(patches.Patch(color="none", label=f"{len(found) - MOST_NAMED} more  {100 * rest:.1f} %"))
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, fontsize=8, frameon=False)
+
+
+if __name__ == "__main__":
+    main()
