@@ -6,8 +6,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colormaps, patches
 from matplotlib import pyplot as plt
-from torch import Tensor, nn
+from torch import Tensor
 
 import evaluation
 import settings
@@ -25,6 +23,7 @@ import toy
 from data import BENCHMARKS, SegmentationImages, read_classes, student_image
 from model import DeCLIP
 from settings import UserError
+from visualize import decoupled_attention, recorded_attention
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, the trained model's in declip/ below it
 DATA = "data"                       # folder that holds toy/
@@ -96,7 +95,9 @@ def draw(cfg: SimpleNamespace) -> None:
         seen.update(label.unique().tolist(), *(each.unique().tolist() for each in found))
         h, w = picture.shape[-2] // before.patch_size, picture.shape[-1] // before.patch_size
         token = anchor[1] * h // label.shape[0] * w + anchor[0] * w // label.shape[1]
-        rows = [last_attention(before, picture, "clip")[0, token], last_attention(after, picture, after.context)[0, token]]
+        with recorded_attention(before.visual) as of_blocks:
+            before.encode_image(picture)
+        rows = [each[0, 1 + token, 1:] for each in (of_blocks[-1].mean(dim=1), decoupled_attention(after, picture))]
         maps = [F.interpolate(each.view(1, 1, h, w), label.shape, mode="nearest")[0, 0] for each in rows]
         row[0].imshow(image.permute(1, 2, 0))
         for axis, classes_of_pixels in zip(row[1:4], (label, *found)):
@@ -133,42 +134,6 @@ def best_class(content: Tensor, text: Tensor, size: tuple[int, int]) -> Tensor:
     """Content (1, C, h, w) and text (K, C) -> the nearest class of each pixel, (H, W)."""
     scores = torch.einsum("chw,kc->khw", F.normalize(content[0], dim=0), text)
     return F.interpolate(scores[None], size, mode="bilinear")[0].argmax(dim=0)
-
-
-# ------------------------------------------------------------------------------------------------------- attention
-
-@contextmanager
-def recorded_attention(trunk: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects softmax(QKᵀ/√d) of every block of a timm ViT that runs inside: (B, heads, tokens, tokens) each."""
-    rows, handles = [], []
-    fused = [block.attn.fused_attn for block in trunk.blocks]
-    for block in trunk.blocks:
-        block.attn.fused_attn = False       # the plain form has the matrix, and hands it to a dropout
-        handles.append(block.attn.attn_drop.register_forward_pre_hook(lambda _, given: rows.append(given[0])))
-    try:
-        yield rows
-    finally:
-        for block, was_fused in zip(trunk.blocks, fused):
-            block.attn.fused_attn = was_fused
-        for handle in handles:
-            handle.remove()
-
-
-def last_attention(clip: DeCLIP, images: Tensor, attention: str) -> Tensor:
-    """(B, 3, H, W) -> (B, N, N): how the last block's patch tokens attend to each other, mean over heads.
-
-    attention: clip for CLIP's own block; q, k or qk for the decoupled one. The rest of a row, 1 - its sum, is [CLS]'s.
-    """
-    if attention == "clip":
-        with recorded_attention(clip.visual) as rows:
-            clip.encode_image(images)
-        return rows[-1].mean(dim=1)[:, 1:, 1:]
-    x, extra, _ = clip.embed(images)
-    for block in clip.visual.blocks[:-1]:
-        x = block(x, **extra)
-    heads = [clip._heads(name, clip.visual.blocks[-1].norm1(x)) for name in attention]
-    scale = heads[0].shape[-1]**-0.5 if clip.scale is None else clip.scale
-    return torch.stack([(each @ each.mT * scale).softmax(dim=-1) for each in heads]).mean(dim=(0, 2))[:, 1:, 1:]
 
 
 if __name__ == "__main__":

@@ -168,11 +168,11 @@ class DeCLIP(nn.Module):
         block, (projections, keeps_residual) = self.visual.blocks[-1], ATTENTIONS[attention]
         normed = block.norm1(x)
         of_context = self.context if self.context in DECOUPLED else ""
-        heads = {name: self._heads(name, normed) for name in {*of_context, *(projections or "")}}
+        heads = {name: self.heads(name, normed) for name in {*of_context, *(projections or "")}}
         context = self._merge_context([heads[name].transpose(1, 2).flatten(2) for name in of_context])
         if projections is None:
             return block(x, **extra), context
-        v = self._heads("v", normed)
+        v = self.heads("v", normed)
         scale = self.scale if attention in DECOUPLED else None      # baselines divide by √d
         y = sum(F.scaled_dot_product_attention(heads[name], heads[name], v, scale=scale) for name in projections)
         y = (y if projections else v).transpose(1, 2).flatten(2)
@@ -182,7 +182,7 @@ class DeCLIP(nn.Module):
             y = y + block.mlp(block.norm2(y))
         return y, context
 
-    def _heads(self, name: str, normed: Tensor) -> Tensor:
+    def heads(self, name: str, normed: Tensor) -> Tensor:
         """Proj_name of the last block's normed input, (B, heads, 1 + N, d); the rotary embedding is not applied."""
         attn = self.visual.blocks[-1].attn
         return projection(attn, name)(normed).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
