@@ -14,8 +14,8 @@ run eval_region.py @presets/toy_region.txt --out out/toy --attention clip
 run eval_seg.py @presets/toy_seg.txt --out out/toy --attention clip
 
 # 3. The decoupled block, untrained.
-run eval_region.py @presets/toy_region.txt --out out/toy --attention q --scale 0.7
-run eval_seg.py @presets/toy_seg.txt --out out/toy --attention q --scale 0.7
+run eval_region.py @presets/toy_region.txt --out out/toy --attention q
+run eval_seg.py @presets/toy_seg.txt --out out/toy --attention q
 
 # 4. DeCLIP: the block learns content from CLIP's [CLS] of crops, and context from the vision foundation model.
 rm -rf out/toy/declip

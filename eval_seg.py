@@ -97,6 +97,11 @@ def check(cfg: SimpleNamespace) -> None:
     unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN and cfg.BENCHMARKS != ("all",)]
     if unknown:
         raise UserError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}, or all alone.")
+    check_windows(cfg)
+
+
+def check_windows(cfg: SimpleNamespace) -> None:
+    """The same for the settings that `segment` and `decide` need."""
     settings.check_least(cfg, SHORT_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")

@@ -27,8 +27,8 @@ import distributed
 import evaluation
 import settings
 from data import Classes, fitted_size, list_images, make_classes, read_classes, read_image, resize
-from eval_seg import predict
-from model import DeCLIP, read_record, write_whole
+from eval_seg import check_windows, predict
+from model import ATTENTIONS, DeCLIP, read_record, write_whole
 from settings import UserError
 
 matplotlib.use("agg")       # pictures go to files, on machines without a screen too
@@ -36,7 +36,7 @@ from matplotlib import patches, patheffects  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
 # Besides these, the settings of evaluation.py: which model, where the result goes. ATTENTION adds a panel for comparison.
-CLASSES = ""                        # names with commas between them, synonyms with | ; or a class file
+CLASSES = ""                        # names with commas between them, synonyms with | ; or a class file, *.txt
 BACKGROUND = False                  # a class for everything else, named as in classes/voc21.txt
 THRESHOLD: float | None = None      # with BACKGROUND: it gets pixels where no class is more probable, such as 0.4
 LOGIT_SCALE = 40.0                  # factor of the cosine similarities before the softmax that THRESHOLD is held against
@@ -63,8 +63,11 @@ def main(argv: list[str] | None = None) -> None:
 @torch.inference_mode()
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Every photograph; one that can't be read is named, and the rest goes on."""
+    check_windows(cfg)
     classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
     compared, cfg.ATTENTION = cfg.ATTENTION, None
+    if compared not in (None, *ATTENTIONS):
+        raise UserError(f"ATTENTION is {compared!r}; it must be one of {', '.join(ATTENTIONS)}.")
     clip = evaluation.open_model(cfg).to(device)
     if cfg.WINDOW % clip.patch_size:
         raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size, {clip.patch_size}; set it to "
@@ -101,7 +104,7 @@ def panel_title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
 
 def find_classes(cfg: SimpleNamespace) -> Classes:
     """CLASSES, and background in front of them; UserError if there is none, or one twice."""
-    if Path(cfg.CLASSES).is_file():
+    if cfg.CLASSES.endswith(".txt"):
         classes = read_classes(cfg.CLASSES)
         lines = [line_of(classes, k) for k in range(len(classes))]
     else:
@@ -220,7 +223,8 @@ def deepest(mask: Tensor) -> tuple[float, float, float]:
         depth += layer[0, 1:-1, 1:-1]
         layer = -F.max_pool2d(-layer, 3, 1, 1)
         layer[:, [0, -1]] = layer[:, :, [0, -1]] = 0        # beyond the picture is outside
-    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    ridge = (depth == depth.max()).nonzero().float()        # of equally deep points the middle one
+    y, x = ridge[(ridge - ridge.mean(dim=0)).norm(dim=1).argmin()].tolist()
     return (x + 0.5) * factor, (y + 0.5) * factor, depth.max().item() * factor
 
 

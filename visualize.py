@@ -28,7 +28,7 @@ import distributed
 import evaluation
 import settings
 from data import PanopticRegions, fitted_size, normalize, read_image, resize
-from eval_seg import predict
+from eval_seg import check_windows, predict
 from model import VFM, DeCLIP, load_vfm, read_record, write_whole
 from segment import colours, find_classes, find_photos, paint
 from settings import UserError
@@ -85,8 +85,8 @@ class Shown:
         self.title, self.model, self.decoupled = title, model, decoupled
         self.trunk = model.visual if isinstance(model, DeCLIP) else model.trunk
         if not hasattr(self.trunk.blocks[0].attn, "fused_attn") or not hasattr(self.trunk, "num_prefix_tokens"):
-            raise UserError(f"{title} attends within windows, so it has no attention from one token to all; choose another "
-                            "VFM_MODEL, such as vit_base_patch14_dinov2.lvd142m, or none.")
+            raise UserError(f"{title.splitlines()[-1]} attends within windows, so it has no attention from one token to all; choose "
+                            "another VFM_MODEL, such as vit_base_patch14_dinov2.lvd142m, or none.")
 
     def picture(self, photo: Tensor, grid: tuple[int, int]) -> Tensor:
         """The photograph as this model sees it with `grid` tokens, (1, 3, H, W)."""
@@ -308,6 +308,7 @@ def stuff_of(cfg: SimpleNamespace) -> Callable[[Path, tuple[int, int]], Tensor] 
 
 def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """Photographs, each by several methods (Figure 10)."""
+    check_windows(cfg)
     classes, photos = find_classes(cfg), find_photos(files)[:6]
     trained = evaluation.open_model(cfg).to(device)
     clip = DeCLIP(trained.model_name, cfg.PRETRAINED).to(device) if read_record(cfg.CKPT or "") else trained

@@ -1,0 +1,139 @@
+"""segment.py: classes as a person types them, shares that are the prediction's, pictures of any shape, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import options
+from PIL import Image
+
+import segment
+import toy
+from data import make_classes
+
+TOY = {"model": f"local-dir:{toy.FOLDER / 'clip'}", "template": "a photo of a {}.", "short_side": 128, "window": 128,
+       "stride": 64}
+EVERYTHING = ", ".join(toy.NAMES)
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """The toy CLIP's tokenizer is named as seen from the repository."""
+    monkeypatch.chdir(toy.FOLDER.parent)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Draws a scene as a file -> (path, scene)."""
+    def write(number: int = 1, name: str = "scene.png", size: int = 128, crop: tuple = ()) -> tuple:
+        scene = toy.draw_scene(number, size)
+        image = Image.fromarray(scene.image)
+        (image.crop(crop) if crop else image).save(tmp_path / name)
+        return tmp_path / name, scene
+    return write
+
+
+def run(*photos, **given) -> None:
+    segment.main([*map(str, photos), *options(**TOY | given)])
+
+
+def test_numbers_are_those_of_the_scene(photo, tmp_path):
+    """Every class that is well visible in the scene is found; shares sum to one."""
+    path, scene = photo()
+    run(path, classes=EVERYTHING, json="true", scale=0.7)
+    found, = json.loads((tmp_path / "scene.segmentation.json").read_text()).values()
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    truth = np.bincount(np.array(scene.classes)[scene.segments].ravel(), minlength=len(toy.NAMES)) / scene.segments.size
+    for name, share in zip(toy.NAMES, truth):
+        if share > 0.15:
+            assert abs(found.get(name, 0) - share) < 0.5 * share, name
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 128, 40), (0, 0, 30, 128), (5, 5, 105, 69)], ids=["wide", "tall", "odd"])
+def test_pictures_of_any_shape(photo, tmp_path, crop):
+    path, _ = photo(crop=crop)
+    run(path, classes="stripes, star", attention="clip")
+    with Image.open(tmp_path / "scene.segmentation.png") as picture:
+        assert min(picture.size) > 100 and picture.format == "PNG"
+
+
+def test_a_folder_goes_on_after_a_broken_file(photo, tmp_path):
+    photo(1, "a.png"), photo(2, "c.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    for _ in range(2):          # the second time our own pictures are no photographs
+        with pytest.raises(SystemExit, match="b.png can't be read as an image"):
+            run(tmp_path, classes="star, dots")
+        assert sorted(path.name for path in tmp_path.glob("*.segmentation.png")) == ["a.segmentation.png", "c.segmentation.png"]
+
+
+def test_attention_adds_a_panel(photo, tmp_path):
+    path, _ = photo()
+    run(path, classes="star, dots", attention="clip", json="true", out=tmp_path / "out")
+    panels = json.loads((tmp_path / "out" / "scene.segmentation.json").read_text())
+    assert [title.split(", ")[1] for title in panels] == ["attention q", "attention clip"]
+
+
+def test_classes_as_they_are_typed(tmp_path):
+    cfg = segment.settings.parse(["x", "--classes", " dog | puppy,wooden chair , ,grass"], segment, positional="PHOTOS")
+    classes = segment.find_classes(cfg)
+    assert (classes.names, classes.prompts) == (["dog", "wooden chair", "grass"], ["dog", "puppy", "wooden chair", "grass"])
+    cfg.BACKGROUND = True
+    assert segment.find_classes(cfg).names == ["background", "dog", "wooden chair", "grass"]
+    (tmp_path / "names.txt").write_text("cat, kitten\nsofa\n")
+    cfg.CLASSES, cfg.BACKGROUND = str(tmp_path / "names.txt"), False
+    assert segment.find_classes(cfg) == make_classes(["cat, kitten", "sofa"])
+
+
+def test_one_class_and_500(photo, tmp_path):
+    """A single class fills the picture; of many, those that occur are named."""
+    path, _ = photo(size=64)
+    run(path, classes="dots", json="true")
+    assert list(next(iter(json.loads((tmp_path / "scene.segmentation.json").read_text()).values()))) == ["dots"]
+    run(path, classes=", ".join(f"thing {n}" for n in range(500)), window_batch=4)
+    assert (tmp_path / "scene.segmentation.png").exists()
+
+
+def test_threshold_gives_what_is_unsure_to_the_background(photo, tmp_path):
+    path, _ = photo()
+    shares = []
+    for threshold in (0, 0.5):
+        run(path, classes=EVERYTHING, background="true", threshold=threshold, logit_scale=1, json="true")
+        shares.append(next(iter(json.loads((tmp_path / "scene.segmentation.json").read_text()).values())).get("background", 0))
+    assert shares[0] < 0.5 and shares[1] == 1
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (40, 90), (300, 50)])
+def test_names_stand_inside_their_regions(shape):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[5:shape[0] // 2, 10:40] = True
+    x, y, depth = segment.deepest(mask)
+    assert mask[int(y), int(x)] and abs(y - (5 + shape[0] // 2) / 2) < 3 and 5 < x < 45
+    assert depth == pytest.approx(min(30, shape[0] // 2 - 5) / 2, abs=2)
+
+
+def test_colours_stay_with_their_classes():
+    classes = make_classes(["a", "b", "c"])
+    one, other = torch.zeros(4, 4, dtype=torch.long), torch.full((4, 4), 2)
+    assert segment.colours({"x": one}, classes) == segment.colours({"x": other}, classes)
+    many = make_classes([f"n{k}" for k in range(100)])
+    few = torch.arange(20).view(4, 5) * 5
+    assert len(set(segment.colours({"x": few}, many).values())) == 20      # of many classes, those that occur differ
+
+
+@pytest.mark.parametrize("photos, given, words", [
+    (["nothing.jpg"], {"classes": "cat"}, "There is no photograph nothing.jpg"),
+    (["README.md"], {"classes": "cat"}, "README.md can't be read as an image"),
+    (["presets"], {"classes": "cat"}, "presets holds no image"),
+    (["README.md"], {}, "CLASSES names no class"), (["README.md"], {"classes": " , |"}, "CLASSES names no class"),
+    (["README.md"], {"classes": "cat, dog, cat"}, "names 'cat' twice"),
+    (["README.md"], {"classes": "cat", "threshold": 0.5}, "THRESHOLD is for --background"),
+    (["README.md"], {"classes": "cat", "window": 30, "stride": 30}, "WINDOW 30 is no multiple"),
+    (["README.md"], {"classes": "cat", "attention": "mean"}, "ATTENTION is 'mean'"),
+    (["README.md"], {"classes": "cat", "short_side": 0}, "SHORT_SIDE is 0"),
+    (["README.md"], {"classes": "cat", "stride": 200}, "STRIDE is 200")])
+def test_bad_input_is_one_sentence(photos, given, words):
+    with pytest.raises(SystemExit) as error:
+        run(*photos, **given)
+    assert words in str(error.value) and "\n" not in str(error.value)
