@@ -85,8 +85,8 @@ class Shown:
         self.title, self.model, self.decoupled = title, model, decoupled
         self.trunk = model.visual if isinstance(model, DeCLIP) else model.trunk
         if not hasattr(self.trunk.blocks[0].attn, "fused_attn") or not hasattr(self.trunk, "num_prefix_tokens"):
-            raise UserError(f"{title.splitlines()[-1]} attends within windows, so it has no attention from one token to all; choose "
-                            "another VFM_MODEL, such as vit_base_patch14_dinov2.lvd142m, or none.")
+            raise UserError(f"{title.splitlines()[-1]} attends within windows, so it has no attention from one token to all; "
+                            "choose another VFM_MODEL, such as vit_base_patch14_dinov2.lvd142m, or none.")
 
     def picture(self, photo: Tensor, grid: tuple[int, int]) -> Tensor:
         """The photograph as this model sees it with `grid` tokens, (1, 3, H, W)."""
@@ -190,7 +190,7 @@ def chosen_layers(depth: int, count: int) -> list[int]:
 
 
 def panels(photo: Tensor, rows: list[tuple[str, list[tuple[int, Tensor]]]], anchor: tuple[int, int] | None, title: str,
-           unit: str, limits: tuple[float, float], cmap: str = "viridis") -> plt.Figure:
+           unit: str, limits: tuple[float, float], cmap: str = "viridis", extend: str = "max") -> plt.Figure:
     """The photograph, then a row of maps (h, w) for each model with their layers, all with one scale and one colour bar."""
     H, W = photo.shape[-2:]
     columns = 1 + max(len(maps) for _, maps in rows)
@@ -212,7 +212,7 @@ def panels(photo: Tensor, rows: list[tuple[str, list[tuple[int, Tensor]]]], anch
             if anchor:
                 axis.plot(*anchor, "P", color="red", markeredgecolor="white", markersize=9)
     figure.suptitle(title, fontsize=11)
-    figure.colorbar(drawn, ax=axes, shrink=0.8, label=unit, extend="max")
+    figure.colorbar(drawn, ax=axes, shrink=0.8, label=unit, extend=extend)
     return figure
 
 
@@ -249,7 +249,8 @@ def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) ->
         tokens = [F.normalize(part, dim=-1) for part in each.tokens(photo.to(device), grid)]
         maps = [(part @ part[token_of(anchor, photo, grid)]).view(grid).cpu() for part in tokens]
         rows.append((each.title, [(layer, maps[layer]) for layer in chosen_layers(len(maps), cfg.LAYERS)]))
-    return panels(photo, rows, anchor, "Cosine of the marked patch's token with all others", "cosine", (-0.2, 1), "magma")
+    title = "Cosine of the marked patch's token with all others"
+    return panels(photo, rows, anchor, title, "cosine", (-0.2, 1), "magma", extend="min")
 
 
 def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
@@ -272,9 +273,10 @@ def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
         axis.plot(range(1, len(mean) + 1), mean, marker="o", label=title.replace("\n", ", "))
         print(f"{title.replace(chr(10), ', '):34}" + "  ".join(f"{value:7.1f}" for value in mean))
     axis.axhline(100 * cfg.PROXIES, color="grey", linestyle=":", label="if all were attended equally")
-    where = "background" if stuff else ""
+    where = "background patches" if stuff else "patches"
     axis.set(xlabel="layer", ylabel="% of all patches' attention", ylim=(0, None),
-             title=f"Attention drawn by the {100 * cfg.PROXIES:g} % most attended {where} patches, {len(photos)} photographs")
+             xticks=range(1, 1 + max(len(each.trunk.blocks) for each in shown)),
+             title=f"Attention drawn by the {100 * cfg.PROXIES:g} % most attended {where}, {len(photos)} photographs")
     axis.legend(fontsize=9)
     axis.grid(alpha=0.3)
     return figure
