@@ -79,7 +79,7 @@ def draw(cfg: SimpleNamespace) -> None:
     after = DeCLIP(pretrained=cfg.CKPT)
     before = DeCLIP(after.model_name, "own")
     classes = read_classes("classes/toy.txt")
-    text = evaluation.encode_classes(SimpleNamespace(TEMPLATE="imagenet"), before, classes)
+    text = before.encode_text(classes.prompts, evaluation.TEMPLATES["imagenet"])
     scenes = SegmentationImages(BENCHMARKS["toy"], cfg.DATA)
     titles = ["scene and anchor", "ground truth", "CLIP", "DeCLIP", "CLIP's attention", "DeCLIP's attention"]
     matplotlib.use("agg")

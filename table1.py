@@ -50,7 +50,7 @@ def search(cfg: SimpleNamespace) -> str:
     judged = {}
     for name, lr, weight in tqdm(runs, desc="search", unit="run"):
         options = ["--lr", str(lr), *(["--lambda", str(weight)] if name != "self-distillation" else [])]
-        judged[name, lr, weight] = figures(cfg, name, options, seed=0, scenes="dev")
+        judged[name, lr, weight] = figures(cfg, name, options, 0, "dev")
     lines = [f"{'dev scenes, %':34}{'LR':>8}{'λ':>6}" + "".join(f"{figure:>12}" for figure in FIGURES) + f"{'mean':>8}"]
     for (name, lr, weight), found in judged.items():
         best = max(mean(other.values()) for (arm, *_), other in judged.items() if arm == name)
@@ -64,7 +64,7 @@ def report(cfg: SimpleNamespace) -> str:
     """Each row with the settings of its preset and every seed, on the val scenes -> mean and standard deviation."""
     found = {name: [] for name in ROWS}
     for name, seed in tqdm(list(product(ROWS, cfg.SEEDS)), desc="report", unit="run"):
-        found[name].append(figures(cfg, name, [], seed, scenes="val"))
+        found[name].append(figures(cfg, name, [], seed, "val"))
     lines = [f"{'val scenes, %':34}" + "".join(f"{figure:>14}" for figure in FIGURES)]
     for name, runs in found.items():
         columns = [[run[figure] for run in runs] for figure in FIGURES]
