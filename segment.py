@@ -80,8 +80,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         except UserError as error:
             failed.append(str(error))
             continue
-        if max(photo.shape) > cfg.LARGEST:
-            photo = (resize(photo, *fitted_size(photo, cfg.LARGEST)) * 255).round().byte()
+        photo = for_display(photo, cfg.LARGEST)
         panels = {}
         for attention in dict.fromkeys([None, compared]):
             setting = SimpleNamespace(**vars(cfg) | {"ATTENTION": attention})
@@ -93,6 +92,12 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         tqdm.write(f"{out}: {describe(next(iter(panels.values())), classes)}")
     if failed:
         raise UserError(" ".join(failed))
+
+
+def for_display(photo: Tensor, largest: int) -> Tensor:
+    """A photograph uint8 (3, H, W) with its longest side between 640, for smooth borders, and `largest`."""
+    side = min(max(*photo.shape[-2:], 640), largest)
+    return photo if side == max(photo.shape[-2:]) else (resize(photo, *fitted_size(photo, side)) * 255).round().byte()
 
 
 def panel_title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
@@ -182,7 +187,7 @@ def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, path: str) 
     axes[0].imshow(photo.permute(1, 2, 0))
     axes[0].set_title("photograph", fontsize=9)
     for axis, (title, prediction) in zip(axes[1:], panels.items()):
-        paint(axis, photo, prediction, classes, colour_of)
+        paint(axis, photo, prediction, classes, colour_of, width / columns)
         axis.set_title(title, fontsize=9, wrap=True)
         legend(axis, prediction, classes, colour_of)
     for axis in axes:
@@ -191,8 +196,12 @@ def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, path: str) 
     plt.close(figure)
 
 
-def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> None:
-    """The photograph in grey under its regions' colours, dark borders between them, names inside them."""
+def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes, colour_of: dict[str, str],
+          inches: float) -> None:
+    """The photograph in grey under its regions' colours, dark borders between them, names inside them.
+
+    inches: about how wide the panel will be, so that a name is left out where it would cover another.
+    """
     palette = np.array([matplotlib.colors.to_rgb(colour_of.get(name, "#000000")) for name in classes.names])
     grey = photo.float().mean(dim=0, keepdim=True).permute(1, 2, 0).numpy() / 255
     axis.imshow((0.4 * grey + 0.6 * palette[prediction.numpy()]).clip(0, 1))
@@ -201,16 +210,25 @@ def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes, c
     border[:, 1:] |= prediction[:, 1:] != prediction[:, :-1]
     thick = F.max_pool2d(border[None].float(), 3, 1, 1)[0].numpy()
     axis.imshow(np.zeros((*thick.shape, 4)) + thick[..., None] * [0, 0, 0, 0.55])
+    write_names(axis, prediction, classes, letter=9 / 72 / inches * prediction.shape[1])
+
+
+def write_names(axis: plt.Axes, prediction: Tensor, classes: Classes, letter: float) -> None:
+    """Each class's name at the deepest point of its regions, the largest first; none where it would cover another.
+
+    letter: the height of a letter in pixels of the picture; bold ones are about 0.7 of that wide.
+    """
+    H, W = prediction.shape
     taken: list[tuple[float, float, float, float]] = []
     for name in shares(prediction, classes):
         x, y, depth = deepest(prediction == classes.names.index(name))
-        # In pixels of the picture; a letter is about 0.6 of its height wide.
-        letter = max(prediction.shape) / 34
-        box = (x - 0.32 * letter * len(name), y - 0.6 * letter, x + 0.32 * letter * len(name), y + 0.6 * letter)
-        overlaps = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
-        if depth > 0.6 * letter and not overlaps:
+        half, tall = 0.37 * letter * len(name), 0.7 * letter
+        x, y = min(max(x, half), max(half, W - half)), min(max(y, tall), max(tall, H - tall))      # inside the picture
+        box = (x - half, y - tall, x + half, y + tall)
+        covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken)
+        if depth > 0.6 * letter and not covers:
             taken.append(box)
-            axis.text(x, y, name, ha="center", va="center", fontsize=9, color="white", weight="bold", clip_on=True,
+            axis.text(x, y, name, ha="center", va="center", fontsize=9, color="white", weight="bold",
                       path_effects=[patheffects.withStroke(linewidth=2.5, foreground="black")])
 
 

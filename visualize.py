@@ -30,7 +30,7 @@ import settings
 from data import PanopticRegions, fitted_size, normalize, read_image, resize
 from eval_seg import check_windows, predict
 from model import VFM, DeCLIP, load_vfm, read_record, write_whole
-from segment import colours, find_classes, find_photos, paint
+from segment import colours, find_classes, find_photos, for_display, paint
 from settings import UserError
 
 matplotlib.use("agg")       # pictures go to files, on machines without a screen too
@@ -322,13 +322,13 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
     seen = {}
     for line, path in zip(axes, photos):
         photo = read_image(path, upright=True)
-        photo = (resize(photo, *fitted_size(photo, 640)) * 255).round().byte()
+        photo = for_display(photo, 640)
         found = {title: predict(SimpleNamespace(**vars(cfg) | {"ATTENTION": way}), model, photo.to(device), text, classes).cpu()
                  for title, model, way in columns}
         colour_of = colours(found, classes)
         line[0].imshow(photo.permute(1, 2, 0))
         for axis, prediction in zip(line[1:], found.values()):
-            paint(axis, photo, prediction, classes, colour_of)
+            paint(axis, photo, prediction, classes, colour_of, inches=2.6)
             seen |= {classes.names[k]: colour_of[classes.names[k]] for k in prediction.unique().tolist()}
     for axis, title in zip(axes[0], ["photograph", *(title for title, *_ in columns)]):
         axis.set_title(title, fontsize=10)
