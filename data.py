@@ -448,6 +448,10 @@ class SegmentationImages(Dataset):
         self.benchmark = benchmark
         self.names = self._list()
         self.instances = Instances(self.root / benchmark.label) if benchmark.label.endswith(".json") else None
+        for path in (benchmark.image, benchmark.label):
+            first = self.root / path.format(self.names[0])
+            if not first.is_file():
+                raise NotThere(f"There is no {first.absolute()}; unpack all of the data set, images and labels.")
         self.lookup = np.full(65536, VOID, dtype=np.uint8)
         self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
 
@@ -495,7 +499,7 @@ class Instances:
         if not path.is_file():
             raise NotThere(f"There is no {path.absolute()}; unpack COCO's annotations there, or set DATA to the folder that "
                            "holds coco.")
-        content = read_json(path, "images", "annotations", "categories")
+        self.path, content = path, read_json(path, "images", "annotations", "categories")
         with fields_of(path):
             self.value = {id: place + 1 for place, id in enumerate(sorted(each["id"] for each in content["categories"]))}
             self.image_of = {image["file_name"]: image["id"] for image in content["images"]}
@@ -505,10 +509,15 @@ class Instances:
                 self.of_image.setdefault(annotation["image_id"], []).append(kept)
 
     def render(self, file_name: str, height: int, width: int) -> np.ndarray:
-        """The label image (height, width) of an image; of overlapping objects the smaller one is on top."""
+        """The label image (height, width) of an image; of overlapping objects the smaller one is on top.
+
+        Raises UserError for an image that the json does not list.
+        """
+        if file_name not in self.image_of:
+            raise UserError(f"{self.path} says nothing of {file_name}; give the json and the images of one split.")
         label = np.zeros((height, width), np.uint8)
         objects = [(self._mask(each["segmentation"], height, width), self.value[each["category_id"]])
-                   for each in self.of_image.get(self.image_of.get(file_name), [])]
+                   for each in self.of_image.get(self.image_of[file_name], [])]
         for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
             label[mask] = value
         return label

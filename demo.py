@@ -22,6 +22,7 @@ import settings
 import toy
 from data import BENCHMARKS, SegmentationImages, read_classes, student_image
 from model import DeCLIP
+from segment import deepest
 from settings import UserError
 from visualize import decoupled_attention, recorded_attention
 
@@ -122,12 +123,9 @@ PALETTE = np.concatenate([colormaps["tab10"].colors, colormaps["Set2"].colors]) 
 
 
 def find_anchor(label: Tensor) -> tuple[int, int]:
-    """The pixel (x, y) that is deepest inside a thing: the last to go when things are eroded."""
-    inside = (label < len(toy.THINGS)).float()[None, None]
-    while (smaller := -F.max_pool2d(-inside, 3, 1, 1)).any():
-        inside = smaller
-    y, x = inside[0, 0].nonzero()[0].tolist()
-    return x, y
+    """The pixel (x, y) that is deepest inside a thing, or the middle of a scene without one."""
+    x, y, _ = deepest(label < len(toy.THINGS))
+    return int(x), int(y)
 
 
 def best_class(content: Tensor, text: Tensor, size: tuple[int, int]) -> Tensor:

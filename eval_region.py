@@ -71,9 +71,9 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     teacher = DeCLIP(clip.model_name, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
     text = evaluation.encode_classes(cfg, clip, classes)
-    result = {}
-    for size in cfg.SIZES:
-        hits = evaluate(cfg, clip, teacher, dataset, classes, text, size, ranks)
+    result, hits = {}, {}
+    for size in cfg.SIZES:      # crops are cut from the photograph, so their figures are those of the first size
+        hits |= evaluate(cfg, clip, None if hits else teacher, dataset, classes, text, size, ranks)
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
             print(f"\n{evaluation.title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
@@ -93,11 +93,12 @@ def check_sizes(cfg: SimpleNamespace, clip: DeCLIP) -> None:
                         f"size that works is {nearest}.")
 
 
-def evaluate(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP, dataset: PanopticRegions, classes: Classes, text: Tensor,
-             size: int, ranks: distributed.Ranks) -> dict[str, Tensor]:
-    """All images at one size -> for each way the counts (K, 3) of count_hits, summed over ranks."""
+def evaluate(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, dataset: PanopticRegions, classes: Classes,
+             text: Tensor, size: int, ranks: distributed.Ranks) -> dict[str, Tensor]:
+    """All images at one size -> for each way the counts (K, 3) of count_hits, summed over ranks; no crops without teacher."""
+    ways = ("box", "mask", "crop") if teacher else ("box", "mask")
     # hits[way, class] = regions, right at top 1, right among 5
-    hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ("box", "mask", "crop")}
+    hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ways}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
     loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list)
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch", disable=not ranks.is_main):
@@ -119,19 +120,21 @@ def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
 
 
 @torch.inference_mode()
-def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP, samples: list[Regions], size: int,
+def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, samples: list[Regions], size: int,
                    device: torch.device) -> dict[str, Tensor]:
-    """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`: each (sum k, C)."""
+    """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`, if any: each (sum k, C)."""
     images = [sample.image.to(device) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
     content, _ = clip.encode_dense(inputs, cfg.ATTENTION)
     boxes = [box_in_frame(sample, size).to(device) for sample in samples]
     masks = [segment_masks(sample.segments.to(device), len(sample.labels), size, clip.patch_size) for sample in samples]
+    features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
+    if teacher is None:
+        return features
     crops = [crop for image, sample in zip(images, samples) for crop in box_crops(teacher, image, sample.boxes)]
-    features = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
-                for start in range(0, len(crops), cfg.CROP_BATCH)]
-    return {"box": region_features(content, boxes), "mask": mask_features(content, masks),
-            "crop": torch.cat(features) if features else content.new_zeros(0, content.shape[1])}
+    encoded = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
+               for start in range(0, len(crops), cfg.CROP_BATCH)]
+    return features | {"crop": torch.cat(encoded) if encoded else content.new_zeros(0, content.shape[1])}
 
 
 def box_in_frame(sample: Regions, size: int) -> Tensor:

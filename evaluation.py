@@ -74,8 +74,9 @@ def encode_classes(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes) -> Tens
     templates = TEMPLATES.get(cfg.TEMPLATE, (cfg.TEMPLATE,))
     if cfg.CACHE is None or not clip.has_text:
         return clip.encode_text(classes.prompts, templates)
-    sentences = [template.format("") if isinstance(template, str) else template("") for template in templates]
-    key = hashlib.sha256(json.dumps([classes.prompts, sentences]).encode())
+    sentences = [template.format("\0") if isinstance(template, str) else template("\0") for template in templates]
+    tower = open_clip.get_model_config(clip.model_name) or clip.model_name      # its activation, its tokenizer
+    key = hashlib.sha256(json.dumps([tower, classes.prompts, sentences], default=str).encode())
     for name, value in sorted(clip.clip.text.state_dict().items()):
         key.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     path = Path(cfg.CACHE) / f"text-{key.hexdigest()[:24]}.safetensors"

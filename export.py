@@ -10,6 +10,7 @@ Neither layout has a place for the attention that the model was trained with, so
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,9 +117,11 @@ def vit_value(key: str, value: Tensor) -> Tensor:
 
 def write_open_clip(clip: DeCLIP, folder: Path) -> None:
     """open_clip_config.json and open_clip_model.safetensors."""
-    schema, _, own = clip.model_name.partition(":")
-    config = (json.loads((Path(own) / "open_clip_config.json").read_text())["model_cfg"] if schema == "local-dir" else
-              open_clip.get_model_config(clip.model_name))
+    config = open_clip.get_model_config(clip.model_name)
+    merges = config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
+    if merges:      # a tokenizer of its own goes along
+        write_whole(folder / Path(merges).name, lambda file: shutil.copyfile(merges, file))
+        config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = str(folder / Path(merges).name)
     preprocess = clip.preprocess | {"mean": clip.mean, "std": clip.std}
     text = json.dumps({"model_cfg": config | {"custom_text": True}, "preprocess_cfg": preprocess}, indent=2)
     state = {key: value.contiguous() for key, value in open_clip_layout(clip).items()}

@@ -28,14 +28,15 @@ import evaluation
 import settings
 from data import Classes, fitted_size, list_images, make_classes, read_classes, read_image, resize
 from eval_seg import check_windows, predict
-from model import ATTENTIONS, DeCLIP, read_record, write_whole
+from model import DeCLIP, write_whole
 from settings import UserError
 
 matplotlib.use("agg")       # pictures go to files, on machines without a screen too
 from matplotlib import patches, patheffects  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-# Besides these, the settings of evaluation.py: which model, where the result goes. ATTENTION adds a panel for comparison.
+# Besides these, the settings of evaluation.py: which model, where the result goes. ATTENTION adds a panel of the CLIP that the
+# model was made from.
 CLASSES = ""                        # names with commas between them, synonyms with | ; or a class file, *.txt
 BACKGROUND = False                  # a class for everything else, named as in classes/voc21.txt
 THRESHOLD: float | None = None      # with BACKGROUND: it gets pixels where no class is more probable, such as 0.4
@@ -65,15 +66,13 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Every photograph; one that can't be read is named, and the rest goes on."""
     check_windows(cfg)
     classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
-    compared, cfg.ATTENTION = cfg.ATTENTION, None
-    if compared not in (None, *ATTENTIONS):
-        raise UserError(f"ATTENTION is {compared!r}; it must be one of {', '.join(ATTENTIONS)}.")
     clip = evaluation.open_model(cfg).to(device)
+    ways = panels_of(cfg, clip, device)
     if cfg.WINDOW % clip.patch_size:
         raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size, {clip.patch_size}; set it to "
                         "one.")
     text = evaluation.encode_classes(cfg, clip, classes)
-    failed = []
+    failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
     for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
         try:
             photo = read_image(path, upright=True)
@@ -81,11 +80,9 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
             failed.append(str(error))
             continue
         photo = for_display(photo, cfg.LARGEST)
-        panels = {}
-        for attention in dict.fromkeys([None, compared]):
-            setting = SimpleNamespace(**vars(cfg) | {"ATTENTION": attention})
-            panels[panel_title(setting, clip)] = predict(setting, clip, photo.to(device), text, classes).cpu()
-        out = Path(cfg.OUT or path.parent) / f"{path.stem}.segmentation.png"
+        panels = {title: predict(SimpleNamespace(**vars(cfg) | {"ATTENTION": attention}), model, photo.to(device), text,
+                                 classes).cpu() for title, (model, attention) in ways.items()}
+        out = outputs[path]
         write_whole(out, partial(draw, photo, panels, classes))
         if cfg.JSON:
             write_numbers(panels, classes, out.with_suffix(".json"))
@@ -100,11 +97,27 @@ def for_display(photo: Tensor, largest: int) -> Tensor:
     return photo if side == max(photo.shape[-2:]) else (resize(photo, *fitted_size(photo, side)) * 255).round().byte()
 
 
-def panel_title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
-    """What stands over a panel: DeCLIP for a trained block, else the model and its attention."""
-    if cfg.ATTENTION is None and read_record(cfg.CKPT or ""):
-        return f"DeCLIP ({clip.model_name}, context {clip.context})"
-    return f"{clip.model_name}, attention {cfg.ATTENTION or clip.context}"
+def panels_of(cfg: SimpleNamespace, clip: DeCLIP, device: torch.device) -> dict[str, tuple[DeCLIP, str | None]]:
+    """Titles -> (model, attention): the model itself, and with ATTENTION the CLIP that it was made from, by that row."""
+    name = "DeCLIP" if cfg.CKPT else "decoupled"
+    panels = {f"{name} ({clip.model_name}, context {clip.context})": (clip, None)}
+    if cfg.ATTENTION:
+        original = DeCLIP(clip.model_name, cfg.PRETRAINED).to(device) if cfg.CKPT else clip
+        panels[f"{clip.model_name}, attention {cfg.ATTENTION}"] = original, cfg.ATTENTION
+    return panels
+
+
+def outputs_of(photos: Sequence[Path], given: Sequence[str], out: str | None) -> dict[Path, Path]:
+    """Where each photograph's picture goes: beside it, or below `out` as it is below the folder that was named."""
+    folders = [Path(each) for each in given if Path(each).is_dir()]
+    places = {}
+    for path in photos:
+        root = next((folder for folder in folders if path.is_relative_to(folder)), path.parent)
+        place = Path(out) / path.parent.relative_to(root) if out else path.parent
+        picture = place / f"{path.stem}.segmentation.png"
+        # a.jpg and a.png are two photographs.
+        places[path] = place / f"{path.name}.segmentation.png" if picture in places.values() else picture
+    return places
 
 
 def find_classes(cfg: SimpleNamespace) -> Classes:
@@ -118,12 +131,14 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
     if not lines:
         raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, wooden chair, grass", or give a '
                         "class file.")
-    if cfg.BACKGROUND:
-        lines.insert(0, line_of(read_classes("classes/voc21.txt"), 0))
+    if cfg.BACKGROUND:      # less what is asked for by name
+        wanted = {name for line in lines for name in line.split(", ")}
+        rest = [name for name in line_of(read_classes("classes/voc21.txt"), 0).split(", ") if name not in wanted]
+        lines.insert(0, ", ".join(rest))
     elif cfg.THRESHOLD is not None:
         raise UserError("THRESHOLD is for --background, which gets what no class is sure of; add it, or leave --threshold out.")
     classes = make_classes(lines)
-    twice = next((name for name in classes.names if classes.names.count(name) > 1), None)
+    twice = next((name for name in classes.prompts if classes.prompts.count(name) > 1), None)
     if twice:
         raise UserError(f"CLASSES names {twice!r} twice; remove one.")
     return classes
@@ -140,8 +155,11 @@ def find_photos(given: Sequence[str]) -> list[Path]:
     for path in map(Path, given):
         if not path.exists():
             raise UserError(f"There is no photograph {path}; give an image file or a folder of them.")
-        found += [path] if path.is_file() else [Path(each) for each in list_images(path)]
-    return [path for path in found if not path.name.endswith(".segmentation.png")]
+        below = [] if path.is_file() else [Path(each) for each in list_images(path) if not each.endswith(".segmentation.png")]
+        found += [path] if path.is_file() else below
+    if not found:
+        raise UserError(f"{' '.join(given)} holds no photograph but our own pictures of them; give an image file or a folder.")
+    return list(dict.fromkeys(found))
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers

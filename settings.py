@@ -112,7 +112,8 @@ def parse(argv: list[str] | None, script: ModuleType, *shared: ModuleType, posit
                             help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
-    given = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()})
 
 

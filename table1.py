@@ -75,14 +75,15 @@ def report(cfg: SimpleNamespace) -> str:
 
 def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int, scenes: str) -> dict[str, float]:
     """Trains and evaluates one run, unless it is there -> its five FIGURES in per cent."""
-    words = [Path(word).stem if word.startswith("@") else word.lstrip("-") for word in [*ROWS[name], *options]]
-    folder = Path(cfg.OUT) / "-".join([*words, f"seed-{seed}"])
+    run = ["@presets/toy.txt", *ROWS[name], *options, "--seed", str(seed)]
+    chosen = settings.parse(run, train)
+    folder = Path(cfg.OUT) / f"{chosen.CONTEXT}-lambda-{chosen.LAMBDA:g}-lr-{chosen.LR:g}-seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = ["--ckpt", str(folder / "declip.safetensors")]
     root = f"data/toy/{scenes}"
     with open(folder / "output.txt", "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         if not (folder / "trained").exists():
-            train.main(["@presets/toy.txt", *ROWS[name], *options, "--seed", str(seed), "--out", str(folder), "--resume"])
+            train.main([*run, "--out", str(folder), "--resume"])
             (folder / "trained").touch()
         result = folder / f"{scenes}.json"
         if not result.exists():

@@ -21,6 +21,7 @@ import copy
 import gzip
 import json
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -49,7 +50,7 @@ from settings import UserError
 
 OUT = "data/toy"                    # folder of the scenes
 TRAIN = 1024                        # scenes to train with
-DEV = 200                           # labelled scenes to choose settings with
+DEV = 200                           # labelled scenes to choose settings with; 0 leaves what is there
 VAL = 200                           # labelled scenes to report
 SIZE = 160                          # side of a scene in pixels
 
@@ -241,6 +242,10 @@ def draw_data(cfg: SimpleNamespace) -> None:
     with ProcessPoolExecutor() as pool:
         for kind, count in (("train", cfg.TRAIN), ("dev", cfg.DEV), ("val", cfg.VAL)):
             folder = Path(cfg.OUT) / kind
+            if not count:
+                continue
+            if folder.exists():     # scenes of another size or number
+                shutil.rmtree(folder)
             for name in ("images", "panoptic", "labels") if kind != "train" else ("",):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             draw = partial(write_image if kind == "train" else write_labelled, folder, FIRST_SCENE[kind], cfg.SIZE)

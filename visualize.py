@@ -29,7 +29,7 @@ import evaluation
 import settings
 from data import PanopticRegions, fitted_size, normalize, read_image, resize
 from eval_seg import check_windows, predict
-from model import VFM, DeCLIP, load_vfm, read_record, write_whole
+from model import DECOUPLED, VFM, DeCLIP, load_vfm, write_whole
 from segment import colours, find_classes, find_photos, for_display, paint
 from settings import UserError
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{kind!r} {problem}; say visualize.py KIND FILES, with KIND one of {', '.join(KINDS)}.")
         settings.check_least(cfg, LAYERS=1, SIZE=1, PROXIES=0)
         figure = KINDS[kind](cfg, files, ranks.device)
-        path = Path(cfg.PICTURE or f"out/{kind}.png")
+        path = Path(cfg.PICTURE or Path(cfg.OUT or "out") / f"{kind}.png")
         write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png", bbox_inches="tight"))
         plt.close(figure)
         print(f"the picture is {path}")
@@ -148,13 +148,11 @@ def decoupled_attention(clip: DeCLIP, images: Tensor) -> Tensor:
 def open_models(cfg: SimpleNamespace, device: torch.device, with_vfm: bool = True) -> list[Shown]:
     """CLIP, the trained model and the VFM, as far as there are weights for them."""
     trained = evaluation.open_model(cfg).to(device)
-    name = f"{trained.model_name}"
-    is_trained = bool(read_record(cfg.CKPT or ""))
+    is_trained = cfg.CKPT is not None
     clip = DeCLIP(trained.model_name, cfg.PRETRAINED).to(device) if is_trained else trained
-    shown = [Shown(f"CLIP\n{name}", clip)]
-    is_decoupled = trained.context in ("q", "k", "qk")
+    shown = [Shown(f"CLIP\n{trained.model_name}", clip)]
     title = "DeCLIP" if is_trained else "decoupled, untrained"
-    shown.append(Shown(f"{title}\ncontext {trained.context}", trained, is_decoupled))
+    shown.append(Shown(f"{title}\ncontext {trained.context}", trained, trained.context in DECOUPLED))
     if with_vfm and cfg.VFM_MODEL:
         shown.append(Shown(f"VFM\n{cfg.VFM_MODEL.split('.')[0]}", load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED).to(device)))
     return shown
@@ -162,7 +160,10 @@ def open_models(cfg: SimpleNamespace, device: torch.device, with_vfm: bool = Tru
 
 def one_photo(cfg: SimpleNamespace, files: list[str], shown: list[Shown]) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
     """The first photograph (3, H, W), its grid of tokens, and the anchor in its pixels."""
-    photo = read_image(find_photos(files)[0], upright=True)
+    photos = find_photos(files)
+    if len(photos) > 1:
+        raise UserError(f"{len(photos)} photographs were given, but this picture is of one; name one.")
+    photo = read_image(photos[0], upright=True)
     H, W = photo.shape[-2:]
     h, w = fitted_size(photo, cfg.SIZE)
     patch = shown[0].model.patch_size
@@ -267,15 +268,16 @@ def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
             allowed = stuff(path, (h, w)) if stuff else torch.ones(h * w, dtype=torch.bool)
             drawn[each.title].append([proxy_share(rows[prefix:, prefix:].cpu(), allowed, cfg.PROXIES) for rows in maps])
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    print(f"{'% of all patches attention':34}" + "  ".join(f"layer {n + 1}" for n in range(len(shown[0].trunk.blocks))))
+    depth = max(len(each.trunk.blocks) for each in shown)
+    print(f"{'% of attention, layer':34}" + "".join(f"{n + 1:7}" for n in range(depth)))
     for title, shares in drawn.items():
         mean = 100 * torch.tensor(shares).mean(dim=0)
         axis.plot(range(1, len(mean) + 1), mean, marker="o", label=title.replace("\n", ", "))
-        print(f"{title.replace(chr(10), ', '):34}" + "  ".join(f"{value:7.1f}" for value in mean))
+        print(f"{title.replace(chr(10), ', '):34}" + "".join(f"{value:7.1f}" for value in mean))
     axis.axhline(100 * cfg.PROXIES, color="grey", linestyle=":", label="if all were attended equally")
     where = "background patches" if stuff else "patches"
     axis.set(xlabel="layer", ylabel="% of all patches' attention", ylim=(0, None),
-             xticks=range(1, 1 + max(len(each.trunk.blocks) for each in shown)),
+             xticks=range(1, 1 + depth),
              title=f"Attention drawn by the {100 * cfg.PROXIES:g} % most attended {where}, {len(photos)} photographs")
     axis.legend(fontsize=9)
     axis.grid(alpha=0.3)
@@ -294,7 +296,7 @@ def stuff_of(cfg: SimpleNamespace) -> Callable[[Path, tuple[int, int]], Tensor] 
     """With ANNOTATIONS: a function of a photograph and a grid -> which tokens are background, (h * w,) bool."""
     if cfg.ANNOTATIONS is None:
         return None
-    regions = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS or Path(cfg.ANNOTATIONS).with_suffix(""), "")
+    regions = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS or Path(cfg.ANNOTATIONS).with_suffix(""), "", crowd=True)
     place = {Path(regions.file_names[each["image_id"]]).name: index for index, each in enumerate(regions.annotations)}
 
     def find(path: Path, grid: tuple[int, int]) -> Tensor:
@@ -302,9 +304,8 @@ def stuff_of(cfg: SimpleNamespace) -> Callable[[Path, tuple[int, int]], Tensor] 
             raise UserError(f"{cfg.ANNOTATIONS} says nothing of {path.name}; give the photographs that it is about.")
         regions.images = path.parent
         sample = regions[place[path.name]]
-        is_thing = torch.tensor([regions.is_thing[label] for label in sample.labels] + [False])      # the last for no segment
-        things = is_thing[sample.segments.long()]
-        return F.adaptive_avg_pool2d(things[None].float(), grid)[0].flatten() < 0.5
+        is_stuff = torch.tensor([not regions.is_thing[label] for label in sample.labels] + [False])     # the last: unlabelled
+        return F.adaptive_avg_pool2d(is_stuff[sample.segments.long()][None].float(), grid)[0].flatten() > 0.5
     return find
 
 
@@ -313,23 +314,22 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
     check_windows(cfg)
     classes, photos = find_classes(cfg), find_photos(files)[:6]
     trained = evaluation.open_model(cfg).to(device)
-    clip = DeCLIP(trained.model_name, cfg.PRETRAINED).to(device) if read_record(cfg.CKPT or "") else trained
+    clip = DeCLIP(trained.model_name, cfg.PRETRAINED).to(device) if cfg.CKPT else trained
     text = evaluation.encode_classes(cfg, clip, classes)
     columns = [(name, clip, name) for name in cfg.METHODS]
     columns.append(("decoupled, untrained" if clip is trained else "DeCLIP", trained, None))
     figure, axes = plt.subplots(len(photos), 1 + len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.6 * (1 + len(columns)), 2.2 * len(photos) + 0.6))
-    seen = {}
-    for line, path in zip(axes, photos):
-        photo = read_image(path, upright=True)
-        photo = for_display(photo, 640)
-        found = {title: predict(SimpleNamespace(**vars(cfg) | {"ATTENTION": way}), model, photo.to(device), text, classes).cpu()
-                 for title, model, way in columns}
-        colour_of = colours(found, classes)
+    pictures = [for_display(read_image(path, upright=True), 640) for path in photos]
+    by_way = {way: SimpleNamespace(**vars(cfg) | {"ATTENTION": way}) for _, _, way in columns}
+    found = {(row, title): predict(by_way[way], model, photo.to(device), text, classes).cpu()
+             for row, photo in enumerate(pictures) for title, model, way in columns}
+    colour_of = colours(found, classes)
+    seen = {classes.names[k]: colour_of[classes.names[k]] for each in found.values() for k in each.unique().tolist()}
+    for row, (line, photo) in enumerate(zip(axes, pictures)):
         line[0].imshow(photo.permute(1, 2, 0))
-        for axis, prediction in zip(line[1:], found.values()):
-            paint(axis, photo, prediction, classes, colour_of, inches=2.6)
-            seen |= {classes.names[k]: colour_of[classes.names[k]] for k in prediction.unique().tolist()}
+        for axis, (title, *_) in zip(line[1:], columns):
+            paint(axis, photo, found[row, title], classes, colour_of, inches=2.6)
     for axis, title in zip(axes[0], ["photograph", *(title for title, *_ in columns)]):
         axis.set_title(title, fontsize=10)
     for axis in axes.flat:
@@ -348,10 +348,11 @@ def curves(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.
             raise UserError(f"There is no {path}; give folders that train.py wrote, or their log.jsonl.")
         try:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is no log of train.py ({error}); give a log.jsonl.") from None
+            values = {name: [line[name] for line in lines] for name in ("step", "content", "context", "lr")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no log of train.py ({error}); give a log.jsonl of one.") from None
         for axis, name in zip(axes, ("content", "context", "lr")):
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=str(path.parent))
+            axis.plot(values["step"], values[name], label=str(path.parent))
     for axis, title in zip(axes, ("content loss (equation 7)", "context loss (equation 9)", "learning rate")):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3)

@@ -168,10 +168,23 @@ def test_smaller_objects_are_on_top(tmp_path):
         assert (label == 2).sum() == 8 and (label[2:6, 2:4] == 2).all() and (label == 1).sum() == 64 - 8
 
 
-def test_an_image_without_objects_is_background(tmp_path):
-    write("coco_object", tmp_path)
-    instances = data.Instances(tmp_path / PLACES["coco_object"][1])
-    assert not instances.render("nothing.jpg", 4, 6).any()
+def test_an_image_without_objects_is_background_and_one_of_another_split_is_refused(tmp_path):
+    content = instances() | {"annotations": []}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    rendered = data.Instances(tmp_path / "instances.json")
+    assert not rendered.render("000000000000.jpg", 4, 6).any()
+    with pytest.raises(ValueError, match="says nothing of other.jpg"):
+        rendered.render("other.jpg", 4, 6)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_images_without_labels_are_a_missing_set(tmp_path, name):
+    """A set that was unpacked in part is missing, so that --benchmarks all goes on with the others."""
+    write(name, tmp_path)
+    for path in (tmp_path / PLACES[name][1]).parent.iterdir():
+        path.unlink()
+    with pytest.raises(data.NotThere, match="There is no"):
+        SegmentationImages(BENCHMARKS[name], tmp_path)
 
 
 def test_all_without_any_data_is_one_sentence(tmp_path, checkpoint):

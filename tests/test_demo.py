@@ -95,3 +95,5 @@ def test_a_run_is_made_once(tmp_path, monkeypatch):
     for scenes in ("dev", "dev", "val"):
         found = table1.figures(cfg, "self + VFM", ["--lr", "0.1"], 4, scenes)
     assert made == ["train", "region", "toy_dev", "region", "toy"] and found["mIoU"] == 2.0
+    table1.figures(cfg, "self + VFM", ["--lr", "0.2"], 4, "val")        # as if the preset had been edited
+    assert made.count("train") == 2

@@ -44,6 +44,22 @@ def test_whatever_changes_is_computed_anew(encode):
     assert was_computed and not torch.equal(text, first)
 
 
+def test_the_activation_is_part_of_the_tower(encode):
+    """The same weights under a model name with another activation give other embeddings."""
+    exact, quick = DeCLIP("tiny-vit"), DeCLIP("tiny-vit-quickgelu")
+    quick.clip.load_state_dict(exact.clip.state_dict())
+    text, _ = encode(exact, ["cat"])
+    other, was_computed = encode(quick, ["cat"])
+    assert was_computed and not torch.equal(text, other)
+
+
+def test_where_the_name_stands_is_part_of_the_sentence(encode):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat"], "{}the ")
+    other, was_computed = encode(clip, ["cat"], "the {}")
+    assert was_computed and not torch.equal(first, other)
+
+
 def test_two_models_share_what_their_text_towers_share(encode):
     """Training leaves the text tower as it is, so a checkpoint's classes are those of its CLIP."""
     clip = DeCLIP("tiny-eva")

@@ -9,6 +9,7 @@ from conftest import options
 from test_model import randomize
 
 import export
+import toy
 from model import DeCLIP
 
 GOLDEN = Path(__file__).parent / "golden_b16.pt"
@@ -52,6 +53,15 @@ def test_open_clip_layout_comes_back(trained, tmp_path, name):
         torch.testing.assert_close(theirs.encode_text(tokens), clip.clip.encode_text(tokens))
     again = DeCLIP(f"local-dir:{tmp_path / 'folder'}", "own")
     assert same(clip, again) and (again.mean, again.std) == (clip.mean, clip.std)
+
+
+def test_a_tokenizer_of_its_own_goes_along(trained, tmp_path, monkeypatch):
+    """The toy CLIP's folder is whole wherever it is read from."""
+    monkeypatch.chdir(toy.FOLDER.parent)
+    clip, path = trained("local-dir:toy/clip")
+    export.main(options(ckpt=path, layout="open_clip", out=tmp_path / "folder"))
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'folder'}")("a star")[0, :2], torch.tensor([743, 320]))
 
 
 def eva_shapes() -> dict[str, tuple]:

@@ -87,6 +87,13 @@ def test_sets_have_scenes_of_their_own(drawn):
     assert all(later - start >= toy.MOST_SCENES for start, later in zip(starts, starts[1:]))
 
 
+def test_drawing_again_leaves_no_old_scenes(drawn, tmp_path):
+    toy.main(options(out=tmp_path, train=3, dev=2, val=1, size=64))
+    toy.main(options(out=tmp_path, train=2, dev=0, val=1, size=32))
+    sizes = [Image.open(path).size for path in sorted((tmp_path / "train").glob("*.png"))]
+    assert sizes == [(32, 32)] * 2 and len(list((tmp_path / "dev" / "images").iterdir())) == 2      # 0 leaves what is there
+
+
 @pytest.mark.parametrize("given, words", [({"pretrain": "dog"}, "clip, vfm"), ({"val": toy.MOST_SCENES + 1}, "ask for fewer"),
                                           ({"size": 3}, "SIZE is 3")])
 def test_bad_settings_are_one_sentence(tmp_path, given, words):

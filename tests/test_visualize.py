@@ -155,6 +155,39 @@ def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
         assert min(picture.size) > 200
 
 
+def test_a_row_is_the_model_that_it_is_called(photo, tmp_path, monkeypatch):
+    """CLIP is the untrained weights, also beside a published .pt that says nothing of itself."""
+    trained = DeCLIP(TOY["model"], "own")
+    with torch.no_grad():
+        trained.visual.blocks[0].attn.q_proj.weight.add_(1)
+    torch.save({f"visual.trunk.{key}": value for key, value in trained.visual.state_dict().items()}, tmp_path / "some.pt")
+    cfg = visualize.settings.parse(["attention", str(photo), *options(**TOY | {"ckpt": tmp_path / "some.pt", "context": "q"})],
+                                   visualize, visualize.evaluation, positional="KIND_AND_FILES")
+    clip, declip, vfm = visualize.open_models(cfg, torch.device("cpu"))
+    assert [each.title.splitlines()[0] for each in (clip, declip, vfm)] == ["CLIP", "DeCLIP", "VFM"]
+    weights = [each.trunk.blocks[0].attn.q_proj.weight for each in (clip, declip)]
+    assert torch.allclose(weights[1] - weights[0], torch.ones(()), atol=1e-5) and declip.decoupled and not clip.decoupled
+
+
+def test_the_panel_shows_the_anchors_row(photo, monkeypatch):
+    """The maps drawn are those of the anchor's token, at the anchor's place, of the layers that the titles name."""
+    def attention(self, picture, grid):
+        prefix, N = self.trunk.num_prefix_tokens, grid[0] * grid[1]
+        rows = torch.zeros(5, prefix + N, prefix + N)
+        for layer in range(5):      # every patch attends to the patch right of it, with the layer's number
+            rows[layer, prefix:, prefix:] = (layer + 1) * torch.eye(N).roll(1, dims=1) / N
+        return list(rows)
+    monkeypatch.setattr(visualize.Shown, "attention", attention)
+    words = ["attention", str(photo), *options(**TOY | {"anchor": "43,21", "layers": 2})]
+    cfg = visualize.settings.parse(words, visualize, visualize.evaluation, positional="KIND_AND_FILES")
+    figure = visualize.attention(cfg, [str(photo)], torch.device("cpu"))
+    maps = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes if axis.get_title().startswith("layer")}
+    assert set(maps) == {"layer 2", "layer 5"}
+    for title, values in maps.items():      # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
+        assert values.shape == (10, 16) and values[2, 5] == values.max() == pytest.approx(int(title[-1]))
+    plt.close(figure)
+
+
 def test_curves_of_two_runs(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -172,7 +205,7 @@ def test_background_is_what_is_no_thing(tmp_path):
     for index in range(2):
         scene = toy.draw_scene(toy.FIRST_SCENE["val"] + index, 64)
         things = torch.tensor([kind < len(toy.THINGS) for kind in scene.classes])[torch.from_numpy(scene.segments).long()]
-        expected = F.avg_pool2d(things[None].float(), 8)[0].flatten() < 0.5
+        expected = F.avg_pool2d((~things)[None].float(), 8)[0].flatten() > 0.5
         assert torch.equal(find(root / "images" / f"{index:05}.png", (8, 8)), expected) and 0 < expected.sum() < 64
 
 
@@ -183,6 +216,7 @@ def test_background_is_what_is_no_thing(tmp_path):
     (["attention", "PHOTO", "--anchor", "5"], "give two whole numbers"),
     (["attention", "PHOTO", "--vfm_model", "samvit_base_patch16", "--vfm_pretrained", "false"], "attends within windows"),
     (["segmentation", "PHOTO"], "CLASSES names no class"), (["curves", "README.md"], "is no log of train.py"),
+    (["curves", "toy/clip/log.jsonl"], "is no log of train.py"), (["attention", "PHOTO", "toy"], "but this picture is of one"),
     (["curves", "nothing"], "There is no nothing"), (["attention", "PHOTO", "--layers", "0"], "LAYERS is 0")])
 def test_bad_input_is_one_sentence(photo, tmp_path, words, sentence):
     with pytest.raises(SystemExit) as error:
