@@ -57,7 +57,7 @@ SIZE = 160                          # side of a scene in pixels
 PRETRAIN: str | None = None         # clip or vfm: train that model instead of drawing scenes
 MODELS = "toy"                      # folder that PRETRAIN writes clip/ or vfm/ into
 SCENES = 8000                       # that PRETRAIN draws, at 128 px
-STEPS: int | None = None            # of PRETRAIN; None: 3000 for clip, 1500 for vfm
+STEPS: int | None = None            # of PRETRAIN; None: 2500 for clip, 1500 for vfm
 BATCH_SIZE: int | None = None       # of PRETRAIN; None: 128 crops for clip, 16 scenes for vfm
 SEED = 0                            # of PRETRAIN's first weights and of what it draws
 
@@ -409,7 +409,7 @@ def segment_shares(world: World, scenes: Tensor, boxes: Tensor, points: int = 24
 
 def caption(classes: Sequence[int], shares: Sequence[float], only_first: bool) -> str:
     """What somebody would say of a crop: what stands out first, or all that is well visible, `a star and a ring on dots`."""
-    salience = [share * (3 if kind < len(THINGS) else 1) for kind, share in zip(classes, shares)]
+    salience = [share * (2 if kind < len(THINGS) else 1) for kind, share in zip(classes, shares)]
     order = sorted(range(len(classes)), key=lambda segment: -salience[segment])
     if only_first:
         return NAMES[classes[order[0]]]
@@ -506,7 +506,7 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, world: World) -> tuple[nn.
         right = {kind: [a == b for a, b in zip(found, captions) if b in kind] for kind in (THINGS, STUFF)}
         return {"thing": np.mean(right[THINGS]).round(3), "stuff": np.mean(right[STUFF]).round(3)}
 
-    optimize(cfg, model, cfg.STEPS or 3000, folder / "log.jsonl", loss_of_step)
+    optimize(cfg, model, cfg.STEPS or 2500, folder / "log.jsonl", loss_of_step)
     return model, "open_clip_model.safetensors"
 
 
