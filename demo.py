@@ -29,7 +29,7 @@ from visualize import decoupled_attention, recorded_attention
 RESULTS = "out/toy"                 # folder of the evaluations' json, the trained model's in declip/ below it
 DATA = "data"                       # folder that holds toy/
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
-SCENES = (0, 5, 9)                  # scenes of data/toy/val that the picture shows
+SCENES = (5, 0, 9)                  # scenes of data/toy/val that the picture shows
 PICTURE = "out/toy/demo.png"        # where the picture goes
 
 METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json", "DeCLIP": "declip/{}.json"}
