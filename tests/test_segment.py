@@ -128,10 +128,10 @@ def test_threshold_gives_what_is_unsure_to_the_background(photo, tmp_path):
     """The share of the background grows with the threshold, from what is background anyhow."""
     path, _ = photo()
     shares = []
-    for threshold in (0, 0.3, 0.8):
+    for threshold in (0, 0.5, 0.9):
         run(path, classes=EVERYTHING, background="true", threshold=threshold, logit_scale=10, json="true")
         shares.append(next(iter(json.loads((tmp_path / "scene.segmentation.json").read_text()).values())).get("background", 0))
-    assert shares[0] < shares[1] - 0.02 and shares[1] < shares[2] - 0.02, shares
+    assert shares == sorted(shares) and shares[0] < shares[2] - 0.1, shares
 
 
 @pytest.mark.parametrize("shape", [(60, 60), (40, 90), (300, 50)])

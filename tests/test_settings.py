@@ -76,7 +76,8 @@ def test_errors_are_one_line(script, capsys, given, sentence):
     assert error.value.code == 2 and capsys.readouterr().err == sentence + "\n"
 
 
-@pytest.mark.parametrize("name", ["train", "eval_region", "eval_seg", "evaluation"])
+@pytest.mark.parametrize("name", ["train", "eval_region", "eval_seg", "evaluation", "toy", "demo", "table1", "export", "segment",
+                                  "visualize"])
 def test_every_setting_of_the_repository_is_explained(name):
     sys.path.insert(0, str(Path(__file__).parent.parent))
     for constant, setting in settings.constants(importlib.import_module(name)).items():
@@ -85,5 +86,9 @@ def test_every_setting_of_the_repository_is_explained(name):
 
 @pytest.mark.parametrize("preset", sorted((Path(__file__).parent.parent / "presets").glob("*.txt")), ids=lambda path: path.stem)
 def test_presets_name_options_that_exist(preset):
+    import eval_region
+    import eval_seg
+    import evaluation
     import train
-    settings.parse([f"@{preset}"], train)
+    scripts = {"region": (eval_region, evaluation), "seg": (eval_seg, evaluation)}
+    settings.parse([f"@{preset}"], *scripts.get(preset.stem.split("_")[-1], (train,)))
