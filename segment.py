@@ -48,11 +48,6 @@ STRIDE = 112                        # from window to window
 WINDOW_BATCH = 16                   # windows of one forward pass
 LARGEST = 1280                      # longest side of the written picture
 
-# Okabe and Ito's colours, which differ for colour-blind eyes, then lighter and darker ones between them.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#332288", "#999933", "#882255",
-           "#44aa99", "#aa4499", "#117733", "#ddcc77", "#6699cc", "#661100", "#88ccee", "#cc6677", "#bbbbbb", "#4d4d4d")
-MOST_NAMED = 24     # classes in a legend
-
 
 def main(argv: list[str] | None = None) -> None:
     """Segments the photographs that the command line (or `argv`) names."""
@@ -182,6 +177,12 @@ def write_numbers(panels: dict[str, Tensor], classes: Classes, path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------------------- the picture
+
+# Okabe and Ito's colours, which differ for colour-blind eyes, then lighter and darker ones between them.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#332288", "#999933", "#882255",
+           "#44aa99", "#aa4499", "#117733", "#ddcc77", "#6699cc", "#661100", "#88ccee", "#cc6677", "#bbbbbb", "#4d4d4d")
+MOST_NAMED = 24     # classes in a legend
+
 
 def colours(panels: dict[str, Tensor], classes: Classes) -> dict[str, str]:
     """A colour for each class that occurs: always the same one, unless there are more classes than colours."""

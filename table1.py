@@ -29,10 +29,6 @@ LRS = (3e-4, 1e-3, 3e-3)            # learning rates of the grid
 LAMBDAS = (0.01, 0.03, 0.1)         # weights of the context loss, for rows that have one
 SEEDS = (0, 1, 2)                   # of the order of images and of their crops, for the reported runs
 
-ROWS = {"self-distillation": ["@presets/toy_self.txt"], "self + VFM": ["@presets/toy_undecoupled.txt"],
-        "self + VFM + decoupled (DeCLIP)": []}
-FIGURES = ("box thing", "box stuff", "mask thing", "mask stuff", "mIoU")
-
 
 def main(argv: list[str] | None = None) -> None:
     """Makes the runs that the command line (or `argv`) asks for, and prints their table."""
@@ -41,6 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         print(search(cfg) if cfg.SEARCH else report(cfg))
     except UserError as error:
         raise SystemExit(f"table1.py: {error}") from None
+
+
+ROWS = {"self-distillation": ["@presets/toy_self.txt"], "self + VFM": ["@presets/toy_undecoupled.txt"],
+        "self + VFM + decoupled (DeCLIP)": []}
+FIGURES = ("box thing", "box stuff", "mask thing", "mask stuff", "mIoU")
 
 
 def search(cfg: SimpleNamespace) -> str:

@@ -61,14 +61,6 @@ STEPS: int | None = None            # of PRETRAIN; None: 2500 for clip, 1500 for
 BATCH_SIZE: int | None = None       # of PRETRAIN; None: 128 crops for clip, 16 scenes for vfm
 SEED = 0                            # of PRETRAIN's first weights and of what it draws
 
-THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent", "arrow", "bowtie")
-STUFF = ("stripes", "checker", "dots", "noise", "plain", "bricks", "waves", "grid")
-NAMES = THINGS + STUFF
-FIRST_SCENE = {"train": 0, "dev": 10_000_000, "val": 20_000_000, "clip": 30_000_000, "vfm": 40_000_000}
-MOST_SCENES = 10_000_000
-HUE_SPREAD = 25 / 360       # standard deviation of a thing's hue around its class's; classes are 36° apart
-LARGEST_TURN = 0.4          # of things, in radians to either side
-
 
 def main(argv: list[str] | None = None) -> None:
     """Draws scenes or trains a model, as the command line (or `argv`) says."""
@@ -93,6 +85,15 @@ def run(cfg: SimpleNamespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing
+
+THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "crescent", "arrow", "bowtie")
+STUFF = ("stripes", "checker", "dots", "noise", "plain", "bricks", "waves", "grid")
+NAMES = THINGS + STUFF
+FIRST_SCENE = {"train": 0, "dev": 10_000_000, "val": 20_000_000, "clip": 30_000_000, "vfm": 40_000_000}
+MOST_SCENES = 10_000_000
+HUE_SPREAD = 25 / 360       # standard deviation of a thing's hue around its class's; classes are 36° apart
+LARGEST_TURN = 0.4          # of things, in radians to either side
+
 
 class Scene(NamedTuple):
     """A drawn picture and what is where."""

@@ -76,8 +76,8 @@ def test_errors_are_one_line(script, capsys, given, sentence):
     assert error.value.code == 2 and capsys.readouterr().err == sentence + "\n"
 
 
-@pytest.mark.parametrize("name", ["train", "eval_region", "eval_seg", "evaluation", "toy", "demo", "table1", "export", "segment",
-                                  "visualize"])
+@pytest.mark.parametrize("name", ["train", "eval_region", "eval_seg", "evaluation", "toy", "demo", "table1", "export",
+                                  "segment", "visualize"])
 def test_every_setting_of_the_repository_is_explained(name):
     sys.path.insert(0, str(Path(__file__).parent.parent))
     for constant, setting in settings.constants(importlib.import_module(name)).items():
