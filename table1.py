@@ -1,10 +1,11 @@
 """Table 1 in the toy world: what self-distillation does alone, with a VFM, and with a VFM and decoupling.
 
     python toy.py                       # the scenes, first
-    python table1.py --search           # a grid of LR and λ for each row, judged on the dev scenes; 16 minutes on 2 cores
-    python table1.py                    # each row with the settings in presets/, three seeds, on the val scenes; 6 minutes
+    python table1.py --search           # a grid of LR and λ for each row, judged on the dev scenes: 21 runs
+    python table1.py                    # each row with the settings in presets/, three seeds, on the val scenes: 9 runs
 
-A row's settings are judged by the mean of its five figures. A run that is in OUT already is not made again.
+A run takes about a minute on a core. A row's settings are judged by the mean of its five figures. A run that is in OUT
+already is not made again.
 """
 
 import contextlib
