@@ -201,14 +201,15 @@ def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, path: str) 
     colour_of = colours(panels, classes)
     H, W = photo.shape[-2:]
     columns = 1 + len(panels)
-    width = 5.5 * columns if W >= H else 4.0 * columns
-    figure, axes = plt.subplots(1, columns, figsize=(width, width / columns * H / W + 0.4), layout="constrained")
+    inches = 5.5 if W >= H else 4.0         # of a panel
+    figure, axes = plt.subplots(1, columns, figsize=(inches * columns, inches * H / W))
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.03)        # titles and legends lie outside, and leave panels as they are
     axes[0].imshow(photo.permute(1, 2, 0))
     axes[0].set_title("photograph", fontsize=9)
     for axis, (title, prediction) in zip(axes[1:], panels.items()):
-        paint(axis, photo, prediction, classes, colour_of, width / columns)
+        paint(axis, photo, prediction, classes, colour_of, inches)
         axis.set_title(title, fontsize=9, wrap=True)
-        legend(axis, prediction, classes, colour_of)
+        legend(axis, prediction, classes, colour_of, inches)
     for axis in axes:
         axis.set_axis_off()
     figure.savefig(path, dpi=110, format="png", bbox_inches="tight")
@@ -265,15 +266,17 @@ def deepest(mask: Tensor) -> tuple[float, float, float]:
     return (x + 0.5) * factor, (y + 0.5) * factor, depth.max().item() * factor
 
 
-def legend(axis: plt.Axes, prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> None:
-    """Below a panel: colour, name and share of each class, the largest first."""
+def legend(axis: plt.Axes, prediction: Tensor, classes: Classes, colour_of: dict[str, str], inches: float) -> None:
+    """Below a panel of so many inches: colour, name and share of each class, the largest first."""
     found = shares(prediction, classes)
     handles = [patches.Patch(color=colour_of[name], label=f"{name}  {100 * share:.1f} %")
                for name, share in list(found.items())[:MOST_NAMED]]
     if len(found) > MOST_NAMED:
         rest = sum(list(found.values())[MOST_NAMED:])
         handles.append(patches.Patch(color="none", label=f"{len(found) - MOST_NAMED} more  {100 * rest:.1f} %"))
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, fontsize=8, frameon=False)
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(3, int(inches / (0.07 * longest + 0.5))))      # a letter is about 0.07 inches wide
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=columns, fontsize=8, frameon=False)
 
 
 if __name__ == "__main__":
