@@ -26,10 +26,11 @@ def at_home(monkeypatch):
 def results(tmp_path):
     """What the evaluations write, each figure another number."""
     (tmp_path / "declip").mkdir()
-    for number, pattern in enumerate(demo.METHODS.values()):
+    files = [("region.clip", "seg.clip"), ("region.q", "seg.q"), ("declip/region", "declip/seg")]
+    for number, (region, seg) in enumerate(files):
         means = {row: {"top1": 10 * number + place + 0.5} for place, row in enumerate(ROWS)}
-        (tmp_path / pattern.format("region")).write_text(json.dumps({"sizes": {"128": {"mAcc": means}}}))
-        (tmp_path / pattern.format("seg")).write_text(json.dumps({"benchmarks": {"toy": {"mIoU": 10 * number + 9.5}}}))
+        (tmp_path / f"{region}.json").write_text(json.dumps({"sizes": {"128": {"mAcc": means}}}))
+        (tmp_path / f"{seg}.json").write_text(json.dumps({"benchmarks": {"toy": {"mIoU": 10 * number + 9.5}}}))
     return tmp_path
 
 

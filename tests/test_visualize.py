@@ -50,6 +50,9 @@ def test_attention_rows_sum_to_one(shown, photo, grid):
         for rows in maps:
             assert rows.shape == (each.trunk.num_prefix_tokens + grid[0] * grid[1],) * 2
             torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(rows)))
+    clip, declip = (each.attention(picture, grid) for each in shown[:2])        # one model, but for the last block's way
+    assert all(torch.equal(a, b) for a, b in zip(clip[:-1], declip[:-1])) and not torch.allclose(clip[-1], declip[-1], atol=1e-3)
+    torch.testing.assert_close(declip[-1], visualize.decoupled_attention(shown[1].model, shown[1].picture(picture, grid))[0])
 
 
 @pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
@@ -117,13 +120,13 @@ def test_layers_end_with_the_last(depth, count, expected):
 
 
 def test_proxy_share():
-    """Two of 100 tokens get 30 % of all attention each; if only the first may count, it is 30 %."""
+    """Two of 100 tokens get 20 % and 40 % of all attention; if only the first may count, it is 20 %."""
     rows = torch.full((100, 100), 0.4 / 98)
-    rows[:, [3, 50]] = 0.3
+    rows[:, 3], rows[:, 50] = 0.2, 0.4
     assert visualize.proxy_share(rows, torch.ones(100, dtype=torch.bool), 0.02) == pytest.approx(0.6)
     allowed = torch.ones(100, dtype=torch.bool)
     allowed[50] = False
-    assert visualize.proxy_share(rows, allowed, 0.01) == pytest.approx(0.3)
+    assert visualize.proxy_share(rows, allowed, 0.01) == pytest.approx(0.2)
     assert visualize.proxy_share(torch.rand(100, 100), allowed, 0.02) < 0.05
 
 
