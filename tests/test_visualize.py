@@ -51,7 +51,8 @@ def test_attention_rows_sum_to_one(shown, photo, grid):
             assert rows.shape == (each.trunk.num_prefix_tokens + grid[0] * grid[1],) * 2
             torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(rows)))
     clip, declip = (each.attention(picture, grid) for each in shown[:2])        # one model, but for the last block's way
-    assert all(torch.equal(a, b) for a, b in zip(clip[:-1], declip[:-1])) and not torch.allclose(clip[-1], declip[-1], atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(clip[:-1], declip[:-1]))
+    assert not torch.allclose(clip[-1], declip[-1], atol=1e-3)
     torch.testing.assert_close(declip[-1], visualize.decoupled_attention(shown[1].model, shown[1].picture(picture, grid))[0])
 
 
