@@ -50,7 +50,10 @@ def session(script: str) -> Iterator[Ranks]:
         sentence = str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1]
         raise SystemExit(f"{Path(script).name}: {sentence}") from None
     except OSError as error:
-        raise SystemExit(f"{Path(script).name}: {error}; make room or choose another path.") from None
+        # Without a number it comes from a library, mostly from a download.
+        advice = "make room or choose another path" if error.errno else (
+            "if weights were to be downloaded, check the network, name a local file, or try the toy world of README.md")
+        raise SystemExit(f"{Path(script).name}: {str(error).strip().rstrip('.')}; {advice}.") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -79,7 +79,8 @@ def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages,
                 raise
             missing[name] = str(error)
     if not sets:
-        raise UserError(f"None of the benchmarks is in {Path(cfg.DATA).absolute()}; README.md says how each is unpacked.")
+        raise UserError(f"None of the benchmarks is in {Path(cfg.DATA).absolute()}; README.md says how each is unpacked: "
+                        + " ".join(missing.values()))
     return sets, missing
 
 

@@ -41,7 +41,7 @@ from settings import UserError
 # What is read and written
 IMAGES = "data/coco/train2017"      # folder of images, searched through all its folders, or a COCO-style json
 IMAGE_ROOT: str | None = None       # folder of the json's images; None: the json's own
-OUT = "out/declip"                  # folder of the run: declip.safetensors, resume.pt, log.jsonl
+OUT = "out/declip"                  # folder of the run: declip.safetensors, resume-STEP.pt, log.jsonl
 RESUME = False                      # go on with the run in OUT from its last checkpoint
 
 # The model

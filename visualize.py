@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         if kind not in KINDS or not files:
             problem = "needs files after it" if kind in KINDS else "is no kind of picture"
             raise UserError(f"{kind!r} {problem}; say visualize.py KIND FILES, with KIND one of {', '.join(KINDS)}.")
-        settings.check_least(cfg, LAYERS=1, SIZE=1, PROXIES=0)
+        settings.check_least(cfg, LAYERS=1, SIZE=1)
+        if not 0 < cfg.PROXIES <= 1:
+            raise UserError(f"PROXIES is {cfg.PROXIES}; it is a share of the patches, such as 0.02.")
         figure = KINDS[kind](cfg, files, ranks.device)
         path = Path(cfg.PICTURE or Path(cfg.OUT or "out") / f"{kind}.png")
         write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png", bbox_inches="tight"))
