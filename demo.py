@@ -24,7 +24,7 @@ from data import BENCHMARKS, SegmentationImages, read_classes, student_image
 from model import DeCLIP
 from segment import deepest
 from settings import UserError
-from visualize import decoupled_attention, recorded_attention
+from visualize import decoupled_attention, recorded_attention, token_of
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, the trained model's in declip/ below it
 DATA = "data"                       # folder that holds toy/
@@ -95,7 +95,7 @@ def draw(cfg: SimpleNamespace) -> None:
                  for clip, attention in ((before, "clip"), (after, None))]
         seen.update(label.unique().tolist(), *(each.unique().tolist() for each in found))
         h, w = picture.shape[-2] // before.patch_size, picture.shape[-1] // before.patch_size
-        token = anchor[1] * h // label.shape[0] * w + anchor[0] * w // label.shape[1]
+        token = token_of(anchor, image, (h, w))
         with recorded_attention(before.visual) as of_blocks:
             before.encode_image(picture)
         rows = [each[0, 1 + token, 1:] for each in (of_blocks[-1].mean(dim=1), decoupled_attention(after, picture))]

@@ -52,9 +52,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     check(cfg)
     sets, missing = find_data(cfg)
     clip = evaluation.open_model(cfg).to(ranks.device)
-    if cfg.WINDOW % clip.patch_size:
-        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
-                        f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
+    check_patches(cfg, clip)
     result = {}
     for name, (dataset, classes) in sets.items():
         confusion = evaluate(protocol(cfg, name), clip, dataset, classes, name, ranks)
@@ -108,6 +106,13 @@ def check_windows(cfg: SimpleNamespace) -> None:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
     if not 0 < cfg.STRIDE <= cfg.WINDOW:
         raise UserError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or pixels are left out.")
+
+
+def check_patches(cfg: SimpleNamespace, clip: DeCLIP) -> None:
+    """Raises UserError if the model's patches don't fill a window."""
+    if cfg.WINDOW % clip.patch_size:
+        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
+                        f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
 
 
 def benchmark_classes(cfg: SimpleNamespace, name: str) -> Classes:

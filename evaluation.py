@@ -56,6 +56,11 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     return clip
 
 
+def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
+    """The CLIP that the checkpoint was made from, on the same device; `clip` itself where no checkpoint was loaded."""
+    return DeCLIP(clip.model_name, cfg.PRETRAINED).to(clip.visual.pos_embed.device) if cfg.CKPT else clip
+
+
 def number(text: str) -> float:
     """SCALE as a number; UserError if it is none."""
     try:

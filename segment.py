@@ -27,7 +27,7 @@ import distributed
 import evaluation
 import settings
 from data import Classes, fitted_size, list_images, make_classes, read_classes, read_image, resize
-from eval_seg import check_windows, predict
+from eval_seg import check_patches, check_windows, predict
 from model import DeCLIP, write_whole
 from settings import UserError
 
@@ -62,10 +62,8 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     check_windows(cfg)
     classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
     clip = evaluation.open_model(cfg).to(device)
-    ways = panels_of(cfg, clip, device)
-    if cfg.WINDOW % clip.patch_size:
-        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size, {clip.patch_size}; set it to "
-                        "one.")
+    ways = panels_of(cfg, clip)
+    check_patches(cfg, clip)
     text = evaluation.encode_classes(cfg, clip, classes)
     failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
     for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
@@ -92,13 +90,12 @@ def for_display(photo: Tensor, largest: int) -> Tensor:
     return photo if side == max(photo.shape[-2:]) else (resize(photo, *fitted_size(photo, side)) * 255).round().byte()
 
 
-def panels_of(cfg: SimpleNamespace, clip: DeCLIP, device: torch.device) -> dict[str, tuple[DeCLIP, str | None]]:
+def panels_of(cfg: SimpleNamespace, clip: DeCLIP) -> dict[str, tuple[DeCLIP, str | None]]:
     """Titles -> (model, attention): the model itself, and with ATTENTION the CLIP that it was made from, by that row."""
     name = "DeCLIP" if cfg.CKPT else "decoupled"
     panels = {f"{name} ({clip.model_name}, context {clip.context})": (clip, None)}
     if cfg.ATTENTION:
-        original = DeCLIP(clip.model_name, cfg.PRETRAINED).to(device) if cfg.CKPT else clip
-        panels[f"{clip.model_name}, attention {cfg.ATTENTION}"] = original, cfg.ATTENTION
+        panels[f"{clip.model_name}, attention {cfg.ATTENTION}"] = evaluation.open_original(cfg, clip), cfg.ATTENTION
     return panels
 
 

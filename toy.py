@@ -46,6 +46,7 @@ from torchvision.ops import roi_align
 from tqdm import tqdm
 
 import settings
+from data import normalize
 from settings import UserError
 
 OUT = "data/toy"                    # folder of the scenes
@@ -466,11 +467,6 @@ def pretrain(cfg: SimpleNamespace) -> None:
     print(f"{folder / file} holds {sum(value.numel() for value in model.parameters()) / 1e6:.2f} million weights")
 
 
-def normalized(images: Tensor) -> Tensor:
-    """Float [0, 1] (..., 3, H, W) as both models want it."""
-    return (images - STATISTICS["mean"][0]) / STATISTICS["std"][0]
-
-
 def pretrain_clip(cfg: SimpleNamespace, folder: Path, world: World) -> tuple[nn.Module, str]:
     """Contrast of crops with captions, no other supervision; logs the accuracy of naming what stands out in fresh crops."""
     write_clip_config(folder)
@@ -486,7 +482,7 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, world: World) -> tuple[nn.
         scenes, boxes = draw_boxes(world, count, draw)
         shares = segment_shares(world, scenes, boxes)
         captions = [caption(*pair, only_first) for pair in zip(world.classes[scenes].tolist(), shares.tolist())]
-        return normalized(cut(world, scenes, boxes, 64)), captions
+        return normalize(cut(world, scenes, boxes, 64), **STATISTICS), captions
 
     def loss_of_step():
         template = open_clip.OPENAI_IMAGENET_TEMPLATES[torch.randint(80, (), generator=draw)]
@@ -518,7 +514,8 @@ def pretrain_vfm(cfg: SimpleNamespace, folder: Path, world: World) -> tuple[nn.M
 
     def loss_of_step():
         scenes = torch.randint(len(world.images), (cfg.BATCH_SIZE or 16,), generator=draw)
-        tokens, = model.forward_intermediates(normalized(world.images[scenes].float() / 255), indices=1, norm=True,
+        images = normalize(world.images[scenes].float() / 255, **STATISTICS)
+        tokens, = model.forward_intermediates(images, indices=1, norm=True,
                                               intermediates_only=True)
         tokens = F.normalize(tokens.flatten(2).mT, dim=-1)
         shares = F.one_hot(world.segments[scenes].long(), world.classes.shape[1]).permute(0, 3, 1, 2).float()

@@ -147,15 +147,13 @@ def decoupled_attention(clip: DeCLIP, images: Tensor) -> Tensor:
     return torch.stack([(each @ each.mT * scale).softmax(dim=-1) for each in heads]).mean(dim=(0, 2))
 
 
-def open_models(cfg: SimpleNamespace, device: torch.device, with_vfm: bool = True) -> list[Shown]:
+def open_models(cfg: SimpleNamespace, device: torch.device) -> list[Shown]:
     """CLIP, the trained model and the VFM, as far as there are weights for them."""
     trained = evaluation.open_model(cfg).to(device)
-    is_trained = cfg.CKPT is not None
-    clip = DeCLIP(trained.model_name, cfg.PRETRAINED).to(device) if is_trained else trained
-    shown = [Shown(f"CLIP\n{trained.model_name}", clip)]
-    title = "DeCLIP" if is_trained else "decoupled, untrained"
+    shown = [Shown(f"CLIP\n{trained.model_name}", evaluation.open_original(cfg, trained))]
+    title = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
     shown.append(Shown(f"{title}\ncontext {trained.context}", trained, trained.context in DECOUPLED))
-    if with_vfm and cfg.VFM_MODEL:
+    if cfg.VFM_MODEL:
         shown.append(Shown(f"VFM\n{cfg.VFM_MODEL.split('.')[0]}", load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED).to(device)))
     return shown
 
@@ -167,9 +165,7 @@ def one_photo(cfg: SimpleNamespace, files: list[str], shown: list[Shown]) -> tup
         raise UserError(f"{len(photos)} photographs were given, but this picture is of one; name one.")
     photo = read_image(photos[0], upright=True)
     H, W = photo.shape[-2:]
-    h, w = fitted_size(photo, cfg.SIZE)
-    patch = shown[0].model.patch_size
-    grid = max(1, round(h / patch)), max(1, round(w / patch))
+    grid = grid_of(photo, cfg.SIZE, shown[0].model.patch_size)
     if cfg.ANCHOR is None:
         draw = random.Random(cfg.SEED)
         return photo, grid, (draw.randrange(W), draw.randrange(H))
@@ -180,6 +176,12 @@ def one_photo(cfg: SimpleNamespace, files: list[str], shown: list[Shown]) -> tup
     if not (0 <= x < W and 0 <= y < H):
         raise UserError(f"ANCHOR {x},{y} is outside the photograph, which is {W} x {H}; choose x below {W} and y below {H}.")
     return photo, grid, (x, y)
+
+
+def grid_of(photo: Tensor, size: int, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a photograph whose longest side is resized to about `size`."""
+    h, w = fitted_size(photo, size)
+    return max(1, round(h / patch_size)), max(1, round(w / patch_size))
 
 
 def token_of(anchor: tuple[int, int], photo: Tensor, grid: tuple[int, int]) -> int:
@@ -264,10 +266,10 @@ def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
     stuff = stuff_of(cfg)
     for path in photos:
         photo = read_image(path, upright=stuff is None)
-        h, w = (max(1, round(side / shown[0].model.patch_size)) for side in fitted_size(photo, cfg.SIZE))
+        grid = grid_of(photo, cfg.SIZE, shown[0].model.patch_size)
+        allowed = stuff(path, grid) if stuff else torch.ones(grid[0] * grid[1], dtype=torch.bool)
         for each in shown:
-            maps, prefix = each.attention(photo.to(device), (h, w)), each.trunk.num_prefix_tokens
-            allowed = stuff(path, (h, w)) if stuff else torch.ones(h * w, dtype=torch.bool)
+            maps, prefix = each.attention(photo.to(device), grid), each.trunk.num_prefix_tokens
             drawn[each.title].append([proxy_share(rows[prefix:, prefix:].cpu(), allowed, cfg.PROXIES) for rows in maps])
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     depth = max(len(each.trunk.blocks) for each in shown)
@@ -316,7 +318,7 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
     check_windows(cfg)
     classes, photos = find_classes(cfg), find_photos(files)[:6]
     trained = evaluation.open_model(cfg).to(device)
-    clip = DeCLIP(trained.model_name, cfg.PRETRAINED).to(device) if cfg.CKPT else trained
+    clip = evaluation.open_original(cfg, trained)
     text = evaluation.encode_classes(cfg, clip, classes)
     columns = [(name, clip, name) for name in cfg.METHODS]
     columns.append(("decoupled, untrained" if clip is trained else "DeCLIP", trained, None))

@@ -17,7 +17,7 @@ from tiny import ROOT
 
 import eval_region
 import toy
-from data import BENCHMARKS, PanopticRegions, SegmentationImages, read_classes
+from data import BENCHMARKS, PanopticRegions, SegmentationImages, normalize, read_classes
 from model import DeCLIP, load_vfm
 
 # ------------------------------------------------------------------------------------------------------------ scenes
@@ -203,7 +203,7 @@ def test_without_a_tag_the_folders_weights_stay_out(monkeypatch):
 
 def test_vfm_knows_which_patches_belong_together():
     vfm, scene = load_vfm("nano_vfm"), toy.draw_scene(7, 128)
-    image = toy.normalized(torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255)
+    image = normalize(torch.from_numpy(scene.image).permute(2, 0, 1)[None].float() / 255, **toy.STATISTICS)
     tokens = F.normalize(vfm(image), dim=-1)[0]
     shares = F.one_hot(torch.from_numpy(scene.segments).long()).permute(2, 0, 1).float()
     shares = F.normalize(F.avg_pool2d(shares, 8).flatten(1).T, dim=-1)
