@@ -58,7 +58,9 @@ def decode(file: Image.Image, upright: bool) -> np.ndarray:
     if file.mode.startswith("I"):       # 16 bits, which PIL would clip instead of scaling
         values = np.array(file)
         file = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
-    return np.array((ImageOps.exif_transpose(file) if upright else file).convert("RGB"))
+    if upright:
+        ImageOps.exif_transpose(file, in_place=True)
+    return np.array(file if file.mode == "RGB" else file.convert("RGB"))    # each copy saved is a tenth of the time
 
 
 def read_json(path: str | Path, *fields: str) -> dict:
