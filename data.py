@@ -9,10 +9,10 @@ import os
 import random
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,8 +188,15 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Float [0, 1] (..., 3, H, W) -> (x - mean) / std of each channel."""
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    mean, std = (channels(tuple(values), images.device) for values in (mean, std))
     return (images - mean) / std
+
+
+@lru_cache
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number for each channel, (3, 1, 1), sent to the device once: a GPU would wait for it each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def fitted_size(image: Tensor, size: int) -> tuple[int, int]:
@@ -206,6 +213,32 @@ def padded(image: Tensor, height: int, width: int) -> Tensor:
 def student_image(image: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (3, H, W) -> (3, size, size): longest side to `size`, padded with black right and below, normalised."""
     return normalize(padded(resize(image, *fitted_size(image, size)), size, size), mean, std)
+
+
+def prefetched(batches: Iterable[tuple], device: torch.device) -> Iterator[tuple]:
+    """Batches (images, ...) with the images on `device`; a GPU copies the next batch while it computes on the present one."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream, sent = torch.cuda.Stream(device), None
+    for images, *rest in batches:
+        with torch.cuda.stream(stream):
+            images = [image.to(device, non_blocking=True) for image in images]
+            copied = torch.cuda.Event()
+            copied.record()
+        if sent:
+            yield arrived(*sent)
+        sent = images, rest, copied
+    if sent:
+        yield arrived(*sent)
+
+
+def arrived(images: list[Tensor], rest: list, copied: torch.cuda.Event) -> tuple:
+    """A batch whose copy the present stream now waits for, and whose memory it keeps while it works."""
+    torch.cuda.current_stream().wait_event(copied)
+    for image in images:
+        image.record_stream(torch.cuda.current_stream())
+    return images, *rest
 
 
 class Grid(NamedTuple):
@@ -242,7 +275,9 @@ def grid_crops(image: Tensor, grid: Grid, size: int, mean: Sequence[float], std:
         cell = tuple(max(1, round(size * side / max(sides))) for side in sides)
     whole = resize(image, cell[0] * grid.rows, cell[1] * grid.columns)
     crops = whole.unflatten(2, (grid.columns, cell[1])).unflatten(1, (grid.rows, cell[0]))
-    crops = crops.permute(1, 3, 0, 2, 4).flatten(0, 1)[grid.cells]
+    crops = crops.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    if len(grid.cells) < len(crops):
+        crops = torch.stack([crops[cell] for cell in grid.cells])       # a list as an index would have to be sent to a GPU
     return normalize(padded(crops, size, size), mean, std)
 
 
@@ -252,7 +287,7 @@ def grid_boxes(image: Tensor, grid: Grid, size: int) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
     corners = torch.stack([columns, rows, columns + 1, rows + 1], dim=-1).flatten(0, 1)[grid.cells]
     steps = torch.tensor([w / size / grid.columns, h / size / grid.rows])
-    return (corners * steps.repeat(2)).to(image.device)
+    return (corners * steps.repeat(2)).to(image.device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------- class lists

@@ -1,7 +1,7 @@
 """One process or many: torchrun's environment, and the few exchanges between ranks that the scripts need."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +76,20 @@ def max_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], list]:
+    """Begins to copy a tensor to the host; what is returned gives its numbers when called.
+
+    On a GPU that waits for the copy alone, not for the work that was sent there since.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or copy.tolist()
 
 
 def gather(thing: object) -> list:

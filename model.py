@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import eva, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 import toy  # noqa: F401 - timm and open_clip learn of the nano models
@@ -74,6 +75,7 @@ class DeCLIP(nn.Module):
     def __init__(self, model_name: str | None = None, pretrained: str | None = None, context: str | None = None,
                  scale: float | None = None):
         super().__init__()
+        self.checkpointing = False      # whether blocks are computed again in backward instead of kept, to save memory
         looks_like_file = pretrained and Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors")
         file = pretrained if looks_like_file or (pretrained and Path(pretrained).is_file()) else None
         state, recorded = read_weights(file) if file else ({}, {})
@@ -131,9 +133,7 @@ class DeCLIP(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C): the [CLS] embedding, not normalised."""
         x, extra, _ = self.embed(images)
-        for block in self.visual.blocks:
-            x = block(x, **extra)
-        return self.project(x[:, 0])
+        return self.project(self._run(self.visual.blocks, x, extra)[:, 0])
 
     def encode_dense(self, images: Tensor, attention: str | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> content (B, C, h, w), X_content in text-image space; context (B, N, D), X_context.
@@ -146,8 +146,7 @@ class DeCLIP(nn.Module):
         if attention not in ATTENTIONS:
             raise UserError(f"attention is {attention!r}; it must be one of {', '.join(ATTENTIONS)}.")
         x, extra, (h, w) = self.embed(images)
-        for block in self.visual.blocks[:-1]:
-            x = block(x, **extra)
+        x = self._run(self.visual.blocks[:-1], x, extra)
         y, context = self._last_block(x, extra, attention)
         content = self.project(y[:, 1:])
         if self.context in UNDECOUPLED:
@@ -159,6 +158,13 @@ class DeCLIP(nn.Module):
         """One training step's view: region features (sum k, C) and context (B, N, D). DDP must be entered here."""
         content, context = self.encode_dense(images)
         return region_features(content, boxes), context
+
+    def _run(self, blocks: nn.Sequential, x: Tensor, extra: dict) -> Tensor:
+        """Tokens (B, 1 + N, D) through some blocks."""
+        recomputes = self.checkpointing and torch.is_grad_enabled()
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False, **extra) if recomputes else block(x, **extra)
+        return x
 
     def _last_block(self, x: Tensor, extra: dict, attention: str) -> tuple[Tensor, Tensor]:
         """(B, 1 + N, D) -> what `attention` makes of it, and X_context (equations 4 to 6), the same shape or 2D wide.
@@ -174,7 +180,7 @@ class DeCLIP(nn.Module):
             return block(x, **extra), context
         v = self.heads("v", normed)
         scale = self.scale if attention in DECOUPLED else None      # baselines divide by √d
-        y = sum(F.scaled_dot_product_attention(heads[name], heads[name], v, scale=scale) for name in projections)
+        y = sum(self.self_attention(heads[name], v, scale) for name in projections)
         y = (y if projections else v).transpose(1, 2).flatten(2)
         y = block.attn.proj(block.attn.norm(y))
         if keeps_residual:
@@ -186,6 +192,11 @@ class DeCLIP(nn.Module):
         """Proj_name of the last block's normed input, (B, heads, 1 + N, d); the rotary embedding is not applied."""
         attn = self.visual.blocks[-1].attn
         return projection(attn, name)(normed).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """softmax(scale AAᵀ)V for (B, heads, 1 + N, d), without the matrix; scale None is 1/√d."""
+        return F.scaled_dot_product_attention(a, a, v, scale=scale)
 
     @staticmethod
     def _merge_context(parts: list[Tensor]) -> Tensor | None:
@@ -439,6 +450,24 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}, {}
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}     # what autocast computes in
+PRECISIONS = ("auto", *DTYPES)
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """A key of DTYPES; of `auto` bf16 on a GPU that has it, else fp16 there, fp32 on a CPU."""
+    if name != "auto":
+        return name
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
+
+
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The context in which models compute in a precision of PRECISIONS."""
+    dtype = DTYPES[find_precision(name, device)]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def write_whole(path: str | Path, write: Callable[[str], None]) -> None:
     """Calls `write` with a temporary name, flushes the file to disk and renames it: it is whole, or the old one stays."""
     path = Path(path)
@@ -464,8 +493,9 @@ def region_features(content: Tensor, boxes: list[Tensor]) -> Tensor:
     boxes: for each image (k, 4), x0 y0 x1 y1 in [0, 1] of the image.
     """
     h, w = content.shape[-2:]
-    frame = torch.tensor([w, h, w, h], device=content.device)
-    return roi_align(content.float(), [box.float() * frame for box in boxes], 1, sampling_ratio=-1, aligned=True)[..., 0, 0]
+    # Columns are scaled by numbers: a tensor of them would have to be sent to the GPU, which waits for it.
+    boxes = [torch.stack([box[:, 0::2].float() * w, box[:, 1::2].float() * h], dim=-1).flatten(1) for box in boxes]
+    return roi_align(content.float(), boxes, 1, sampling_ratio=-1, aligned=True)[..., 0, 0]
 
 
 def mask_features(content: Tensor, masks: list[Tensor]) -> Tensor:

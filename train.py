@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +35,31 @@ from tqdm import tqdm
 
 import distributed
 import settings
-from data import TrainingImages, draw_grid, epoch_order, grid_boxes, grid_crops, rank_batches, student_image, workers
-from model import CONTEXTS, VFM, DeCLIP, content_loss, context_loss, load_vfm, read_record, write_whole
+from data import (
+    Grid,
+    TrainingImages,
+    draw_grid,
+    epoch_order,
+    grid_boxes,
+    grid_crops,
+    prefetched,
+    rank_batches,
+    student_image,
+    workers,
+)
+from model import (
+    CONTEXTS,
+    PRECISIONS,
+    VFM,
+    DeCLIP,
+    autocast,
+    content_loss,
+    context_loss,
+    find_precision,
+    load_vfm,
+    read_record,
+    write_whole,
+)
 from settings import UserError
 
 # What is read and written
@@ -77,6 +101,8 @@ PRECISION = "auto"                  # auto: bf16 on a GPU that has it, else fp16
 SEED = 0                            # of the order of images and of their grids
 
 # The machinery
+COMPILE = False                     # torch.compile of every block; it takes a minute first, bench.py tells what it gives
+CHECKPOINTING = False               # compute blocks again in backward: a third more time, for a large model or picture
 WORKERS = 4                         # processes that decode images, for each GPU
 LOG_EVERY = 20                      # steps between lines of log.jsonl
 SAVE_EVERY = 1000                   # steps between checkpoints, besides each epoch's end
@@ -108,6 +134,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     if ranks.is_main:
         check_disk(cfg, student)
     optimizer = build_optimizer(cfg, student)
+    if cfg.COMPILE:
+        compile_blocks(student, teacher, vfm)
     amp, scaler = precision(cfg.PRECISION, ranks.device)
     step = restore(resumed, student, optimizer, scaler) if resumed else 0
     if not distributed.all_equal(step, ranks.device):
@@ -121,7 +149,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     progress = tqdm(initial=step, total=last, desc="train", unit="step", disable=not ranks.is_main)
     while step < last:
         epoch, first_step = divmod(step, steps_per_epoch)
-        batches = load_epoch(cfg, dataset, epoch, first_step, micro_batch, ranks)
+        batches = prefetched(load_epoch(cfg, dataset, epoch, first_step, micro_batch, ranks), ranks.device)
         for _ in range(first_step, min(steps_per_epoch, first_step + last - step)):
             lr = learning_rate(cfg, step, total)
             for group in optimizer.param_groups:
@@ -156,10 +184,6 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         print(f"{model} holds the model after {step} steps; evaluate it with python eval_seg.py --ckpt {model}")
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}     # what autocast computes in
-PRECISIONS = ("auto", *DTYPES)
-
-
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, LOG_EVERY=1, SAVE_EVERY=1, IMAGE_SIZE=1, CROP_SIZE=1,
@@ -191,7 +215,10 @@ def divide_batch(cfg: SimpleNamespace, world: int) -> tuple[int, int]:
 
 
 def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, DeCLIP, VFM | None]:
-    """The student, its frozen first self (the teacher of content), and the VFM (of context; None if λ is 0)."""
+    """The student, its frozen first self (the teacher of content), and the VFM (of context; None if λ is 0).
+
+    Training reads no text: the student's text tower stays on the CPU, for its checkpoints, and the teacher has none.
+    """
     torch.manual_seed(cfg.SEED)
     student = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
     for name in ("IMAGE_SIZE", "CROP_SIZE"):
@@ -199,17 +226,32 @@ def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, DeCLIP, V
             nearest = max(1, round(getattr(cfg, name) / student.patch_size)) * student.patch_size
             raise UserError(f"{name} {getattr(cfg, name)} is no multiple of {cfg.MODEL}'s patch size, {student.patch_size}; "
                             f"the nearest that is is {nearest}.")
+    text, student.clip.text = student.clip.text, None
     teacher = copy.deepcopy(student).requires_grad_(False)
     student.freeze(len(student.visual.blocks) if cfg.UNLOCKED_BLOCKS is None else cfg.UNLOCKED_BLOCKS)
+    student.checkpointing = cfg.CHECKPOINTING
     vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED) if cfg.LAMBDA else None
-    return student.to(device), teacher.to(device), vfm and vfm.to(device)
+    student.to(device).clip.text = text.requires_grad_(False)
+    return student, teacher.to(device), vfm and vfm.to(device)
+
+
+def compile_blocks(student: DeCLIP, teacher: DeCLIP, vfm: VFM | None) -> None:
+    """torch.compile of each block in place; one kernel for any number of crops, which is another at every step."""
+    for block in student.visual.blocks:
+        block.compile()
+    for block in (*teacher.visual.blocks, *(vfm.trunk.blocks if vfm else ())):
+        block.compile(dynamic=True)
 
 
 def distribute(student: DeCLIP, ranks: distributed.Ranks) -> nn.Module:
     """The student under DDP, whose forward every training step must call; itself in a single process."""
     if ranks.world == 1:
         return student
-    return DistributedDataParallel(student, gradient_as_bucket_view=True)
+    # DDP wants all weights on one kind of device, and the text tower is none of its business.
+    text, student.clip.text = student.clip.text, None
+    wrapped = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    student.clip.text = text
+    return wrapped
 
 
 def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.AdamW:
@@ -225,13 +267,9 @@ def precision(name: str, device: torch.device) -> tuple:
 
     The scaler leaves out steps whose gradient is not finite, on the device; only in fp16 it scales the loss, too.
     """
-    if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "fp32" if device.type == "cpu" else "bf16" if has_bf16 else "fp16"
-    dtype = DTYPES[name]
-    rules = {} if name == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+    rules = {} if find_precision(name, device) == "fp16" else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
     scaler = torch.amp.GradScaler(device.type, **rules)
-    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), scaler
+    return partial(autocast, name, device), scaler
 
 
 def learning_rate(cfg: SimpleNamespace, step: int, total: int) -> float:
@@ -275,24 +313,32 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
            indices: list[int], epoch: int) -> tuple[Tensor, Tensor]:
     """Content loss (equation 7) and context loss (equation 9) of a micro batch; `student` may be wrapped in DDP.
 
-    images: uint8 (3, H, W) each. The grid of an image depends on SEED, epoch and its index alone.
+    images: uint8 (3, H, W) each, on the models' device. The grid of an image depends on SEED, epoch and its index alone.
     """
-    device = teacher.visual.pos_embed.device
-    images = [image.to(device, non_blocking=True) for image in images]
     grids = [draw_grid(f"{cfg.SEED}-{epoch}-{index}", cfg.GRID, cfg.GRID_ASPECT, cfg.MAX_CROPS) for index in indices]
+    # The teachers first: what they need of memory is free again when the student fills it for backward.
+    crops = encode_crops(cfg, teacher, images, grids)
+    tokens = encode_tokens(cfg, teacher, vfm, images) if vfm else None
     inputs = torch.stack([student_image(image, cfg.IMAGE_SIZE, teacher.mean, teacher.std) for image in images])
     boxes = [grid_boxes(image, grid, cfg.IMAGE_SIZE) for image, grid in zip(images, grids)]
     regions, context = student(inputs, boxes)
-    with torch.no_grad():
-        crops = teacher.encode_image(torch.cat([
-            grid_crops(image, grid, cfg.CROP_SIZE, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
-            for image, grid in zip(images, grids)]))
-    content = content_loss(regions, crops, [len(grid.cells) for grid in grids])
-    if vfm is None:
-        return content, torch.zeros_like(content)
-    vfm_size = cfg.IMAGE_SIZE // teacher.patch_size * vfm.patch_size
-    vfm_inputs = torch.stack([student_image(image, vfm_size, vfm.mean, vfm.std) for image in images])
-    return content, context_loss(context, vfm(vfm_inputs))
+    # Clones, because autograd can't keep tensors of inference mode.
+    content = content_loss(regions, crops.clone(), [len(grid.cells) for grid in grids])
+    return content, torch.zeros_like(content) if tokens is None else context_loss(context, tokens.clone())
+
+
+@torch.inference_mode()
+def encode_crops(cfg: SimpleNamespace, teacher: DeCLIP, images: list[Tensor], grids: list[Grid]) -> Tensor:
+    """The teacher's [CLS] of all cells of all grids, (sum k, C)."""
+    return teacher.encode_image(torch.cat([grid_crops(image, grid, cfg.CROP_SIZE, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
+                                           for image, grid in zip(images, grids)]))
+
+
+@torch.inference_mode()
+def encode_tokens(cfg: SimpleNamespace, teacher: DeCLIP, vfm: VFM, images: list[Tensor]) -> Tensor:
+    """The VFM's tokens (B, N, D') of pictures of such a size that they are as many as the student's."""
+    size = cfg.IMAGE_SIZE // teacher.patch_size * vfm.patch_size
+    return vfm(torch.stack([student_image(image, size, vfm.mean, vfm.std) for image in images]))
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)      # what a scheduler sends before it takes a machine, and Ctrl-C
@@ -319,13 +365,14 @@ class Guard:
     """What ranks must agree on at every step: whether its gradient was finite, and whether a signal asked to stop.
 
     The answer about a step is read after the next one was sent to the device, so that the device never waits for it.
+    A step's losses and gradients are looked at on the device alone.
     """
 
     def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, bad_steps: int = 0):
         self.cfg, self.ranks = cfg, ranks
         self.signal, self.stops = 0, False      # the signal that came; whether all ranks know of one
         self.bad_steps, self.in_a_row = bad_steps, 0
-        self.pending: list[tuple[int, Tensor, list[str]]] = []
+        self.pending: list[tuple[int, Callable[[], list], list[str]]] = []
         for number in SIGNALS:
             signal.signal(number, self.note)
 
@@ -337,16 +384,16 @@ class Guard:
     def watch(self, step: int, optimizer: torch.optim.Optimizer, files: list[str]) -> None:
         """Asks all ranks about a step whose gradients are there; `files` are this rank's images of it."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_bad = ~torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        is_bad = ~nn.utils.get_total_norm(gradients, math.inf, foreach=True).isfinite()     # the largest of all, in few kernels
         # Averaged by DDP, a gradient is finite on all ranks or on none; but a signal may have come to one alone.
-        flags = torch.stack([is_bad.float(), torch.tensor(float(self.signal), device=self.ranks.device)])
-        self.pending.append((step, distributed.max_over_ranks(flags), files))
+        flags = torch.stack([is_bad.float(), torch.full((), float(self.signal), device=self.ranks.device)])
+        self.pending.append((step, distributed.fetch(distributed.max_over_ranks(flags)), files))
 
     def look(self, last: bool = False) -> None:
         """Reads the answers but for the newest (all of them when `last`); UserError after MAX_BAD_STEPS in a row."""
         while len(self.pending) > (0 if last else 1):
-            step, flags, files = self.pending.pop(0)
-            is_bad, number = flags.tolist()
+            step, read, files = self.pending.pop(0)
+            is_bad, number = read()
             self.stops, self.signal = self.stops or number > 0, self.signal or int(number)
             self.in_a_row = self.in_a_row + 1 if is_bad else 0
             if is_bad:
@@ -495,7 +542,7 @@ def check_disk(cfg: SimpleNamespace, student: DeCLIP) -> None:
 
 # Settings that may differ when a run is resumed: the rest would make it another run.
 HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS", "KEEP", "MAX_BAD_FILES",
-            "MAX_BAD_STEPS", "IMAGES", "IMAGE_ROOT")
+            "MAX_BAD_STEPS", "IMAGES", "IMAGE_ROOT", "COMPILE", "CHECKPOINTING")
 
 
 def find_resume(cfg: SimpleNamespace, dataset: TrainingImages) -> dict | None:
