@@ -38,7 +38,7 @@ from data import (
     student_image,
     workers,
 )
-from model import DeCLIP, mask_features, region_features
+from model import DeCLIP, autocast, mask_features, region_features
 from settings import UserError
 
 # Besides these, the settings of evaluation.py: which model, which attention, where the result goes.
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """All images through the model, their scores summed over ranks, printed and written."""
     settings.check_least(cfg, BATCH_SIZE=1, CROP_BATCH=1)
+    evaluation.check_precision(cfg)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
     clip = evaluation.open_model(cfg).to(ranks.device)
@@ -125,15 +126,16 @@ def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, s
     """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`, if any: each (sum k, C)."""
     images = [sample.image.to(device) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
-    content, _ = clip.encode_dense(inputs, cfg.ATTENTION)
+    content = evaluation.encode_dense(cfg, clip, inputs)
     boxes = [box_in_frame(sample, size).to(device) for sample in samples]
     masks = [segment_masks(sample.segments.to(device), len(sample.labels), size, clip.patch_size) for sample in samples]
     features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
     if teacher is None:
         return features
     crops = [crop for image, sample in zip(images, samples) for crop in box_crops(teacher, image, sample.boxes)]
-    encoded = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
-               for start in range(0, len(crops), cfg.CROP_BATCH)]
+    with autocast(cfg.PRECISION, device):
+        encoded = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH])).float()
+                   for start in range(0, len(crops), cfg.CROP_BATCH)]
     return features | {"crop": torch.cat(encoded) if encoded else content.new_zeros(0, content.shape[1])}
 
 

@@ -10,9 +10,11 @@ Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.json beside
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ import distributed
 import evaluation
 import settings
 from data import BENCHMARKS as KNOWN
-from data import PAPERS, VOID, Classes, NotThere, SegmentationImages, normalize, padded, read_classes, resize, workers
+from data import PAPERS, VOID, Classes, NotThere, SegmentationImages, constant, normalize, padded, read_classes, resize, workers
 from model import DeCLIP
 from settings import UserError
 
@@ -38,6 +40,7 @@ STRIDE = 112                        # from window to window
 LOGIT_SCALE: float | None = None    # factor of the cosine similarities before the softmax; None: the benchmark's own
 THRESHOLD: float | None = None      # background where no class is more probable; None: the benchmark's own
 WINDOW_BATCH = 16                   # windows of one forward pass
+BATCH_SIZE = 8                      # images whose windows fill the forward passes together
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -96,11 +99,13 @@ def check(cfg: SimpleNamespace) -> None:
     unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN and cfg.BENCHMARKS != ("all",)]
     if unknown:
         raise UserError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}, or all alone.")
+    settings.check_least(cfg, BATCH_SIZE=1)
     check_windows(cfg)
 
 
 def check_windows(cfg: SimpleNamespace) -> None:
     """The same for the settings that `segment` and `decide` need."""
+    evaluation.check_precision(cfg)
     settings.check_least(cfg, SHORT_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
@@ -130,63 +135,88 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, dataset: SegmentationImages, cl
     text = evaluation.encode_classes(cfg, clip, classes)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=ranks.device)
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
-    loader = DataLoader(share, batch_size=None, num_workers=workers(cfg.WORKERS))
-    for image, label in tqdm(loader, desc=name, unit="image", disable=not ranks.is_main):
-        prediction = predict(cfg, clip, image.to(ranks.device), text, classes)
-        confusion += confusion_matrix(label.to(ranks.device), prediction, len(classes))
+    # Nothing below waits for a GPU, so that files are read and results counted while it works.
+    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list,
+                        pin_memory=ranks.device.type == "cuda")
+    with tqdm(total=len(share), desc=name, unit="image", disable=not ranks.is_main) as progress:
+        for samples in loader:
+            images = [image.to(ranks.device, non_blocking=True) for image, _ in samples]
+            for (_, label), prediction in zip(samples, predict(cfg, clip, images, text, classes)):
+                confusion += confusion_matrix(label.to(ranks.device, non_blocking=True), prediction, len(classes))
+            progress.update(len(samples))
     return distributed.sum_over_ranks(confusion).cpu()
 
 
 @torch.inference_mode()
-def predict(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor, classes: Classes) -> Tensor:
-    """uint8 (3, H, W) and the embeddings (P, C) of all names of `classes` -> the class of each pixel, (H, W)."""
-    rows = resized_rows(segment(cfg, clip, image, text), *image.shape[-2:])
-    return torch.cat([decide(scores, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD) for scores in rows])
+def predict(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: Tensor, classes: Classes) -> list[Tensor]:
+    """Images uint8 (3, H, W) and the embeddings (P, C) of all names of `classes` -> each image's classes of pixels, (H, W)."""
+    return [torch.cat([decide(rows, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD) for rows in scores.of_pixels()])
+            for scores in segment(cfg, clip, images, text)]
 
 
-def resized_rows(scores: Tensor, height: int, width: int, most: int = 2**26) -> Iterator[Tensor]:
-    """(P, h, w) resized bilinearly to (P, height, width), some rows at a time, of at most about `most` numbers.
+class Scores(NamedTuple):
+    """An image's cosine similarities, one for each patch of each window, and the two matrices that make pixels of them.
 
-    All rows of 171 classes on a picture of 12 megapixels would be 8 GB.
+    Enlarging a window's patches to its pixels, averaging where windows overlap and resizing to the original picture are
+    linear, and act on rows and columns alike. So together they are a matrix for each, and scores of pixels, many times
+    as many numbers, exist for a few rows at a time alone.
     """
-    wide = F.interpolate(scores[None], (scores.shape[1], width), mode="bilinear")[0]
-    places = ((torch.arange(height, device=scores.device) + 0.5) * scores.shape[1] / height - 0.5).clamp(0, scores.shape[1] - 1)
-    for chosen in places.split(max(1, most // (len(scores) * width))):
-        above = chosen.long()
-        below = (above + 1).clamp(max=scores.shape[1] - 1)
-        yield torch.lerp(wide[:, above], wide[:, below], (chosen - above)[:, None])
+    patches: Tensor     # (P, p, q): p rows and q columns of patches, window by window
+    down: Tensor        # (H, p)
+    across: Tensor      # (W, q)
+
+    def of_pixels(self, most: int = 2**24) -> Iterator[Tensor]:
+        """Scores of the pixels, (P, rows, W), some rows at a time, of at most about `most` numbers."""
+        wide = self.patches @ self.across.T
+        for some in self.down.split(max(1, most // wide[:, 0].numel())):
+            yield some @ wide
 
 
 @torch.inference_mode()
-def segment(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
-    """uint8 (3, H, W) and text (P, C) -> (P, h, w): cosine similarities, the mean over overlapping windows.
+def segment(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: Tensor) -> list[Scores]:
+    """Images uint8 (3, H, W) and text (P, C) -> their scores. Windows of all images together fill the batches."""
+    sizes = [resized_size(image, cfg.SHORT_SIDE) for image in images]
+    # An image smaller than a window is one window, padded.
+    pictures = [normalize(padded(resize(image, *size), *(max(side, cfg.WINDOW) for side in size)), clip.mean, clip.std)
+                for image, size in zip(images, sizes)]
+    places = [[window_starts(side, cfg.WINDOW, cfg.STRIDE) for side in picture.shape[-2:]] for picture in pictures]
+    windows = torch.stack([picture[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
+                           for picture, (ys, xs) in zip(pictures, places) for y in ys for x in xs])
+    scores = torch.cat([window_scores(cfg, clip, batch, text) for batch in windows.split(cfg.WINDOW_BATCH)])
+    of_image = scores.split([len(ys) * len(xs) for ys, xs in places])
+    return [Scores(each.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2),
+                   *(side_weights(*sides, cfg.WINDOW, cfg.STRIDE, each.shape[-1], each.device)
+                     for sides in zip(size, image.shape[-2:])))
+            for each, image, size, (ys, xs) in zip(of_image, images, sizes, places)]
 
-    h and w are of the image with its shorter side resized to SHORT_SIDE.
+
+def resized_size(image: Tensor, short_side: int) -> tuple[int, int]:
+    """Height and width of an image (..., H, W) with its shorter side resized to `short_side`."""
+    factor = short_side / min(image.shape[-2:])
+    return tuple(max(1, round(side * factor)) for side in image.shape[-2:])
+
+
+def window_scores(cfg: SimpleNamespace, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
+    """Windows (n, 3, S, S) -> cosine similarities of each patch with each text, (n, P, S/patch, S/patch), in float32."""
+    content = evaluation.encode_dense(cfg, clip, windows)
+    return torch.einsum("nchw,pc->nphw", F.normalize(content, dim=1), text)
+
+
+@lru_cache(maxsize=256)
+def side_weights(length: int, side: int, window: int, stride: int, patches: int, device: torch.device) -> Tensor:
+    """What each row of patches of all windows adds to each row of pixels, (side, windows * patches); columns likewise.
+
+    length: of the side as the model sees it, covered by windows of `window` pixels and `patches` patches.
     """
-    H, W = image.shape[-2:]
-    factor = cfg.SHORT_SIDE / min(H, W)
-    picture = resize(image, max(1, round(H * factor)), max(1, round(W * factor)))
-    h, w = picture.shape[-2:]
-    # An image smaller than a window is one window, padded; what lies in the padding is cut off below.
-    picture = normalize(padded(picture, max(h, cfg.WINDOW), max(w, cfg.WINDOW)), clip.mean, clip.std)
-    corners = [(y, x) for y in window_starts(picture.shape[-2], cfg.WINDOW, cfg.STRIDE)
-               for x in window_starts(picture.shape[-1], cfg.WINDOW, cfg.STRIDE)]
-    total = picture.new_zeros(len(text), *picture.shape[-2:])
-    count = picture.new_zeros(picture.shape[-2:])
-    for start in range(0, len(corners), cfg.WINDOW_BATCH):
-        batch = corners[start:start + cfg.WINDOW_BATCH]
-        windows = torch.stack([picture[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW] for y, x in batch])
-        for (y, x), scores in zip(batch, window_logits(cfg, clip, windows, text)):
-            total[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW] += scores
-            count[y:y + cfg.WINDOW, x:x + cfg.WINDOW] += 1
-    return (total / count)[:, :h, :w]
-
-
-def window_logits(cfg: SimpleNamespace, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
-    """Windows (n, 3, S, S) -> cosine similarities of each pixel with each text, (n, P, S, S)."""
-    content, _ = clip.encode_dense(windows, cfg.ATTENTION)
-    scores = torch.einsum("nchw,pc->nphw", F.normalize(content.float(), dim=1), text)
-    return F.interpolate(scores, windows.shape[-2:], mode="bilinear")
+    starts = window_starts(max(length, window), window, stride)
+    enlarged = F.interpolate(torch.eye(patches)[None], window, mode="linear")[0].T      # (window, patches)
+    total = torch.zeros(max(length, window), len(starts), patches)
+    for number, start in enumerate(starts):
+        total[start:start + window, number] = enlarged
+    covered = total.sum(dim=(1, 2))     # by how many windows: the weights of each are 1 together
+    mean = total.flatten(1) / covered[:, None]
+    # What was padded is cut off.
+    return F.interpolate(mean[:length].T[None], side, mode="linear")[0].T.contiguous().to(device)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -194,20 +224,25 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
-def decide(logits: Tensor, classes: Classes, logit_scale: float, threshold: float | None) -> Tensor:
+def decide(scores: Tensor, classes: Classes, logit_scale: float, threshold: float | None) -> Tensor:
     """Cosine similarities of all prompts (P, H, W) -> class of each pixel (H, W).
 
     A class has the probability of its most probable synonym. With a threshold, a pixel where no class is that
     probable is class 0, the background.
     """
-    probability, prediction = classes.best((logits * logit_scale).softmax(dim=0)).max(dim=0)
-    return prediction if threshold is None else prediction.masked_fill(probability < threshold, 0)
+    best, prompt = scores.max(dim=0)
+    prediction = constant(tuple(classes.owner), scores.device)[prompt]
+    if threshold is None:
+        return prediction
+    probability = (logit_scale * best - torch.logsumexp(logit_scale * scores, dim=0)).exp()
+    return prediction.masked_fill(probability < threshold, 0)
 
 
 def confusion_matrix(label: Tensor, prediction: Tensor, classes: int) -> Tensor:
     """Pixels of each true (row) and predicted (column) class, (K, K); VOID pixels do not count."""
-    counted = label != VOID
-    return (label[counted].long() * classes + prediction[counted]).bincount(minlength=classes**2).view(classes, classes)
+    pairs = torch.where(label == VOID, classes**2, label.long() * classes + prediction).flatten()
+    counts = torch.zeros(classes**2 + 1, dtype=torch.long, device=label.device)
+    return counts.index_add_(0, pairs, torch.ones_like(pairs))[:-1].view(classes, classes)
 
 
 def summarize(confusion: Tensor, classes: Classes) -> dict:

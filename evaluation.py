@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Classes
-from model import ATTENTIONS, DECOUPLED, DeCLIP, read_record, read_weights, write_whole
+from model import ATTENTIONS, DECOUPLED, PRECISIONS, DeCLIP, autocast, read_record, read_weights, write_whole
 from settings import UserError
 
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: the CLIP that MODEL names
@@ -22,6 +22,7 @@ CONTEXT: str | None = None          # q, k, qk, clip or maskclip; None: the chec
 SCALE = "auto"                      # factor of the decoupled block's logits: sqrt_d (1/√d), a number; auto: the checkpoint's
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: the decoupled block of CONTEXT
 TEMPLATE = "imagenet"               # imagenet: 80 sentences (paper); simple: 7; or a sentence with {}
+PRECISION = "fp32"                  # of the vision tower; bf16 and fp16 are faster on a GPU, and rounded; auto: as in train.py
 WORKERS = 4                         # processes that decode images, for each GPU
 CACHE: str | None = "out/cache"     # folder where embeddings of class names are kept; None: computed at every run
 OUT: str | None = None              # folder of the result; None: the checkpoint's, or out/ without one
@@ -59,6 +60,18 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
 def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
     """The CLIP that the checkpoint was made from, on the same device; `clip` itself where no checkpoint was loaded."""
     return DeCLIP(clip.model_name, cfg.PRETRAINED).to(clip.visual.pos_embed.device) if cfg.CKPT else clip
+
+
+def check_precision(cfg: SimpleNamespace) -> None:
+    """Raises UserError if PRECISION is unknown."""
+    if cfg.PRECISION not in PRECISIONS:
+        raise UserError(f"PRECISION is {cfg.PRECISION!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def encode_dense(cfg: SimpleNamespace, clip: DeCLIP, images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> content (B, C, h, w) by ATTENTION, computed in PRECISION, in float32."""
+    with autocast(cfg.PRECISION, images.device):
+        return clip.encode_dense(images, cfg.ATTENTION)[0].float()
 
 
 def number(text: str) -> float:
@@ -99,7 +112,8 @@ def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
     if attention in DECOUPLED:
         attention += f", scale {'1/√d' if clip.scale is None else clip.scale}"
     weights = cfg.CKPT or ("its own weights" if cfg.PRETRAINED and ":" in clip.model_name else cfg.PRETRAINED)
-    return f"{clip.model_name}, attention {attention}, {weights or 'random weights'}"
+    rounded = "" if cfg.PRECISION == "fp32" else f", {cfg.PRECISION}"
+    return f"{clip.model_name}, attention {attention}, {weights or 'random weights'}{rounded}"
 
 
 def write_result(cfg: SimpleNamespace, clip: DeCLIP, name: str, result: dict) -> Path:

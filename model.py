@@ -545,7 +545,7 @@ def row_distances_gram(a: Tensor, b: Tensor) -> Tensor:
 
     ‖row i‖² = aᵢ(AᵀA)aᵢᵀ - 2 aᵢ(AᵀB)bᵢᵀ + bᵢ(BᵀB)bᵢᵀ.
     """
-    squared = (a @ (a.mT @ a) * a).sum(-1) - 2 * (a @ (a.mT @ b) * b).sum(-1) + (b @ (b.mT @ b) * b).sum(-1)
+    squared = (a * (a @ (a.mT @ a) - 2 * b @ (b.mT @ a))).sum(-1) + (b * (b @ (b.mT @ b))).sum(-1)
     return squared.clamp(min=1e-6).sqrt()
 
 

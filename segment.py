@@ -73,8 +73,8 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
             failed.append(str(error))
             continue
         photo = for_display(photo, cfg.LARGEST)
-        panels = {title: predict(SimpleNamespace(**vars(cfg) | {"ATTENTION": attention}), model, photo.to(device), text,
-                                 classes).cpu() for title, (model, attention) in ways.items()}
+        panels = {title: predict(SimpleNamespace(**vars(cfg) | {"ATTENTION": attention}), model, [photo.to(device)], text,
+                                 classes)[0].cpu() for title, (model, attention) in ways.items()}
         out = outputs[path]
         write_whole(out, partial(draw, photo, panels, classes))
         if cfg.JSON:

@@ -315,7 +315,7 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
 
     images: uint8 (3, H, W) each, on the models' device. The grid of an image depends on SEED, epoch and its index alone.
     """
-    grids = [draw_grid(f"{cfg.SEED}-{epoch}-{index}", cfg.GRID, cfg.GRID_ASPECT, cfg.MAX_CROPS) for index in indices]
+    grids = [grid_of(cfg, epoch, index) for index in indices]
     # The teachers first: what they need of memory is free again when the student fills it for backward.
     crops = encode_crops(cfg, teacher, images, grids)
     tokens = encode_tokens(cfg, teacher, vfm, images) if vfm else None
@@ -325,6 +325,11 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
     # Clones, because autograd can't keep tensors of inference mode.
     content = content_loss(regions, crops.clone(), [len(grid.cells) for grid in grids])
     return content, torch.zeros_like(content) if tokens is None else context_loss(context, tokens.clone())
+
+
+def grid_of(cfg: SimpleNamespace, epoch: int, index: int) -> Grid:
+    """The crop grid of an image in an epoch."""
+    return draw_grid(f"{cfg.SEED}-{epoch}-{index}", cfg.GRID, cfg.GRID_ASPECT, cfg.MAX_CROPS)
 
 
 @torch.inference_mode()

@@ -326,8 +326,9 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
                                 figsize=(2.6 * (1 + len(columns)), 2.2 * len(photos) + 0.6))
     pictures = [for_display(read_image(path, upright=True), 640) for path in photos]
     by_way = {way: SimpleNamespace(**vars(cfg) | {"ATTENTION": way}) for _, _, way in columns}
-    found = {(row, title): predict(by_way[way], model, photo.to(device), text, classes).cpu()
-             for row, photo in enumerate(pictures) for title, model, way in columns}
+    on_device = [photo.to(device) for photo in pictures]
+    found = {(row, title): prediction.cpu() for title, model, way in columns
+             for row, prediction in enumerate(predict(by_way[way], model, on_device, text, classes))}
     colour_of = colours(found, classes)
     seen = {classes.names[k]: colour_of[classes.names[k]] for each in found.values() for k in each.unique().tolist()}
     for row, (line, photo) in enumerate(zip(axes, pictures)):

@@ -84,6 +84,11 @@ def slow_logits(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> t
     return F.interpolate(torch.stack(layers).nanmean(dim=0)[None, :, :h, :w], (H, W), mode="bilinear")[0]
 
 
+def pixels(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """What the script computes: scores of all texts and pixels, (P, H, W)."""
+    return torch.cat(list(eval_seg.segment(cfg, clip, [image], text)[0].of_pixels()), dim=1)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (90, 40)])
 @pytest.mark.parametrize("short_side", [48, 40, 24], ids=["windows overlap", "moved back", "smaller than a window"])
 def test_windows_in_batches_are_windows_one_by_one(size, short_side):
@@ -91,20 +96,10 @@ def test_windows_in_batches_are_windows_one_by_one(size, short_side):
     image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
     text = clip.encode_text(["cat", "dog", "sea"])
     with torch.inference_mode():
-        scores = eval_seg.segment(cfg, clip, image, text)
-        logits = torch.cat(list(eval_seg.resized_rows(scores, *size, most=3 * size[1] * 7)), dim=1)
-        torch.testing.assert_close(logits, slow_logits(cfg, clip, image, text), rtol=0, atol=2e-6)
-    assert logits.shape == (3, *size)
-
-
-@pytest.mark.parametrize("size, wanted", [((14, 20), (33, 47)), ((30, 17), (12, 17)), ((5, 5), (5, 5))])
-def test_rows_some_at_a_time_are_the_whole(size, wanted):
-    """Enlarged, made smaller and as it was; in strips that do not divide the height."""
-    scores = torch.randn(4, *size)
-    rows = list(eval_seg.resized_rows(scores, *wanted, most=4 * wanted[1] * 5))
-    assert len(rows) == -(-wanted[0] // 5)
-    whole = F.interpolate(scores[None], wanted, mode="bilinear")[0]
-    torch.testing.assert_close(torch.cat(rows, dim=1), whole, rtol=0, atol=1e-5)
+        scores, _ = eval_seg.segment(cfg, clip, [image, image.flip(1)], text)
+        rows = list(scores.of_pixels(most=3 * size[1] * 7))
+        torch.testing.assert_close(torch.cat(rows, dim=1), slow_logits(cfg, clip, image, text), rtol=0, atol=2e-6)
+    assert len(rows) == -(-size[0] // 7)        # in strips that need not divide the height
 
 
 def test_synonyms_and_background():
@@ -163,12 +158,12 @@ def test_baselines_need_no_checkpoint(attention):
     assert evaluation.open_model(cfg).context == "q"
     image, text = torch.randint(0, 256, (3, 32, 32)).byte(), clip.encode_text(["cat", "dog"])
     with torch.inference_mode():
-        logits = eval_seg.segment(config(attention=attention, short_side=32), clip, image, text)
+        logits = pixels(config(attention=attention, short_side=32), clip, image, text)
         windows = data.normalize(image[None] / 255, clip.mean, clip.std)
         features = F.normalize(clip.encode_dense(windows, attention)[0], dim=1)
         expected = F.interpolate(torch.einsum("nchw,pc->nphw", features, text), 32, mode="bilinear")[0]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-        change = (logits - eval_seg.segment(config(short_side=32), clip, image, text)).abs().max()
+        change = (logits - pixels(config(short_side=32), clip, image, text)).abs().max()
     assert (change > 1e-4) == (attention != "clearclip")        # which is DeCLIP's block before training
 
 

@@ -1,0 +1,462 @@
+"""Where the time goes on this machine: reading images, a training step, segmentation; and how near its limit that is.
+
+    python bench.py                                             # the defaults of train.py
+    python bench.py --baseline                                  # by turns with a plain version (plain.py), and the ratios
+    python bench.py --image_size 1024 --micro_batch 4 --compile --parts train
+
+Nothing is downloaded: pictures are drawn, weights random. Every figure is the median of REPEATS measurements after a
+warm-up; a GPU is waited for before a clock is read. On a CPU sizes are small, unless they are given.
+"""
+
+import copy
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+import distributed
+import eval_seg
+import evaluation
+import plain
+import settings
+import train
+from data import TrainingImages, grid_boxes, make_classes, read_image, student_image, workers
+from model import DTYPES, autocast, context_loss, find_precision
+from settings import UserError
+
+MODEL = train.MODEL                 # open_clip model that is student and teacher
+VFM_MODEL = train.VFM_MODEL         # any timm ViT
+CONTEXT = train.CONTEXT             # q, k, qk, clip or maskclip
+IMAGE_SIZE: int | None = None       # student's picture; None: train.py's on a GPU, 448 on a CPU
+CROP_SIZE = train.CROP_SIZE         # side of a crop as the teacher sees it
+CROPS = 12                          # crops of an image; the mean of the paper's grids is 12.25
+MICRO_BATCH: int | None = None      # images of one forward pass; None: train.py's on a GPU, 1 on a CPU
+PRECISION = "auto"                  # bf16, fp16, fp32, or auto: as in train.py; of the segmentation too
+COMPILE = False                     # torch.compile of every block
+CHECKPOINTING = False               # compute blocks again in backward
+SHORT_SIDE = 448                    # of the image in segmentation
+WINDOW = eval_seg.WINDOW            # side of a window
+STRIDE = eval_seg.STRIDE            # from window to window
+PROMPTS = 171                       # of the segmentation; COCO-Stuff has 171 classes
+SEGMENT_BATCH: int | None = None    # images that segmentation takes together; None: eval_seg.py's on a GPU, 2 on a CPU
+WINDOW_BATCH = eval_seg.WINDOW_BATCH                    # windows of one forward pass
+WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the machine's cores
+IMAGES: str | None = None           # folder of photographs to read; None: drawn ones of 640x480
+PARTS = ("input", "train", "context", "segment")        # what to measure
+BASELINE = False                    # the plain version too
+REPEATS: int | None = None          # measurements of which the median is printed; None: 10 on a GPU, 3 on a CPU
+
+
+def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
+    """Measures what the command line (or `argv`) asks for, prints a table, and returns its rows by part."""
+    cfg = settings.parse(argv, sys.modules[__name__])
+    with distributed.session(__file__) as ranks, tempfile.TemporaryDirectory() as folder:
+        return run(cfg, ranks.device, Path(folder))
+
+
+def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, list["Row"]]:
+    """Every part, each printed as soon as it is measured."""
+    check(cfg)
+    small = device.type == "cpu"
+    for name, size in (SMALL if small else LARGE).items():
+        setattr(cfg, name, size if getattr(cfg, name) is None else getattr(cfg, name))
+    world = World(cfg, device, TrainingImages(cfg.IMAGES or draw_photos(folder, 16)))
+    print(describe(world))
+    rows = {}
+    for part in cfg.PARTS:
+        title, measure = MEASURES[part]
+        rows[part] = list(measure(world))
+        heads = ("this code", "plain", "ratio") if cfg.BASELINE else ("this code",)
+        print(f"\n{title.format(**vars(cfg)):{WIDTH}}" + "".join(f"{head:>12}" for head in heads))
+        print("\n".join(map(str, rows[part])), flush=True)
+    return rows
+
+
+# Sizes where none are given: those of train.py and eval_seg.py on a GPU, and such that a CPU needs some minutes.
+LARGE = {"IMAGE_SIZE": train.IMAGE_SIZE, "MICRO_BATCH": train.MICRO_BATCH, "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10}
+SMALL = {"IMAGE_SIZE": 448, "MICRO_BATCH": 1, "SEGMENT_BATCH": 2, "REPEATS": 3}
+WIDTH = 50      # of the table's first column
+
+
+def check(cfg: SimpleNamespace) -> None:
+    """Raises UserError on a setting out of its range, before anything is loaded."""
+    settings.check_least(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1)
+    unknown = [part for part in cfg.PARTS if part not in MEASURES]
+    if unknown:
+        raise UserError(f"There is no part {unknown[0]!r} to measure; choose among {', '.join(MEASURES)}.")
+    settings.check_least(cfg, SHORT_SIDE=1, IMAGE_SIZE=1, CROP_SIZE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1)
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+    name: str
+    values: dict[str, float]        # of this code, of the plain version
+    more_is_better: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """How much better this code is than the plain version."""
+        if len(self.values) < 2:
+            return None
+        ours, plain = self.values.values()
+        return ours / plain if self.more_is_better else plain / ours
+
+    def __str__(self) -> str:
+        numbers = [*self.values.values(), *([self.ratio] if self.ratio else [])]
+        return f"  {self.name:{WIDTH - 2}}" + "".join(f"{f'{x:,.0f}' if x >= 100 else f'{x:.3g}':>12}" for x in numbers)
+
+
+class World:
+    """What is measured: settings as the scripts take them, models with random weights, images, and the crops of each."""
+
+    def __init__(self, cfg: SimpleNamespace, device: torch.device, dataset: TrainingImages):
+        own = vars(cfg) | {"PRETRAINED": None, "VFM_PRETRAINED": False}
+        self.training = SimpleNamespace(**vars(settings.parse([], train)) | own)
+        of_evaluation = SimpleNamespace(**vars(settings.parse([], eval_seg, evaluation)) | own)
+        self.evaluation = eval_seg.protocol(of_evaluation, "coco_stuff")
+        train.check(self.training)
+        eval_seg.check_windows(self.evaluation)
+        self.cfg, self.device, self.dataset = cfg, device, dataset
+        self.precision = find_precision(cfg.PRECISION, device)
+        self.models = self.student, self.teacher, self.vfm = train.build(self.training, device)
+        eval_seg.check_patches(self.evaluation, self.student)
+        # Images of the first epoch whose grids have the wanted number of cells.
+        drawn = ((index, train.grid_of(self.training, 0, index)) for index in range(10_000))
+        chosen = list(islice(((index, grid) for index, grid in drawn if len(grid.cells) == cfg.CROPS), cfg.MICRO_BATCH))
+        if len(chosen) < cfg.MICRO_BATCH:
+            raise UserError(f"CROPS is {cfg.CROPS}, but no grid of {self.training.GRID[0]} to {self.training.GRID[1]} rows and "
+                            "columns has as many cells; take a product of two such numbers, such as 12.")
+        self.indices, self.grids = map(list, zip(*chosen))
+
+    def files(self) -> list[str]:
+        """An image file for each image of a step."""
+        return [self.dataset.paths[place % len(self.dataset)] for place in range(self.cfg.MICRO_BATCH)]
+
+    def versions(self, ours: object, plain: object) -> dict[str, object]:
+        """What is compared: the plain version only with BASELINE."""
+        return {"this code": ours} | ({"plain": plain} if self.cfg.BASELINE else {})
+
+    def seconds(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """The median time of each version's work, in turns."""
+        times = {version: [] for version in works}
+        for _ in range(self.cfg.REPEATS + 1):
+            for version, work in works.items():
+                wait(self.device)
+                start = time.perf_counter()
+                work()
+                wait(self.device)
+                times[version].append(time.perf_counter() - start)
+        return {version: statistics.median(each[1:]) for version, each in times.items()}      # the first is the warm-up
+
+    def peaks(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """The memory that each version's work takes beyond what is there before it, in MB."""
+        return {version: peak_bytes(work, self.device) / 1e6 for version, work in works.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was sent."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that the tensors made by `work` take at once; what was there before it does not count."""
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with TensorMemory() as memory:
+        work()
+    return memory.peak
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, as long as any tensor shares them: a CPU has no such count."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):      # one that was there before, if it is met for the first time
+            if isinstance(tensor, Tensor):
+                self.note(tensor.untyped_storage(), 0)
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def note(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Adds a storage that is not known yet, until it is freed."""
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += size
+            weakref.finalize(storage, self.forget, storage._cdata, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def describe(world: World) -> str:
+    """What is measured, and on what."""
+    cfg, device = world.cfg, world.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
+    extras = [name.lower() for name in ("COMPILE", "CHECKPOINTING") if getattr(cfg, name)]
+    lines = [f"{cfg.MODEL}, context {cfg.CONTEXT}, and {cfg.VFM_MODEL}, random weights",
+             f"{', '.join([world.precision, *extras])} on {place}, torch {torch.__version__}"]
+    if all(getattr(cfg, name) == size for name, size in SMALL.items()):
+        lines.append("Sizes are small, for a CPU: train.py's are larger.")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------- the input
+
+def draw_photos(folder: Path, count: int) -> Path:
+    """JPEG files of 640x480 with the spectrum of photographs, each of about 170 KB as COCO's are; returns the folder."""
+    across, down = np.fft.rfftfreq(640)[None], np.fft.fftfreq(480)[:, None]
+    frequency = np.hypot(down, across).clip(1 / 640)
+    for index in range(count):
+        draw = np.random.default_rng(index)
+        noise = np.fft.rfft2(draw.standard_normal((4, 480, 640)))
+        layers = np.fft.irfft2(noise / frequency ** np.array([1, 1.5, 1.5, 1.5])[:, None, None])
+        grey, *colours = (layer / layer.std() for layer in layers)
+        image = 128 + 45 * grey[..., None] + 20 * np.stack(colours, axis=-1)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03}.jpg", quality=90)
+    return folder
+
+
+def measure_input(world: World) -> Iterator[Row]:
+    """Reading images: CPU time and bytes of each, and images a second by the number of workers."""
+    paths = world.dataset.paths
+    grids = [world.grids[place % len(world.grids)] for place in range(len(paths))]
+    data = world.versions(world.dataset, plain.Samples(paths, grids, world.training, world.teacher, world.vfm))
+    yield Row("CPU time, ms", {version: 1e3 * cpu_seconds(each) for version, each in data.items()})
+    yield Row("to the device, MB", {version: sent_bytes(each) / 1e6 for version, each in data.items()})
+    for count in sorted({workers(wanted) for wanted in world.cfg.WORKER_COUNTS}):
+        speeds = {version: images_per_second(each, count) for version, each in data.items()}
+        yield Row(f"images/s with {count} worker{'s' if count > 1 else ''}", speeds, more_is_better=True)
+
+
+def cpu_seconds(dataset: Dataset) -> float:
+    """The median CPU time of an item in this process, with one thread, as a worker has it."""
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for index in (0, *range(len(dataset))):     # the first one twice: to warm up
+        start = time.process_time()
+        dataset[index]
+        times.append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    return statistics.median(times[1:])
+
+
+def sent_bytes(dataset: Dataset) -> float:
+    """The median bytes of an item's tensors."""
+    return statistics.median(sum(part.nbytes for part in dataset[index] if isinstance(part, Tensor))
+                             for index in range(len(dataset)))
+
+
+def images_per_second(dataset: Dataset, count: int, images: int = 128) -> float:
+    """What `count` workers deliver, from the first image on."""
+    repeated = Subset(dataset, [index % len(dataset) for index in range(images)])
+    batches = iter(DataLoader(repeated, batch_size=None, num_workers=count))
+    next(batches)
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return (images - 1) / (time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------------------------- the training step
+
+class Step(NamedTuple):
+    """The parts of a training step, each to be called alone, and all of it."""
+    crops: Callable[[], object]
+    tokens: Callable[[], object]
+    forward: Callable[[], object]
+    gradients: Callable[[], object]     # the three above, the losses and backward
+    update: Callable[[], object]
+    whole: Callable[[], object]
+
+
+def measure_training(world: World) -> Iterator[Row]:
+    """A step's parts, its operations as a share of what the device can do, and its memory."""
+    flops, images = count_flops(world), world.cfg.MICRO_BATCH
+    if world.cfg.COMPILE:
+        train.compile_blocks(*world.models)
+    optimizer = train.build_optimizer(world.training, world.student)
+    steps = world.versions(own_step(world, optimizer), plain_step(world, optimizer))
+    times = {part: world.seconds({version: getattr(step, part) for version, step in steps.items()}) for part in Step._fields}
+    forwards = ("crops", "tokens", "forward")
+    times["backward"] = {version: times["gradients"][version] - sum(times[part][version] for part in forwards)
+                         for version in steps}
+    yield Row("images/s", {version: images / seconds for version, seconds in times["whole"].items()}, more_is_better=True)
+    for part, name in {"crops": "crops, by the teacher", "tokens": "VFM", "forward": "student forward",
+                       "backward": "losses and backward", "update": "optimiser"}.items():
+        yield Row(f"{name}, ms", {version: 1e3 * seconds for version, seconds in times[part].items()})
+    for name, count in flops.items():
+        yield Row(f"operations of an image, {name}, GFLOP", {"this code": count / 1e9})
+    limit = matmul_rate(world)
+    shares = {version: 100 * images * sum(flops.values()) / seconds / limit for version, seconds in times["whole"].items()}
+    yield Row(f"a large matrix product in {world.precision}, TFLOP/s", {"this code": limit / 1e12})
+    yield Row("the step's share of that rate, %", shares, more_is_better=True)
+    held = sum(p.nbytes * (3 if p.requires_grad else 1) for model in world.models for name, p in model.named_parameters()
+               if not name.startswith("clip.text.")) / 1e6
+
+    def gradients(step: Step) -> None:
+        step.gradients()
+        optimizer.zero_grad(set_to_none=True)       # so that each version finds and leaves the same
+
+    optimizer.zero_grad(set_to_none=True)
+    peaks = world.peaks({version: partial(gradients, step) for version, step in steps.items()})
+    yield Row("weights and moments, MB", {"this code": held})
+    yield Row("peak memory with these, MB", {version: held + peak for version, peak in peaks.items()})
+
+
+def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, tokens: Callable, forward: Callable,
+              losses: Callable, around: Callable = nullcontext) -> Step:
+    """A step of either version; each part runs in the context `around`."""
+    amp, scaler = train.precision(world.cfg.PRECISION, world.device)
+
+    def within(work: Callable) -> object:
+        with around(), amp():
+            return work()
+
+    def gradients() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        content, context = within(losses)
+        scaler.scale(content + world.training.LAMBDA * context).backward()
+
+    def update() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    def whole() -> None:
+        gradients()
+        update()
+
+    return Step(partial(within, crops), partial(within, tokens), partial(within, forward), gradients, update, whole)
+
+
+def own_step(world: World, optimizer: torch.optim.Optimizer) -> Step:
+    """A step of train.py."""
+    cfg, (student, teacher, vfm) = world.training, world.models
+    images = [read_image(path, upright=True).to(world.device) for path in world.files()]
+    inputs = torch.stack([student_image(image, cfg.IMAGE_SIZE, student.mean, student.std) for image in images])
+    boxes = [grid_boxes(image, grid, cfg.IMAGE_SIZE) for image, grid in zip(images, world.grids)]
+    return make_step(world, optimizer, partial(train.encode_crops, cfg, teacher, images, world.grids),
+                     partial(train.encode_tokens, cfg, teacher, vfm, images), partial(student, inputs, boxes),
+                     partial(train.losses, cfg, student, teacher, vfm, images, world.indices, 0))
+
+
+def plain_step(world: World, optimizer: torch.optim.Optimizer) -> Step:
+    """A step of plain.py, to which workers have given pictures and crops as they are needed."""
+    student, teacher, vfm = world.models
+    samples = plain.Samples(world.files(), world.grids, world.training, teacher, vfm)
+    samples = [tuple(part.to(world.device) for part in samples[place]) for place in range(len(samples))]
+    inputs, vfm_inputs, crops, boxes = zip(*samples)
+    return make_step(world, optimizer, torch.no_grad()(lambda: teacher.encode_image(torch.cat(crops))),
+                     lambda: vfm(torch.stack(vfm_inputs)), lambda: student(torch.stack(inputs), list(boxes)),
+                     partial(plain.losses, student, teacher, vfm, samples), partial(plain.whole_attention, *world.models))
+
+
+def count_flops(world: World) -> dict[str, float]:
+    """Operations of the towers for one image, two for each multiplication with addition, nothing computed twice."""
+    student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in world.models)
+    size, crop = world.cfg.IMAGE_SIZE, world.cfg.CROP_SIZE
+    of_vfm = size // student.patch_size * vfm.patch_size
+    counts, picture = {}, partial(torch.empty, device="meta")
+    student.checkpointing = False
+    # As whole matrices, because the count of a fused backward has those that it computes again.
+    with plain.whole_attention(student, teacher, vfm):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            teacher.encode_image(picture(world.cfg.CROPS, 3, crop, crop))
+        counts["crops"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            vfm(picture(1, 3, of_vfm, of_vfm))
+        counts["VFM"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            content, context = student.encode_dense(picture(1, 3, size, size))
+        counts["student forward"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            (content.sum() + context.sum()).backward()
+        counts["backward"] = counter.get_total_flops()
+    return counts
+
+
+def matmul_rate(world: World) -> float:
+    """Operations a second of a large product of random matrices in the precision of the step."""
+    side = 8192 if world.device.type == "cuda" else 2048
+    dtype = DTYPES[world.precision] or torch.float32
+    a, b = (torch.randn(side, side, device=world.device).to(dtype) for _ in range(2))
+    return 2 * side**3 / world.seconds({"product": lambda: a @ b})["product"]
+
+
+def measure_context(world: World) -> Iterator[Row]:
+    """Peak memory of the context loss and its gradient."""
+    width, wide = world.student.visual.embed_dim, world.vfm.trunk.num_features
+    def work(loss: Callable, context: Tensor, of_vfm: Tensor) -> None:
+        torch.autograd.grad(loss(context, of_vfm), context)
+
+    for tokens in (1024, 2304, 4096):
+        context = torch.randn(1, tokens, width, device=world.device, requires_grad=True)
+        of_vfm = torch.randn(1, tokens, wide, device=world.device)
+        works = world.versions(*(partial(work, loss, context, of_vfm) for loss in (context_loss, plain.context_loss)))
+        for each in works.values():     # warms up
+            each()
+        yield Row(f"{tokens} tokens, MB", world.peaks(works))
+
+
+# ------------------------------------------------------------------------------------------------------ segmentation
+
+def measure_segmentation(world: World) -> Iterator[Row]:
+    """Images a second from the decoded image to each pixel's class."""
+    cfg, clip = world.evaluation, world.student
+    files = [world.dataset.paths[place % len(world.dataset)] for place in range(world.cfg.SEGMENT_BATCH)]
+    images = [read_image(path).to(world.device) for path in files]
+    text = F.normalize(torch.randn(world.cfg.PROMPTS, clip.visual.num_classes, device=world.device), dim=-1)
+    classes = make_classes([f"class {index}" for index in range(world.cfg.PROMPTS)])
+
+    def one_by_one() -> list[Tensor]:
+        with plain.whole_attention(clip), autocast(cfg.PRECISION, world.device):
+            return [plain.predict(cfg, clip, image, text, classes) for image in images]
+
+    works = world.versions(lambda: eval_seg.predict(cfg, clip, images, text, classes), one_by_one)
+    speeds = {version: len(images) / seconds for version, seconds in world.seconds(works).items()}
+    yield Row("images/s", speeds, more_is_better=True)
+    yield Row("peak memory beyond weights, MB", world.peaks(works))
+
+
+MEASURES = {
+    "input": ("Input, of each photograph", measure_input),
+    "train": ("Training step of {MICRO_BATCH} images of {IMAGE_SIZE} px, {CROPS} crops each", measure_training),
+    "context": ("Peak memory of the context loss of an image", measure_context),
+    "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts", measure_segmentation),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The method as one would first write it: PIL crops one by one, whole matrices of attention and correlation, single windows.
+
+Training and evaluation use none of this. It is what their faster forms are held against: by the tests in what they
+return, by `bench.py --baseline` in what they cost.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from data import Classes, Grid, fitted_size, grid_boxes, normalize, padded, resize
+from eval_seg import resized_size, window_starts
+from model import VFM, DeCLIP, content_loss
+
+# --------------------------------------------------------------------------------------------------------- the input
+
+def resized(image: Image.Image, height: int, width: int) -> Tensor:
+    """A PIL image -> float [0, 1] (3, height, width), by PIL."""
+    return pil_to_tensor(image.resize((width, height), Image.Resampling.BICUBIC)).float() / 255
+
+
+def student_image(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """As data.student_image, of a PIL image."""
+    height, width = fitted_size(torch.empty(image.height, image.width, device="meta"), size)
+    return normalize(padded(resized(image, height, width), size, size), mean, std)
+
+
+def grid_crops(image: Image.Image, grid: Grid, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """As data.grid_crops, each cell cut out of the image, at whole pixels, and resized: (k, 3, size, size)."""
+    crops = []
+    for cell in grid.cells:
+        row, column = divmod(cell, grid.columns)
+        box = (round(column * image.width / grid.columns), round(row * image.height / grid.rows),
+               round((column + 1) * image.width / grid.columns), round((row + 1) * image.height / grid.rows))
+        crops.append(normalize(resized(image.crop(box), size, size), mean, std))
+    return torch.stack(crops)
+
+
+class Samples(Dataset):
+    """Training images with all that is made of them: float pictures for student and VFM, crops, and the crops' boxes."""
+
+    def __init__(self, paths: Sequence[str], grids: Sequence[Grid], cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM):
+        self.paths, self.grids, self.size, self.crop_size = paths, grids, cfg.IMAGE_SIZE, cfg.CROP_SIZE
+        self.vfm_size = cfg.IMAGE_SIZE // clip.patch_size * vfm.patch_size
+        self.of_clip, self.of_vfm = (clip.mean, clip.std), (vfm.mean, vfm.std)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with Image.open(self.paths[index]) as file:
+            image = file.convert("RGB")
+        grid = self.grids[index]
+        return (student_image(image, self.size, *self.of_clip), student_image(image, self.vfm_size, *self.of_vfm),
+                grid_crops(image, grid, self.crop_size, *self.of_clip),
+                grid_boxes(torch.empty(3, image.height, image.width), grid, self.size))
+
+
+# ------------------------------------------------------------------------------------------------- the training step
+
+@contextmanager
+def whole_attention(*models: DeCLIP | VFM) -> Iterator[None]:
+    """Meanwhile the models compute softmax(QKᵀ)V by its matrix, (B, heads, 1 + N, 1 + N), and nothing is compiled."""
+    blocks = [module for model in models for module in model.modules() if getattr(module, "fused_attn", False)]
+    clips = [model for model in models if isinstance(model, DeCLIP)]
+    for module in blocks:
+        module.fused_attn = False
+    for clip in clips:
+        clip.self_attention = self_attention
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in blocks:
+            module.fused_attn = True
+        for clip in clips:
+            del clip.self_attention
+
+
+def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Equation 5 as it is written: softmax(scale AAᵀ)V."""
+    return (a @ a.mT * (a.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1) @ v
+
+
+def correlation(tokens: Tensor) -> Tensor:
+    """Equation 8: the cosine of every token with every other, (B, N, D) -> (B, N, N)."""
+    tokens = F.normalize(tokens.float(), dim=-1)
+    return tokens @ tokens.mT
+
+
+def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
+    """Equation 9 with both correlation matrices."""
+    with torch.autocast(context.device.type, enabled=False):
+        return (correlation(context) - correlation(vfm_tokens)).norm(dim=-1).mean()
+
+
+def losses(student: DeCLIP, teacher: DeCLIP, vfm: VFM, samples: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+    """As train.losses, of what `Samples` returns, on the models' device: content and context loss."""
+    inputs, vfm_inputs, crops, boxes = zip(*samples)
+    regions, context = student(torch.stack(inputs), list(boxes))
+    with torch.no_grad():
+        targets = teacher.encode_image(torch.cat(crops))
+        tokens = vfm(torch.stack(vfm_inputs))
+    return content_loss(regions, targets, [len(each) for each in boxes]), context_loss(context, tokens)
+
+
+# ------------------------------------------------------------------------------------------------------ segmentation
+
+@torch.inference_mode()
+def segment(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
+    """uint8 (3, H, W) and text (P, C) -> scores of all pixels (P, H, W): windows one by one, summed at the model's size."""
+    h, w = resized_size(image, cfg.SHORT_SIDE)
+    picture = normalize(padded(resize(image, h, w), max(h, cfg.WINDOW), max(w, cfg.WINDOW)), clip.mean, clip.std)
+    total, count = picture.new_zeros(len(text), *picture.shape[1:]), picture.new_zeros(picture.shape[1:])
+    for y in window_starts(picture.shape[1], cfg.WINDOW, cfg.STRIDE):
+        for x in window_starts(picture.shape[2], cfg.WINDOW, cfg.STRIDE):
+            place = (..., slice(y, y + cfg.WINDOW), slice(x, x + cfg.WINDOW))
+            content, _ = clip.encode_dense(picture[place][None], cfg.ATTENTION)
+            scores = torch.einsum("chw,pc->phw", F.normalize(content[0].float(), dim=0), text)
+            total[place] += F.interpolate(scores[None], cfg.WINDOW, mode="bilinear")[0]
+            count[place] += 1
+    return F.interpolate((total / count)[None, :, :h, :w], image.shape[-2:], mode="bilinear")[0]
+
+
+@torch.inference_mode()
+def predict(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor, classes: Classes) -> Tensor:
+    """uint8 (3, H, W) -> class of each pixel (H, W), by the probabilities of all prompts at all pixels."""
+    probability, prediction = classes.best((segment(cfg, clip, image, text) * cfg.LOGIT_SCALE).softmax(dim=0)).max(dim=0)
+    return prediction if cfg.THRESHOLD is None else prediction.masked_fill(probability < cfg.THRESHOLD, 0)
