@@ -60,7 +60,7 @@ SEGMENT_BATCH: int | None = None    # images that segmentation takes together; N
 WINDOW_BATCH = eval_seg.WINDOW_BATCH                    # windows of one forward pass
 WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the machine's cores
 IMAGES: str | None = None           # folder of photographs to read; None: drawn ones of 640x480
-PARTS = ("input", "train", "context", "segment")        # what to measure
+PARTS = ("input", "operations", "train", "context", "segment")         # what to measure
 BASELINE = False                    # the plain version too
 REPEATS: int | None = None          # measurements of which the median is printed; None: 10 on a GPU, 3 on a CPU
 
@@ -304,7 +304,7 @@ class Step(NamedTuple):
 
 def measure_training(world: World) -> Iterator[Row]:
     """A step's parts, its operations as a share of what the device can do, and its memory."""
-    flops, images = count_flops(world), world.cfg.MICRO_BATCH
+    operations, images = sum(count_flops(world).values()), world.cfg.MICRO_BATCH
     if world.cfg.COMPILE:
         train.compile_blocks(*world.models)
     optimizer = train.build_optimizer(world.training, world.student)
@@ -317,10 +317,8 @@ def measure_training(world: World) -> Iterator[Row]:
     for part, name in {"crops": "crops, by the teacher", "tokens": "VFM", "forward": "student forward",
                        "backward": "losses and backward", "update": "optimiser"}.items():
         yield Row(f"{name}, ms", {version: 1e3 * seconds for version, seconds in times[part].items()})
-    for name, count in flops.items():
-        yield Row(f"operations of an image, {name}, GFLOP", {"this code": count / 1e9})
     limit = matmul_rate(world)
-    shares = {version: 100 * images * sum(flops.values()) / seconds / limit for version, seconds in times["whole"].items()}
+    shares = {version: 100 * images * operations / seconds / limit for version, seconds in times["whole"].items()}
     yield Row(f"a large matrix product in {world.precision}, TFLOP/s", {"this code": limit / 1e12})
     yield Row("the step's share of that rate, %", shares, more_is_better=True)
     held = sum(p.nbytes * (3 if p.requires_grad else 1) for model in world.models for name, p in model.named_parameters()
@@ -334,6 +332,13 @@ def measure_training(world: World) -> Iterator[Row]:
     peaks = world.peaks({version: partial(gradients, step) for version, step in steps.items()})
     yield Row("weights and moments, MB", {"this code": held})
     yield Row("peak memory with these, MB", {version: held + peak for version, peak in peaks.items()})
+
+
+def measure_operations(world: World) -> Iterator[Row]:
+    """What the towers must compute for an image, which is the same on every machine."""
+    counts = count_flops(world)
+    for name, count in (counts | {"together": sum(counts.values())}).items():
+        yield Row(f"{name}, GFLOP", {"this code": count / 1e9})
 
 
 def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, tokens: Callable, forward: Callable,
@@ -403,7 +408,7 @@ def count_flops(world: World) -> dict[str, float]:
         counts["student forward"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             (content.sum() + context.sum()).backward()
-        counts["backward"] = counter.get_total_flops()
+        counts["student backward"] = counter.get_total_flops()
     return counts
 
 
@@ -452,6 +457,7 @@ def measure_segmentation(world: World) -> Iterator[Row]:
 
 MEASURES = {
     "input": ("Input, of each photograph", measure_input),
+    "operations": ("Operations of an image of {IMAGE_SIZE} px, {CROPS} crops", measure_operations),
     "train": ("Training step of {MICRO_BATCH} images of {IMAGE_SIZE} px, {CROPS} crops each", measure_training),
     "context": ("Peak memory of the context loss of an image", measure_context),
     "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts", measure_segmentation),

@@ -43,24 +43,29 @@ def grid_crops(image: Image.Image, grid: Grid, size: int, mean: Sequence[float],
     return torch.stack(crops)
 
 
+def sample(image: Image.Image, grid: Grid, cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM) -> tuple[Tensor, ...]:
+    """All that a step wants of an image: float pictures for student and VFM, crops, and the crops' boxes."""
+    of_clip, vfm_size = (clip.mean, clip.std), cfg.IMAGE_SIZE // clip.patch_size * vfm.patch_size
+    return (student_image(image, cfg.IMAGE_SIZE, *of_clip), student_image(image, vfm_size, vfm.mean, vfm.std),
+            grid_crops(image, grid, cfg.CROP_SIZE, *of_clip),
+            grid_boxes(torch.empty(3, image.height, image.width), grid, cfg.IMAGE_SIZE))
+
+
 class Samples(Dataset):
-    """Training images with all that is made of them: float pictures for student and VFM, crops, and the crops' boxes."""
+    """Image files with their grids; what a worker makes of each is a `sample`."""
 
     def __init__(self, paths: Sequence[str], grids: Sequence[Grid], cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM):
-        self.paths, self.grids, self.size, self.crop_size = paths, grids, cfg.IMAGE_SIZE, cfg.CROP_SIZE
-        self.vfm_size = cfg.IMAGE_SIZE // clip.patch_size * vfm.patch_size
-        self.of_clip, self.of_vfm = (clip.mean, clip.std), (vfm.mean, vfm.std)
+        self.paths, self.grids = paths, grids
+        # No models go to the workers.
+        about = (SimpleNamespace(mean=model.mean, std=model.std, patch_size=model.patch_size) for model in (clip, vfm))
+        self.given = cfg, *about
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         with Image.open(self.paths[index]) as file:
-            image = file.convert("RGB")
-        grid = self.grids[index]
-        return (student_image(image, self.size, *self.of_clip), student_image(image, self.vfm_size, *self.of_vfm),
-                grid_crops(image, grid, self.crop_size, *self.of_clip),
-                grid_boxes(torch.empty(3, image.height, image.width), grid, self.size))
+            return sample(file.convert("RGB"), self.grids[index], *self.given)
 
 
 # ------------------------------------------------------------------------------------------------- the training step

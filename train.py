@@ -389,7 +389,7 @@ class Guard:
     def watch(self, step: int, optimizer: torch.optim.Optimizer, files: list[str]) -> None:
         """Asks all ranks about a step whose gradients are there; `files` are this rank's images of it."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_bad = ~nn.utils.get_total_norm(gradients, math.inf, foreach=True).isfinite()     # the largest of all, in few kernels
+        is_bad = ~nn.utils.get_total_norm(gradients, math.inf).isfinite()     # the largest of all, in few kernels
         # Averaged by DDP, a gradient is finite on all ranks or on none; but a signal may have come to one alone.
         flags = torch.stack([is_bad.float(), torch.full((), float(self.signal), device=self.ranks.device)])
         self.pending.append((step, distributed.fetch(distributed.max_over_ranks(flags)), files))
