@@ -322,9 +322,8 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
     inputs = torch.stack([student_image(image, cfg.IMAGE_SIZE, teacher.mean, teacher.std) for image in images])
     boxes = [grid_boxes(image, grid, cfg.IMAGE_SIZE) for image, grid in zip(images, grids)]
     regions, context = student(inputs, boxes)
-    # Clones, because autograd can't keep tensors of inference mode.
-    content = content_loss(regions, crops.clone(), [len(grid.cells) for grid in grids])
-    return content, torch.zeros_like(content) if tokens is None else context_loss(context, tokens.clone())
+    content = content_loss(regions, crops, [len(grid.cells) for grid in grids])
+    return content, torch.zeros_like(content) if tokens is None else context_loss(context, tokens)
 
 
 def grid_of(cfg: SimpleNamespace, epoch: int, index: int) -> Grid:

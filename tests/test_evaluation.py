@@ -67,3 +67,22 @@ def test_two_models_share_what_their_text_towers_share(encode):
     with torch.no_grad():
         clip.visual.blocks[0].attn.q_proj.weight.add_(1)
     assert not encode(clip, ["cat"])[1]
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32),
+                                              ("auto", torch.float32)])
+def test_precision_is_that_of_the_tower_alone(precision, dtype, monkeypatch):
+    """What is compared with text is float32 again; the first line of a table says if it was rounded."""
+    seen, clip = [], DeCLIP("tiny-eva")
+    monkeypatch.setattr(DeCLIP, "project", lambda self, tokens, own=DeCLIP.project: seen.append(own(self, tokens)) or seen[-1])
+    cfg = SimpleNamespace(PRECISION=precision, ATTENTION="sclip", CKPT=None, PRETRAINED=None)
+    with torch.inference_mode():
+        content = evaluation.encode_dense(cfg, clip, torch.randn(1, 3, 32, 32))
+        exact, _ = clip.encode_dense(torch.randn(1, 3, 32, 32), "sclip")
+    assert seen[0].dtype == dtype and content.dtype == torch.float32 and content.shape == exact.shape
+    assert (precision in evaluation.title(cfg, clip)) == (precision != "fp32")
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="PRECISION is 'int8'; it must be one of auto, bf16, fp16, fp32"):
+        evaluation.check_precision(SimpleNamespace(PRECISION="int8"))
