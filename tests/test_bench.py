@@ -136,12 +136,12 @@ def test_compiled_blocks_serve_any_number_of_crops(backend, monkeypatch):
 
 
 def test_a_compiled_run_saves_a_checkpoint_like_any(images, tmp_path, monkeypatch):
-    compiled_blocks, real = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda work, **how: compiled_blocks.append(work) or real(work, backend="eager", **how))
+    made, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda work, **how: made.append(work) or compile(work, backend="eager", **how))
     for name, compiles, blocks in (("eager", "false", 0), ("compiled", "true", 3 + 3 + 2)):
         train.main(options(**TINY | {"images": images, "out": tmp_path / name, "batch_size": 2, "workers": 0, "epochs": 1,
                                      "compile": compiles}))
-        assert len(compiled_blocks) == blocks       # of student, teacher and VFM
+        assert len(made) == blocks       # of student, teacher and VFM
     eager, compiled = (model.read_weights(tmp_path / name / "declip.safetensors")[0] for name in ("eager", "compiled"))
     assert eager.keys() == compiled.keys()
     for name, weight in eager.items():
