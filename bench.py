@@ -4,8 +4,9 @@
     python bench.py --baseline                                  # by turns with a plain version (plain.py), and the ratios
     python bench.py --image_size 1024 --micro_batch 4 --compile --parts train
 
-Nothing is downloaded: pictures are drawn, weights random. Every figure is the median of REPEATS measurements after a
-warm-up; a GPU is waited for before a clock is read. On a CPU sizes are small, unless they are given.
+Nothing is downloaded: pictures are drawn, weights random. A time is the median of REPEATS measurements after a warm-up,
+the CPU time of input that of several images; a GPU is waited for before a clock is read. On a CPU sizes are small,
+unless they are given. A step is that of one micro batch, without the log.
 """
 
 import copy
@@ -15,7 +16,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -75,8 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
 def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, list["Row"]]:
     """Every part, each printed as soon as it is measured."""
     check(cfg)
-    small = device.type == "cpu"
-    for name, size in (SMALL if small else LARGE).items():
+    for name, size in (SMALL if device.type == "cpu" else LARGE).items():
         setattr(cfg, name, size if getattr(cfg, name) is None else getattr(cfg, name))
     world = World(cfg, device, TrainingImages(cfg.IMAGES or draw_photos(folder, 16)))
     print(describe(world))
@@ -85,7 +85,8 @@ def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, l
         title, measure = MEASURES[part]
         rows[part] = list(measure(world))
         heads = ("this code", "plain", "ratio") if cfg.BASELINE else ("this code",)
-        print(f"\n{title.format(**vars(cfg)):{WIDTH}}" + "".join(f"{head:>12}" for head in heads))
+        title = title.format(**vars(cfg) | {"PRECISION": world.precision})
+        print(f"\n{title:{WIDTH}}" + "".join(f"{head:>12}" for head in heads))
         print("\n".join(map(str, rows[part])), flush=True)
     return rows
 
@@ -93,7 +94,7 @@ def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, l
 # Sizes where none are given: those of train.py and eval_seg.py on a GPU, and such that a CPU needs some minutes.
 LARGE = {"IMAGE_SIZE": train.IMAGE_SIZE, "MICRO_BATCH": train.MICRO_BATCH, "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10}
 SMALL = {"IMAGE_SIZE": 448, "MICRO_BATCH": 1, "SEGMENT_BATCH": 2, "REPEATS": 3}
-WIDTH = 50      # of the table's first column
+WIDTH = 56      # of the table's first column
 
 
 def check(cfg: SimpleNamespace) -> None:
@@ -102,7 +103,6 @@ def check(cfg: SimpleNamespace) -> None:
     unknown = [part for part in cfg.PARTS if part not in MEASURES]
     if unknown:
         raise UserError(f"There is no part {unknown[0]!r} to measure; choose among {', '.join(MEASURES)}.")
-    settings.check_least(cfg, SHORT_SIDE=1, IMAGE_SIZE=1, CROP_SIZE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1)
 
 
 class Row(NamedTuple):
@@ -116,11 +116,11 @@ class Row(NamedTuple):
         """How much better this code is than the plain version."""
         if len(self.values) < 2:
             return None
-        ours, plain = self.values.values()
-        return ours / plain if self.more_is_better else plain / ours
+        ours, others = self.values.values()
+        return ours / others if self.more_is_better else others / ours
 
     def __str__(self) -> str:
-        numbers = [*self.values.values(), *([self.ratio] if self.ratio else [])]
+        numbers = [*self.values.values(), *([] if self.ratio is None else [self.ratio])]
         return f"  {self.name:{WIDTH - 2}}" + "".join(f"{f'{x:,.0f}' if x >= 100 else f'{x:.3g}':>12}" for x in numbers)
 
 
@@ -139,7 +139,7 @@ class World:
         self.models = self.student, self.teacher, self.vfm = train.build(self.training, device)
         eval_seg.check_patches(self.evaluation, self.student)
         # Images of the first epoch whose grids have the wanted number of cells.
-        drawn = ((index, train.grid_of(self.training, 0, index)) for index in range(10_000))
+        drawn = ((index, train.crop_grid(self.training, 0, index)) for index in range(10_000))
         chosen = list(islice(((index, grid) for index, grid in drawn if len(grid.cells) == cfg.CROPS), cfg.MICRO_BATCH))
         if len(chosen) < cfg.MICRO_BATCH:
             raise UserError(f"CROPS is {cfg.CROPS}, but no grid of {self.training.GRID[0]} to {self.training.GRID[1]} rows and "
@@ -150,25 +150,34 @@ class World:
         """An image file for each image of a step."""
         return [self.dataset.paths[place % len(self.dataset)] for place in range(self.cfg.MICRO_BATCH)]
 
-    def versions(self, ours: object, plain: object) -> dict[str, object]:
-        """What is compared: the plain version only with BASELINE."""
-        return {"this code": ours} | ({"plain": plain} if self.cfg.BASELINE else {})
+    def versions(self, ours: object, others: Callable[[], object]) -> dict[str, object]:
+        """What is compared; the plain version's is made only with BASELINE."""
+        return {"this code": ours} | ({"plain": others()} if self.cfg.BASELINE else {})
+
+    def around(self, version: str) -> AbstractContextManager:
+        """In which a version works."""
+        return plain.whole_attention(*self.models) if version == "plain" else nullcontext()
 
     def seconds(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
         """The median time of each version's work, in turns."""
         times = {version: [] for version in works}
         for _ in range(self.cfg.REPEATS + 1):
             for version, work in works.items():
-                wait(self.device)
-                start = time.perf_counter()
-                work()
-                wait(self.device)
-                times[version].append(time.perf_counter() - start)
+                with self.around(version):
+                    wait(self.device)
+                    start = time.perf_counter()
+                    work()
+                    wait(self.device)
+                    times[version].append(time.perf_counter() - start)
         return {version: statistics.median(each[1:]) for version, each in times.items()}      # the first is the warm-up
 
     def peaks(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
         """The memory that each version's work takes beyond what is there before it, in MB."""
-        return {version: peak_bytes(work, self.device) / 1e6 for version, work in works.items()}
+        peaks = {}
+        for version, work in works.items():
+            with self.around(version):
+                peaks[version] = peak_bytes(work, self.device) / 1e6
+        return peaks
 
 
 def wait(device: torch.device) -> None:
@@ -228,7 +237,7 @@ def describe(world: World) -> str:
     extras = [name.lower() for name in ("COMPILE", "CHECKPOINTING") if getattr(cfg, name)]
     lines = [f"{cfg.MODEL}, context {cfg.CONTEXT}, and {cfg.VFM_MODEL}, random weights",
              f"{', '.join([world.precision, *extras])} on {place}, torch {torch.__version__}"]
-    if all(getattr(cfg, name) == size for name, size in SMALL.items()):
+    if device.type == "cpu" and (cfg.IMAGE_SIZE, cfg.MICRO_BATCH) == (SMALL["IMAGE_SIZE"], SMALL["MICRO_BATCH"]):
         lines.append("Sizes are small, for a CPU: train.py's are larger.")
     return "\n".join(lines)
 
@@ -251,13 +260,15 @@ def draw_photos(folder: Path, count: int) -> Path:
 
 def measure_input(world: World) -> Iterator[Row]:
     """Reading images: CPU time and bytes of each, and images a second by the number of workers."""
-    paths = world.dataset.paths
+    paths = world.dataset.paths[:32]
     grids = [world.grids[place % len(world.grids)] for place in range(len(paths))]
-    data = world.versions(world.dataset, plain.Samples(paths, grids, world.training, world.teacher, world.vfm))
+    data = world.versions(Subset(world.dataset, range(len(paths))),
+                          lambda: plain.Samples(paths, grids, world.training, world.teacher, world.vfm))
     yield Row("CPU time, ms", {version: 1e3 * cpu_seconds(each) for version, each in data.items()})
     yield Row("to the device, MB", {version: sent_bytes(each) / 1e6 for version, each in data.items()})
     for count in sorted({workers(wanted) for wanted in world.cfg.WORKER_COUNTS}):
-        speeds = {version: images_per_second(each, count) for version, each in data.items()}
+        speeds = {version: statistics.median(images_per_second(each, count) for _ in range(world.cfg.REPEATS))
+                  for version, each in data.items()}
         yield Row(f"images/s with {count} worker{'s' if count > 1 else ''}", speeds, more_is_better=True)
 
 
@@ -279,15 +290,17 @@ def sent_bytes(dataset: Dataset) -> float:
                              for index in range(len(dataset)))
 
 
-def images_per_second(dataset: Dataset, count: int, images: int = 128) -> float:
-    """What `count` workers deliver, from the first image on."""
-    repeated = Subset(dataset, [index % len(dataset) for index in range(images)])
-    batches = iter(DataLoader(repeated, batch_size=None, num_workers=count))
-    next(batches)
-    start = time.perf_counter()
-    for _ in batches:
+def images_per_second(dataset: Dataset, count: int) -> float:
+    """What `count` workers deliver, after the images that they have ready when the first one comes."""
+    ready, images = 3 * count, 64 + 16 * count
+    repeated = Subset(dataset, [index % len(dataset) for index in range(ready + images)])
+    delivered = iter(DataLoader(repeated, batch_size=None, num_workers=count))
+    for _ in islice(delivered, ready):
         pass
-    return (images - 1) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in delivered:
+        pass
+    return images / (time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------------- the training step
@@ -308,7 +321,7 @@ def measure_training(world: World) -> Iterator[Row]:
     if world.cfg.COMPILE:
         train.compile_blocks(*world.models)
     optimizer = train.build_optimizer(world.training, world.student)
-    steps = world.versions(own_step(world, optimizer), plain_step(world, optimizer))
+    steps = world.versions(own_step(world, optimizer), lambda: plain_step(world, optimizer))
     times = {part: world.seconds({version: getattr(step, part) for version, step in steps.items()}) for part in Step._fields}
     forwards = ("crops", "tokens", "forward")
     times["backward"] = {version: times["gradients"][version] - sum(times[part][version] for part in forwards)
@@ -342,12 +355,13 @@ def measure_operations(world: World) -> Iterator[Row]:
 
 
 def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, tokens: Callable, forward: Callable,
-              losses: Callable, around: Callable = nullcontext) -> Step:
-    """A step of either version; each part runs in the context `around`."""
-    amp, scaler = train.precision(world.cfg.PRECISION, world.device)
+              losses: Callable) -> Step:
+    """A step of either version."""
+    amp = partial(autocast, world.cfg.PRECISION, world.device)
+    scaler = torch.amp.GradScaler(world.device.type, init_scale=1.0)        # with which no step is left out
 
     def within(work: Callable) -> object:
-        with around(), amp():
+        with amp():
             return work()
 
     def gradients() -> None:
@@ -367,13 +381,17 @@ def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, t
 
 
 def own_step(world: World, optimizer: torch.optim.Optimizer) -> Step:
-    """A step of train.py."""
+    """A step of train.py, the making of its pictures included."""
     cfg, (student, teacher, vfm) = world.training, world.models
     images = [read_image(path, upright=True).to(world.device) for path in world.files()]
-    inputs = torch.stack([student_image(image, cfg.IMAGE_SIZE, student.mean, student.std) for image in images])
     boxes = [grid_boxes(image, grid, cfg.IMAGE_SIZE) for image, grid in zip(images, world.grids)]
+
+    def forward() -> object:
+        inputs = [student_image(image, cfg.IMAGE_SIZE, student.mean, student.std) for image in images]
+        return student(torch.stack(inputs), boxes)
+
     return make_step(world, optimizer, partial(train.encode_crops, cfg, teacher, images, world.grids),
-                     partial(train.encode_tokens, cfg, teacher, vfm, images), partial(student, inputs, boxes),
+                     partial(train.encode_tokens, cfg, teacher, vfm, images), forward,
                      partial(train.losses, cfg, student, teacher, vfm, images, world.indices, 0))
 
 
@@ -385,7 +403,7 @@ def plain_step(world: World, optimizer: torch.optim.Optimizer) -> Step:
     inputs, vfm_inputs, crops, boxes = zip(*samples)
     return make_step(world, optimizer, torch.no_grad()(lambda: teacher.encode_image(torch.cat(crops))),
                      lambda: vfm(torch.stack(vfm_inputs)), lambda: student(torch.stack(inputs), list(boxes)),
-                     partial(plain.losses, student, teacher, vfm, samples), partial(plain.whole_attention, *world.models))
+                     partial(plain.losses, student, teacher, vfm, samples))
 
 
 def count_flops(world: World) -> dict[str, float]:
@@ -421,18 +439,19 @@ def matmul_rate(world: World) -> float:
 
 
 def measure_context(world: World) -> Iterator[Row]:
-    """Peak memory of the context loss and its gradient."""
+    """Time and peak memory of the context loss and its gradient, float32 in every precision."""
     width, wide = world.student.visual.embed_dim, world.vfm.trunk.num_features
+    losses = world.versions(context_loss, lambda: plain.context_loss)
+
     def work(loss: Callable, context: Tensor, of_vfm: Tensor) -> None:
         torch.autograd.grad(loss(context, of_vfm), context)
 
     for tokens in (1024, 2304, 4096):
         context = torch.randn(1, tokens, width, device=world.device, requires_grad=True)
         of_vfm = torch.randn(1, tokens, wide, device=world.device)
-        works = world.versions(*(partial(work, loss, context, of_vfm) for loss in (context_loss, plain.context_loss)))
-        for each in works.values():     # warms up
-            each()
-        yield Row(f"{tokens} tokens, MB", world.peaks(works))
+        works = {version: partial(work, loss, context, of_vfm) for version, loss in losses.items()}
+        yield Row(f"{tokens} tokens, ms", {version: 1e3 * seconds for version, seconds in world.seconds(works).items()})
+        yield Row(f"{tokens} tokens, peak memory, MB", world.peaks(works))
 
 
 # ------------------------------------------------------------------------------------------------------ segmentation
@@ -445,22 +464,20 @@ def measure_segmentation(world: World) -> Iterator[Row]:
     text = F.normalize(torch.randn(world.cfg.PROMPTS, clip.visual.num_classes, device=world.device), dim=-1)
     classes = make_classes([f"class {index}" for index in range(world.cfg.PROMPTS)])
 
-    def one_by_one() -> list[Tensor]:
-        with plain.whole_attention(clip), autocast(cfg.PRECISION, world.device):
-            return [plain.predict(cfg, clip, image, text, classes) for image in images]
-
-    works = world.versions(lambda: eval_seg.predict(cfg, clip, images, text, classes), one_by_one)
-    speeds = {version: len(images) / seconds for version, seconds in world.seconds(works).items()}
-    yield Row("images/s", speeds, more_is_better=True)
-    yield Row("peak memory beyond weights, MB", world.peaks(works))
+    works = world.versions(lambda: eval_seg.predict(cfg, clip, images, text, classes),
+                           lambda: lambda: [plain.predict(cfg, clip, image, text, classes) for image in images])
+    with torch.compiler.set_stance("force_eager"):      # blocks that the training step compiled
+        speeds = {version: len(images) / seconds for version, seconds in world.seconds(works).items()}
+        yield Row("images/s", speeds, more_is_better=True)
+        yield Row("peak memory beyond weights, MB", world.peaks(works))
 
 
 MEASURES = {
-    "input": ("Input, of each photograph", measure_input),
+    "input": ("Input, a photograph for {IMAGE_SIZE} px, {CROPS} crops", measure_input),
     "operations": ("Operations of an image of {IMAGE_SIZE} px, {CROPS} crops", measure_operations),
     "train": ("Training step of {MICRO_BATCH} images of {IMAGE_SIZE} px, {CROPS} crops each", measure_training),
-    "context": ("Peak memory of the context loss of an image", measure_context),
-    "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts", measure_segmentation),
+    "context": ("Context loss of an image and its gradient", measure_context),
+    "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}", measure_segmentation),
 }
 
 

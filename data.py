@@ -188,15 +188,15 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Float [0, 1] (..., 3, H, W) -> (x - mean) / std of each channel."""
-    mean, std = (constant(tuple(values), images.device).view(3, 1, 1) for values in (mean, std))
+    mean, std = (constant(tuple(values), torch.float, images.device).view(3, 1, 1) for values in (mean, std))
     return (images - mean) / std
 
 
 @lru_cache
-def constant(values: tuple, device: torch.device) -> Tensor:
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor, sent to the device once: a GPU would be waited for each time."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def fitted_size(image: Tensor, size: int) -> tuple[int, int]:
@@ -306,7 +306,7 @@ class Classes:
         """Scores of all prompts (prompts, ...) -> of the classes (K, ...): a class has the best of its synonyms'."""
         if len(self.prompts) == len(self.names):
             return scores
-        owner = constant(tuple(self.owner), scores.device).view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
+        owner = constant(tuple(self.owner), torch.long, scores.device).view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
         out = scores.new_full((len(self), *scores.shape[1:]), float("-inf"))
         return out.scatter_reduce(0, owner, scores, "amax")
 

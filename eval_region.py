@@ -101,9 +101,10 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, dataset
     # hits[way, class] = regions, right at top 1, right among 5
     hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ways}
     share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
-    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list)
+    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list,
+                        pin_memory=ranks.device.type == "cuda")
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch", disable=not ranks.is_main):
-        labels = torch.cat([sample.labels for sample in samples]).to(ranks.device)
+        labels = torch.cat([sample.labels for sample in samples]).to(ranks.device, non_blocking=True)
         for way, features in encode_regions(cfg, clip, teacher, samples, size, ranks.device).items():
             hits[way] += count_hits(classes.best((F.normalize(features, dim=-1) @ text.T).T).T, labels)
     return {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
@@ -124,11 +125,12 @@ def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
 def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, samples: list[Regions], size: int,
                    device: torch.device) -> dict[str, Tensor]:
     """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`, if any: each (sum k, C)."""
-    images = [sample.image.to(device) for sample in samples]
+    images = [sample.image.to(device, non_blocking=True) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
     content = evaluation.encode_dense(cfg, clip, inputs)
-    boxes = [box_in_frame(sample, size).to(device) for sample in samples]
-    masks = [segment_masks(sample.segments.to(device), len(sample.labels), size, clip.patch_size) for sample in samples]
+    boxes = [box_in_frame(sample, size).to(device, non_blocking=True) for sample in samples]
+    masks = [segment_masks(sample.segments.to(device, non_blocking=True), len(sample.labels), size, clip.patch_size)
+             for sample in samples]
     features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
     if teacher is None:
         return features

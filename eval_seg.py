@@ -180,9 +180,10 @@ def segment(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: 
     pictures = [normalize(padded(resize(image, *size), *(max(side, cfg.WINDOW) for side in size)), clip.mean, clip.std)
                 for image, size in zip(images, sizes)]
     places = [[window_starts(side, cfg.WINDOW, cfg.STRIDE) for side in picture.shape[-2:]] for picture in pictures]
-    windows = torch.stack([picture[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
-                           for picture, (ys, xs) in zip(pictures, places) for y in ys for x in xs])
-    scores = torch.cat([window_scores(cfg, clip, batch, text) for batch in windows.split(cfg.WINDOW_BATCH)])
+    windows = [picture[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
+               for picture, (ys, xs) in zip(pictures, places) for y in ys for x in xs]
+    scores = torch.cat([window_scores(cfg, clip, torch.stack(windows[start:start + cfg.WINDOW_BATCH]), text)
+                        for start in range(0, len(windows), cfg.WINDOW_BATCH)])
     of_image = scores.split([len(ys) * len(xs) for ys, xs in places])
     return [Scores(each.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2),
                    *(side_weights(*sides, cfg.WINDOW, cfg.STRIDE, each.shape[-1], each.device)
@@ -209,14 +210,14 @@ def side_weights(length: int, side: int, window: int, stride: int, patches: int,
     length: of the side as the model sees it, covered by windows of `window` pixels and `patches` patches.
     """
     starts = window_starts(max(length, window), window, stride)
-    enlarged = F.interpolate(torch.eye(patches)[None], window, mode="linear")[0].T      # (window, patches)
-    total = torch.zeros(max(length, window), len(starts), patches)
+    enlarged = F.interpolate(torch.eye(patches, device=device)[None], window, mode="linear")[0].T     # (window, patches)
+    total = torch.zeros(max(length, window), len(starts), patches, device=device)
     for number, start in enumerate(starts):
         total[start:start + window, number] = enlarged
     covered = total.sum(dim=(1, 2))     # by how many windows: the weights of each are 1 together
     mean = total.flatten(1) / covered[:, None]
     # What was padded is cut off.
-    return F.interpolate(mean[:length].T[None], side, mode="linear")[0].T.contiguous().to(device)
+    return F.interpolate(mean[:length].T[None], side, mode="linear")[0].T.contiguous()
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -231,7 +232,7 @@ def decide(scores: Tensor, classes: Classes, logit_scale: float, threshold: floa
     probable is class 0, the background.
     """
     best, prompt = scores.max(dim=0)
-    prediction = constant(tuple(classes.owner), scores.device)[prompt]
+    prediction = constant(tuple(classes.owner), torch.long, scores.device)[prompt]
     if threshold is None:
         return prediction
     probability = (logit_scale * best - torch.logsumexp(logit_scale * scores, dim=0)).exp()

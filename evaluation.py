@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import Classes
-from model import ATTENTIONS, DECOUPLED, PRECISIONS, DeCLIP, autocast, read_record, read_weights, write_whole
+from model import ATTENTIONS, DECOUPLED, PRECISIONS, DeCLIP, autocast, find_precision, read_record, read_weights, write_whole
 from settings import UserError
 
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: the CLIP that MODEL names
@@ -22,7 +22,7 @@ CONTEXT: str | None = None          # q, k, qk, clip or maskclip; None: the chec
 SCALE = "auto"                      # factor of the decoupled block's logits: sqrt_d (1/√d), a number; auto: the checkpoint's
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: the decoupled block of CONTEXT
 TEMPLATE = "imagenet"               # imagenet: 80 sentences (paper); simple: 7; or a sentence with {}
-PRECISION = "fp32"                  # of the vision tower; bf16 and fp16 are faster on a GPU, and rounded; auto: as in train.py
+PRECISION = "fp32"                  # of regions and segmentation; bf16, fp16: faster on a GPU, but rounded; auto: as train.py
 WORKERS = 4                         # processes that decode images, for each GPU
 CACHE: str | None = "out/cache"     # folder where embeddings of class names are kept; None: computed at every run
 OUT: str | None = None              # folder of the result; None: the checkpoint's, or out/ without one
@@ -69,7 +69,7 @@ def check_precision(cfg: SimpleNamespace) -> None:
 
 
 def encode_dense(cfg: SimpleNamespace, clip: DeCLIP, images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> content (B, C, h, w) by ATTENTION, computed in PRECISION, in float32."""
+    """(B, 3, H, W) -> content (B, C, h, w) by ATTENTION, computed in PRECISION, returned in float32."""
     with autocast(cfg.PRECISION, images.device):
         return clip.encode_dense(images, cfg.ATTENTION)[0].float()
 
@@ -112,7 +112,8 @@ def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
     if attention in DECOUPLED:
         attention += f", scale {'1/√d' if clip.scale is None else clip.scale}"
     weights = cfg.CKPT or ("its own weights" if cfg.PRETRAINED and ":" in clip.model_name else cfg.PRETRAINED)
-    rounded = "" if cfg.PRECISION == "fp32" else f", {cfg.PRECISION}"
+    precision = find_precision(cfg.PRECISION, clip.visual.pos_embed.device)
+    rounded = "" if precision == "fp32" else f", {precision}"
     return f"{clip.model_name}, attention {attention}, {weights or 'random weights'}{rounded}"
 
 

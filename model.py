@@ -163,7 +163,9 @@ class DeCLIP(nn.Module):
         """Tokens (B, 1 + N, D) through some blocks."""
         recomputes = self.checkpointing and torch.is_grad_enabled()
         for block in blocks:
-            x = checkpoint(block, x, use_reentrant=False, **extra) if recomputes else block(x, **extra)
+            # Nothing in a block is random, so no random states are kept.
+            x = (checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **extra) if recomputes else
+                 block(x, **extra))
         return x
 
     def _last_block(self, x: Tensor, extra: dict, attention: str) -> tuple[Tensor, Tensor]:

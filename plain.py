@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+import evaluation
 from data import Classes, Grid, fitted_size, grid_boxes, normalize, padded, resize
 from eval_seg import resized_size, window_starts
 from model import VFM, DeCLIP, content_loss
@@ -72,26 +73,27 @@ class Samples(Dataset):
 
 @contextmanager
 def whole_attention(*models: DeCLIP | VFM) -> Iterator[None]:
-    """Meanwhile the models compute softmax(QKᵀ)V by its matrix, (B, heads, 1 + N, 1 + N), and nothing is compiled."""
+    """Meanwhile the models compute softmax(QKᵀ)V by its matrix, (B, heads, 1 + N, 1 + N), keep it, and are not compiled."""
     blocks = [module for model in models for module in model.modules() if getattr(module, "fused_attn", False)]
-    clips = [model for model in models if isinstance(model, DeCLIP)]
+    clips = {model: model.checkpointing for model in models if isinstance(model, DeCLIP)}
     for module in blocks:
         module.fused_attn = False
     for clip in clips:
-        clip.self_attention = self_attention
+        clip.self_attention, clip.checkpointing = self_attention, False
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in blocks:
             module.fused_attn = True
-        for clip in clips:
+        for clip, checkpoints in clips.items():
+            clip.checkpointing = checkpoints
             del clip.self_attention
 
 
 def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Equation 5 as it is written: softmax(scale AAᵀ)V."""
-    return (a @ a.mT * (a.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1) @ v
+    return (a * (a.shape[-1] ** -0.5 if scale is None else scale) @ a.mT).softmax(dim=-1) @ v
 
 
 def correlation(tokens: Tensor) -> Tensor:
@@ -127,8 +129,8 @@ def segment(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> 
     for y in window_starts(picture.shape[1], cfg.WINDOW, cfg.STRIDE):
         for x in window_starts(picture.shape[2], cfg.WINDOW, cfg.STRIDE):
             place = (..., slice(y, y + cfg.WINDOW), slice(x, x + cfg.WINDOW))
-            content, _ = clip.encode_dense(picture[place][None], cfg.ATTENTION)
-            scores = torch.einsum("chw,pc->phw", F.normalize(content[0].float(), dim=0), text)
+            content = evaluation.encode_dense(cfg, clip, picture[place][None])[0]
+            scores = torch.einsum("chw,pc->phw", F.normalize(content, dim=0), text)
             total[place] += F.interpolate(scores[None], cfg.WINDOW, mode="bilinear")[0]
             count[place] += 1
     return F.interpolate((total / count)[None, :, :h, :w], image.shape[-2:], mode="bilinear")[0]

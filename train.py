@@ -89,7 +89,7 @@ KEEP_ASPECT = False                 # pad crops instead of stretching them to a 
 # The optimisation
 LAMBDA = 0.25                       # weight of the context loss, λ of equation 10; 0 is self-distillation, without a VFM
 BATCH_SIZE = 16                     # images of one optimiser step, over all GPUs
-MICRO_BATCH = 2                     # most images of one forward pass on one GPU; lower it if memory runs out
+MICRO_BATCH = 4                     # most images of one forward pass on one GPU; as many as its memory takes are fastest
 EPOCHS = 6                          # passes over the images
 STEPS = 0                           # stop at this step, to go on with --resume later; 0: at the end of EPOCHS
 LR = 1e-5                           # peak learning rate
@@ -228,6 +228,7 @@ def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, DeCLIP, V
                             f"the nearest that is is {nearest}.")
     text, student.clip.text = student.clip.text, None
     teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher.has_text = False
     student.freeze(len(student.visual.blocks) if cfg.UNLOCKED_BLOCKS is None else cfg.UNLOCKED_BLOCKS)
     student.checkpointing = cfg.CHECKPOINTING
     vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED) if cfg.LAMBDA else None
@@ -236,10 +237,12 @@ def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, DeCLIP, V
 
 
 def compile_blocks(student: DeCLIP, teacher: DeCLIP, vfm: VFM | None) -> None:
-    """torch.compile of each block in place; one kernel for any number of crops, which is another at every step."""
-    for block in student.visual.blocks:
+    """torch.compile of each block in place; the teacher's for any number of crops, which is another at every step."""
+    torch._dynamo.config.recompile_limit = 32       # counted over all blocks of a class: of three models, trained and not
+    torch._dynamo.config.optimize_ddp = False       # splits graphs so that gradients go early; blocks are small enough
+    for block in (*student.visual.blocks, *(vfm.trunk.blocks if vfm else ())):
         block.compile()
-    for block in (*teacher.visual.blocks, *(vfm.trunk.blocks if vfm else ())):
+    for block in teacher.visual.blocks:
         block.compile(dynamic=True)
 
 
@@ -247,11 +250,11 @@ def distribute(student: DeCLIP, ranks: distributed.Ranks) -> nn.Module:
     """The student under DDP, whose forward every training step must call; itself in a single process."""
     if ranks.world == 1:
         return student
-    # DDP wants all weights on one kind of device, and the text tower is none of its business.
-    text, student.clip.text = student.clip.text, None
-    wrapped = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    student.clip.text = text
-    return wrapped
+    # The text tower, on the CPU, is none of DDP's business.
+    names = [*dict(student.named_parameters()), *dict(student.named_buffers())]
+    text = [name for name in names if name.startswith("clip.text.")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, text)
+    return DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 
 def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.AdamW:
@@ -315,7 +318,7 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
 
     images: uint8 (3, H, W) each, on the models' device. The grid of an image depends on SEED, epoch and its index alone.
     """
-    grids = [grid_of(cfg, epoch, index) for index in indices]
+    grids = [crop_grid(cfg, epoch, index) for index in indices]
     # The teachers first: what they need of memory is free again when the student fills it for backward.
     crops = encode_crops(cfg, teacher, images, grids)
     tokens = encode_tokens(cfg, teacher, vfm, images) if vfm else None
@@ -326,7 +329,7 @@ def losses(cfg: SimpleNamespace, student: nn.Module, teacher: DeCLIP, vfm: VFM |
     return content, torch.zeros_like(content) if tokens is None else context_loss(context, tokens)
 
 
-def grid_of(cfg: SimpleNamespace, epoch: int, index: int) -> Grid:
+def crop_grid(cfg: SimpleNamespace, epoch: int, index: int) -> Grid:
     """The crop grid of an image in an epoch."""
     return draw_grid(f"{cfg.SEED}-{epoch}-{index}", cfg.GRID, cfg.GRID_ASPECT, cfg.MAX_CROPS)
 
@@ -369,7 +372,6 @@ class Guard:
     """What ranks must agree on at every step: whether its gradient was finite, and whether a signal asked to stop.
 
     The answer about a step is read after the next one was sent to the device, so that the device never waits for it.
-    A step's losses and gradients are looked at on the device alone.
     """
 
     def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, bad_steps: int = 0):

@@ -24,6 +24,7 @@ def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = Fal
     student, teacher, vfm = train.build(cfg, ranks.device)
     amp, scaler = train.precision("fp32", ranks.device)
     batches = train.load_epoch(cfg, dataset, 0, 0, micro_batch, ranks)
+    student.clip.text.to("meta")        # on another device than the rest, as beside a GPU
     wrapped = train.distribute(student, ranks)
     batch = list(train.islice(batches, accumulate))
     train.accumulate_gradients(cfg, student if bypass else wrapped, teacher, vfm, batch, 0, amp, scaler)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_step_has_the_losses_and_gradients_of_the_plain_one(name, context, mon
     """Of the same pictures: what differs is attention, correlations, and what is computed when."""
     cfg, student, teacher, vfm = training(model=name, context=context)
     images, indices = [torch.randint(0, 256, (3, *size)).byte() for size in SIZES[:3]], [4, 9, 2]
-    grids = [train.grid_of(cfg, 0, index) for index in indices]
+    grids = [train.crop_grid(cfg, 0, index) for index in indices]
     of_clip = student.mean, student.std
     samples = [(data.student_image(image, 64, *of_clip), data.student_image(image, 56, vfm.mean, vfm.std),
                 data.grid_crops(image, grid, 32, *of_clip), data.grid_boxes(image, grid, 64))
@@ -81,7 +82,8 @@ def test_pictures_and_crops_are_those_of_pil():
             data.grid_crops(image, grid, 32, student.mean, student.std))
     for ours, pils, std in zip(fast, (of_student, of_vfm, crops), (student.std, vfm.std, student.std)):
         assert ours.shape == pils.shape
-        assert ((ours - pils) * data.constant(tuple(std), CPU).view(3, 1, 1)).abs().mean() < 0.01       # of the full scale
+        levels = torch.tensor(std).view(3, 1, 1)
+        assert ((ours - pils) * levels).abs().mean() < 0.01       # of the full scale
     assert torch.equal(boxes, data.grid_boxes(image, grid, 64))
 
 
@@ -116,12 +118,13 @@ def test_checkpointing_is_a_setting():
     assert not training()[1].checkpointing and training(checkpointing="true")[1].checkpointing
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_serve_any_number_of_crops(backend, monkeypatch):
+def test_compiled_blocks_serve_any_number_of_crops(backend, checkpointing, monkeypatch):
     """The same losses; after the first step nothing is compiled again, though every step has other grids."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    cfg, student, teacher, vfm = training(grid=(2, 4))
+    cfg, student, teacher, vfm = training(grid=(2, 4), checkpointing=checkpointing)
     images, calls = [torch.randint(0, 256, (3, *size)).byte() for size in SIZES[:2]], 4
     expected = [train.losses(cfg, student, teacher, vfm, images, [call, call + 9], 0) for call in range(calls)]
     train.compile_blocks(student, teacher, vfm)
@@ -198,13 +201,14 @@ def test_a_training_step_does_not_wait_for_the_device(on_meta, tmp_path):
 
 
 def test_segmentation_does_not_wait_for_the_device(on_meta):
-    """From the image on the device to the confusion matrix, once pictures of these shapes were seen."""
+    """From the image on the device to the confusion matrix, once the constants are there."""
     cfg = settings.parse(options(short_side=48, window=32, stride=16, logit_scale=40, threshold=0.4), eval_seg, evaluation)
     clip, classes = DeCLIP("tiny-eva").to("meta"), make_classes(["a, b", "c"])
     text = torch.empty(3, 32, device="meta")
     images = [torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in SIZES[:3]]
     waits = []
-    for _ in range(2):
+    for turn in range(2):
+        images = [image[:, turn:] for image in images]      # of other shapes
         with Waits() as seen:
             for prediction in eval_seg.predict(cfg, clip, images, text, classes):
                 eval_seg.confusion_matrix(torch.empty_like(prediction, dtype=torch.uint8), prediction, 2)
@@ -323,13 +327,14 @@ def curve(out, seed: int) -> list[float]:
 @pytest.mark.slow
 def test_training_is_as_good_as_the_plain_form(tmp_path, monkeypatch):
     """The loss curve of a seed differs less from the plain form's than that one's from the plain form's with another seed."""
-    monkeypatch.chdir(data.Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parent.parent)
     toy.main(options(out=tmp_path / "toy", train=1024, dev=0, val=0, size=128))
     fast = curve(tmp_path / "fast", 0)
 
     def losses(cfg, student, teacher, vfm, images, indices, epoch):
-        samples = [plain.sample(Image.fromarray(image.permute(1, 2, 0).numpy()), train.grid_of(cfg, epoch, index), cfg, teacher,
-                                vfm) for image, index in zip(images, indices)]
+        photos = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        samples = [plain.sample(photo, train.crop_grid(cfg, epoch, index), cfg, teacher, vfm)
+                   for photo, index in zip(photos, indices)]
         with plain.whole_attention(student, teacher, vfm):
             return plain.losses(student, teacher, vfm, samples)
 

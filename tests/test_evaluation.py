@@ -80,7 +80,7 @@ def test_precision_is_that_of_the_tower_alone(precision, dtype, monkeypatch):
         content = evaluation.encode_dense(cfg, clip, torch.randn(1, 3, 32, 32))
         exact, _ = clip.encode_dense(torch.randn(1, 3, 32, 32), "sclip")
     assert seen[0].dtype == dtype and content.dtype == torch.float32 and content.shape == exact.shape
-    assert (precision in evaluation.title(cfg, clip)) == (precision != "fp32")
+    assert (precision in evaluation.title(cfg, clip)) == (precision in ("bf16", "fp16"))
 
 
 def test_unknown_precision_is_refused():
