@@ -84,7 +84,8 @@ def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, l
     for part in cfg.PARTS:
         title, measure = MEASURES[part]
         rows[part] = list(measure(world))
-        heads = ("this code", "plain", "ratio") if cfg.BASELINE else ("this code",)
+        is_compared = any(row.ratio is not None for row in rows[part])
+        heads = ("this code", "plain", "ratio") if is_compared else ("this code",)
         title = title.format(**vars(cfg) | {"PRECISION": world.precision})
         print(f"\n{title:{WIDTH}}" + "".join(f"{head:>12}" for head in heads))
         print("\n".join(map(str, rows[part])), flush=True)
