@@ -89,7 +89,7 @@ KEEP_ASPECT = False                 # pad crops instead of stretching them to a 
 # The optimisation
 LAMBDA = 0.25                       # weight of the context loss, λ of equation 10; 0 is self-distillation, without a VFM
 BATCH_SIZE = 16                     # images of one optimiser step, over all GPUs
-MICRO_BATCH = 4                     # most images of one forward pass on one GPU; lower it if memory runs out, raise it if some is left
+MICRO_BATCH = 4                     # most images of one forward pass on one GPU; lower it if memory runs out
 EPOCHS = 6                          # passes over the images
 STEPS = 0                           # stop at this step, to go on with --resume later; 0: at the end of EPOCHS
 LR = 1e-5                           # peak learning rate

@@ -88,13 +88,13 @@ def test_pictures_and_crops_are_those_of_pil():
 
 
 def test_context_loss_has_memory_linear_in_the_tokens():
-    """Between 1024 and 4096 tokens of ViT-B: the same for each token within a tenth; the plain form's grows fourfold."""
+    """From 1024 to 4096 tokens: the same for each token within a tenth; the plain form's grows with their number."""
     def peak(loss, tokens: int) -> float:
-        context, of_vfm = torch.randn(1, tokens, 768, requires_grad=True), torch.randn(1, tokens, 768)
+        context, of_vfm = torch.randn(1, tokens, 192, requires_grad=True), torch.randn(1, tokens, 192)
         return bench.peak_bytes(lambda: torch.autograd.grad(loss(context, of_vfm), context), CPU) / tokens
 
     ours, plains = ([peak(loss, tokens) for tokens in (1024, 2304, 4096)] for loss in (context_loss, plain.context_loss))
-    assert max(ours) / min(ours) < 1.12, ours
+    assert max(ours) / min(ours) < 1.1, ours
     assert plains[-1] > 3 * plains[0]
 
 
