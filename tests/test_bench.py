@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SIZES, options
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -153,22 +154,49 @@ def test_a_compiled_run_saves_a_checkpoint_like_any(images, tmp_path, monkeypatc
 
 # --------------------------------------------------------------------------------------------- nothing waits for a GPU
 
-class Waits(TorchDispatchMode):
-    """Lists the operations for which a host would wait for its device, "meta" playing the device.
+class Waits(contextlib.ExitStack):
+    """Within it, `found` lists the operations for which a host would wait for its device, "meta" playing the device.
 
     A number read from it is an error by itself, because there is none.
     """
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found: list[str] = []
+
+    def __enter__(self):
+        self.enter_context(Copies(self.found))
+        self.enter_context(Constants(self.found))
+        return self
+
+
+class Copies(TorchDispatchMode):
+    """Between host and device, in turn with all that was sent before."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
         devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
-        copies = "copy" in str(operation) and len(devices) > 1 and not (kwargs or {}).get("non_blocking")
-        if copies or (operation is torch.ops.aten.lift_fresh.default and "meta" in devices):     # torch.tensor(..., device=)
+        if "copy" in str(operation) and len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
             self.found.append(str(operation))
+        return out
+
+
+class Constants(TorchFunctionMode):
+    """Numbers of the host's made a tensor on the device."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        if name in ("tensor", "as_tensor", "new_tensor") and out.device.type == "meta":
+            self.found.append(name)
         return out
 
 
