@@ -1,7 +1,7 @@
 """Where the time goes on this machine: reading images, a training step, segmentation; and how near its limit that is.
 
     python bench.py                                             # the defaults of train.py
-    python bench.py --baseline                                  # by turns with a plain version (plain.py), and the ratios
+    python bench.py --baseline                                  # by turns with a plain version (plain.py); ratio: times better
     python bench.py --image_size 1024 --micro_batch 4 --compile --parts train
 
 Nothing is downloaded: pictures are drawn, weights random. A time is the median of REPEATS measurements after a warm-up,
@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
     """Measures what the command line (or `argv`) asks for, prints a table, and returns its rows by part."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks, tempfile.TemporaryDirectory() as folder:
+        if ranks.world > 1:
+            raise UserError(f"torchrun started {ranks.world} processes, which would disturb each other; start one, by python.")
         return run(cfg, ranks.device, Path(folder))
 
 
@@ -104,6 +106,8 @@ def check(cfg: SimpleNamespace) -> None:
     unknown = [part for part in cfg.PARTS if part not in MEASURES]
     if unknown:
         raise UserError(f"There is no part {unknown[0]!r} to measure; choose among {', '.join(MEASURES)}.")
+    if min(cfg.WORKER_COUNTS) < 1:
+        raise UserError(f"WORKER_COUNTS has {min(cfg.WORKER_COUNTS)}; it must be numbers of processes, at least 1.")
 
 
 class Row(NamedTuple):
@@ -142,10 +146,10 @@ class World:
         # Images of the first epoch whose grids have the wanted number of cells.
         drawn = ((index, train.crop_grid(self.training, 0, index)) for index in range(10_000))
         chosen = list(islice(((index, grid) for index, grid in drawn if len(grid.cells) == cfg.CROPS), cfg.MICRO_BATCH))
-        if len(chosen) < cfg.MICRO_BATCH:
+        if not chosen:
             raise UserError(f"CROPS is {cfg.CROPS}, but no grid of {self.training.GRID[0]} to {self.training.GRID[1]} rows and "
                             "columns has as many cells; take a product of two such numbers, such as 12.")
-        self.indices, self.grids = map(list, zip(*chosen))
+        self.indices, self.grids = map(list, zip(*islice(cycle(chosen), cfg.MICRO_BATCH)))
 
     def files(self) -> list[str]:
         """An image file for each image of a step."""
@@ -433,8 +437,8 @@ def count_flops(world: World) -> dict[str, float]:
 
 def matmul_rate(world: World) -> float:
     """Operations a second of a large product of random matrices in the precision of the step."""
-    side = 8192 if world.device.type == "cuda" else 2048
     dtype = DTYPES[world.precision] or torch.float32
+    side = 8192 if world.device.type == "cuda" else 2048 if dtype == torch.float32 else 512     # CPUs may be slow with halves
     a, b = (torch.randn(side, side, device=world.device).to(dtype) for _ in range(2))
     return 2 * side**3 / world.seconds({"product": lambda: a @ b})["product"]
 
@@ -476,7 +480,7 @@ def measure_segmentation(world: World) -> Iterator[Row]:
 MEASURES = {
     "input": ("Input, a photograph for {IMAGE_SIZE} px, {CROPS} crops", measure_input),
     "operations": ("Operations of an image of {IMAGE_SIZE} px, {CROPS} crops", measure_operations),
-    "train": ("Training step of {MICRO_BATCH} images of {IMAGE_SIZE} px, {CROPS} crops each", measure_training),
+    "train": ("Training step, {MICRO_BATCH} x {IMAGE_SIZE} px, {CROPS} crops each", measure_training),
     "context": ("Context loss of an image and its gradient", measure_context),
     "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}", measure_segmentation),
 }

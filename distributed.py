@@ -49,6 +49,11 @@ def session(script: str) -> Iterator[Ranks]:
         # One that comes out of a worker of a DataLoader brings the worker's traceback along.
         sentence = str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1]
         raise SystemExit(f"{Path(script).name}: {sentence}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"{Path(script).name}: the GPU's memory ran out ({str(error).split('. ')[0]}); lower the images or windows "
+                         "of a forward pass, or their size (in training also: --checkpointing).") from None
     except OSError as error:
         # Without a number it comes from a library, mostly from a download.
         advice = "make room or choose another path" if error.errno else (

@@ -19,6 +19,7 @@ import evaluation
 from data import Classes, Grid, fitted_size, grid_boxes, normalize, padded, resize
 from eval_seg import resized_size, window_starts
 from model import VFM, DeCLIP, content_loss
+from settings import UserError
 
 # --------------------------------------------------------------------------------------------------------- the input
 
@@ -65,8 +66,12 @@ class Samples(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        with Image.open(self.paths[index]) as file:
-            return sample(file.convert("RGB"), self.grids[index], *self.given)
+        try:
+            with Image.open(self.paths[index]) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise UserError(f"{self.paths[index]} can't be read as an image ({error}); replace or remove it.") from None
+        return sample(image, self.grids[index], *self.given)
 
 
 # ------------------------------------------------------------------------------------------------- the training step

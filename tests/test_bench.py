@@ -362,11 +362,37 @@ def test_memory_counts_what_is_alive_at_once():
     ({"repeats": 0}, "REPEATS is 0; it must be at least 1"),
     ({"window": 30}, "WINDOW 30 is no multiple"),
     ({"images": "nowhere"}, "nowhere does not exist"),
+    ({"worker_counts": 0}, "WORKER_COUNTS has 0; it must be numbers of processes"),
 ])
 def test_refusals_say_what_to_do(given, sentence):
     with pytest.raises(SystemExit) as error:
         measured(**given)
     assert str(error.value).startswith("bench.py: ") and sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "no.jpg").write_text("no picture")
+    with pytest.raises(SystemExit, match=r"no.jpg can't be read as an image"):
+        measured("--baseline", parts="input", images=tmp_path)
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), "130"), (torch.OutOfMemoryError("Tried to allocate 9 GiB. Of"),
+                                           "bench.py: the GPU's memory ran out (Tried to allocate 9 GiB); lower")])
+def test_interruption_and_full_memory_end_without_a_traceback(error, status, monkeypatch):
+    def fail(world):
+        raise error
+
+    monkeypatch.setitem(bench.MEASURES, "input", ("", fail))
+    with pytest.raises(SystemExit) as ended:
+        measured(parts="input")
+    assert str(ended.value).startswith(status)
+
+
+def test_more_images_than_grids_of_that_size_take_turns():
+    cfg = settings.parse(options(model="tiny-vit", vfm_model="tiny_vfm", image_size=64, crop_size=32, micro_batch=20_000,
+                                 repeats=1, segment_batch=1, crops=36), bench)
+    world = bench.World(cfg, CPU, None)
+    assert len(world.grids) == 20_000 and {len(grid.cells) for grid in world.grids} == {36}
 
 
 # ------------------------------------------------------------------------------------------------------ what it learns
