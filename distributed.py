@@ -52,8 +52,8 @@ def session(script: str) -> Iterator[Ranks]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f"{Path(script).name}: the GPU's memory ran out ({str(error).split('. ')[0]}); lower the images or windows "
-                         "of a forward pass, or their size (in training also: --checkpointing).") from None
+        raise SystemExit(f"{Path(script).name}: the GPU's memory ran out ({str(error).split('. ')[0]}); lower the number of "
+                         "images or windows of a forward pass, or their size (in training also: --checkpointing).") from None
     except OSError as error:
         # Without a number it comes from a library, mostly from a download.
         advice = "make room or choose another path" if error.errno else (
