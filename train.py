@@ -147,34 +147,33 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     log, guard = Log(cfg, ranks, dataset, step), Guard(cfg, ranks, resumed["bad_steps"] if resumed else 0)
     is_saved = True
     progress = tqdm(initial=step, total=last, desc="train", unit="step", disable=not ranks.is_main)
+    batches = prefetched(load(cfg, dataset, step, micro_batch, ranks), ranks.device)
     while step < last:
-        epoch, first_step = divmod(step, steps_per_epoch)
-        batches = prefetched(load_epoch(cfg, dataset, epoch, first_step, micro_batch, ranks), ranks.device)
-        for _ in range(first_step, min(steps_per_epoch, first_step + last - step)):
-            lr = learning_rate(cfg, step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = list(islice(batches, accumulate))
-            losses_of_step = accumulate_gradients(cfg, wrapped, teacher, vfm, batch, epoch, amp, scaler)
-            step += 1
-            guard.watch(step, optimizer, [dataset.paths[index] for _, indices, _ in batch for index in indices])
-            log.add(losses_of_step, [failure for _, _, skipped in batch for failures in skipped for failure in failures])
-            scaler.step(optimizer)      # leaves the weights as they are if the gradient is not finite
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update()
-            guard.look()
-            saves = step % steps_per_epoch == 0 or step == last or step % cfg.SAVE_EVERY == 0 or guard.stops
-            if saves:
-                guard.look(last=True)
-            if saves or step == 1 or step % cfg.LOG_EVERY == 0:
-                log.write(step, epoch, lr, guard.bad_steps)
-            if saves and ranks.is_main:
-                is_saved = save(cfg, step, guard.bad_steps, dataset, student, teacher, optimizer, scaler)
-            if guard.stops:
-                progress.close()
-                distributed.barrier()
-                raise SystemExit(guard.leave(step))
+        epoch = step // steps_per_epoch
+        lr = learning_rate(cfg, step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = list(islice(batches, accumulate))
+        losses_of_step = accumulate_gradients(cfg, wrapped, teacher, vfm, batch, epoch, amp, scaler)
+        step += 1
+        guard.watch(step, optimizer, [dataset.paths[index] for _, indices, _ in batch for index in indices])
+        log.add(losses_of_step, [failure for _, _, skipped in batch for failures in skipped for failure in failures])
+        scaler.step(optimizer)      # leaves the weights as they are if the gradient is not finite
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        progress.update()
+        guard.look()
+        saves = step % steps_per_epoch == 0 or step == last or step % cfg.SAVE_EVERY == 0 or guard.stops
+        if saves:
+            guard.look(last=True)
+        if saves or step == 1 or step % cfg.LOG_EVERY == 0:
+            log.write(step, epoch, lr, guard.bad_steps)
+        if saves and ranks.is_main:
+            is_saved = save(cfg, step, guard.bad_steps, dataset, student, teacher, optimizer, scaler)
+        if guard.stops:
+            progress.close()
+            distributed.barrier()
+            raise SystemExit(guard.leave(step))
     progress.close()
     distributed.barrier()
     if not is_saved:
@@ -283,12 +282,18 @@ def learning_rate(cfg: SimpleNamespace, step: int, total: int) -> float:
     return cfg.LR / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def load_epoch(cfg: SimpleNamespace, dataset: TrainingImages, epoch: int, first_step: int, micro_batch: int,
-               ranks: distributed.Ranks) -> Iterator[tuple[list[Tensor], list[int], list[list[tuple[str, str]]]]]:
-    """This rank's micro batches of an epoch from `first_step` on: uint8 images, their indices, the files skipped for each."""
-    order = epoch_order(len(dataset), cfg.BATCH_SIZE, epoch, cfg.SEED)
-    batches = rank_batches(order, ranks.rank, ranks.world, micro_batch, first_step)
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers(cfg.WORKERS), collate_fn=transposed,
+def load(cfg: SimpleNamespace, dataset: TrainingImages, step: int, micro_batch: int,
+         ranks: distributed.Ranks) -> Iterator[tuple[list[Tensor], list[int], list[list[tuple[str, str]]]]]:
+    """This rank's micro batches from `step` on, to the last epoch: uint8 images, their indices, the files skipped for each."""
+    def all_batches() -> Iterator[list[int]]:
+        for epoch in range(cfg.EPOCHS):
+            order = epoch_order(len(dataset), cfg.BATCH_SIZE, epoch, cfg.SEED)
+            first_step = max(0, step - epoch * len(order))
+            if first_step < len(order):
+                yield from rank_batches(order, ranks.rank, ranks.world, micro_batch, first_step)
+
+    # One loader for all epochs: its processes are forked once, beside as few threads as may be.
+    return iter(DataLoader(dataset, batch_sampler=all_batches(), num_workers=workers(cfg.WORKERS), collate_fn=transposed,
                            worker_init_fn=leave_signals_to_the_trainer, pin_memory=ranks.device.type == "cuda"))
 
 

@@ -23,7 +23,7 @@ def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = Fal
     dataset = train.TrainingImages(cfg.IMAGES)
     student, teacher, vfm = train.build(cfg, ranks.device)
     amp, scaler = train.precision("fp32", ranks.device)
-    batches = train.load_epoch(cfg, dataset, 0, 0, micro_batch, ranks)
+    batches = train.load(cfg, dataset, 0, micro_batch, ranks)
     student.clip.text.to("meta")        # on another device than the rest, as beside a GPU
     wrapped = train.distribute(student, ranks)
     batch = list(train.islice(batches, accumulate))
