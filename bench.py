@@ -415,7 +415,7 @@ def count_flops(world: World) -> dict[str, float]:
     """Operations of the towers for one image, two for each multiplication with addition, nothing computed twice."""
     student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in world.models)
     size, crop = world.cfg.IMAGE_SIZE, world.cfg.CROP_SIZE
-    of_vfm = size // student.patch_size * vfm.patch_size
+    of_vfm = train.vfm_size(world.training, student, vfm)
     counts, picture = {}, partial(torch.empty, device="meta")
     student.checkpointing = False
     # As whole matrices, because the count of a fused backward has those that it computes again.

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import distributed
@@ -36,7 +35,6 @@ from data import (
     resize,
     segment_masks,
     student_image,
-    workers,
 )
 from model import DeCLIP, autocast, mask_features, region_features
 from settings import UserError
@@ -100,9 +98,7 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, dataset
     ways = ("box", "mask", "crop") if teacher else ("box", "mask")
     # hits[way, class] = regions, right at top 1, right among 5
     hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ways}
-    share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
-    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list,
-                        pin_memory=ranks.device.type == "cuda")
+    loader = evaluation.load_share(cfg, dataset, ranks)
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch", disable=not ranks.is_main):
         labels = torch.cat([sample.labels for sample in samples]).to(ranks.device, non_blocking=True)
         for way, features in encode_regions(cfg, clip, teacher, samples, size, ranks.device).items():

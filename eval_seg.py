@@ -19,14 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import distributed
 import evaluation
 import settings
 from data import BENCHMARKS as KNOWN
-from data import PAPERS, VOID, Classes, NotThere, SegmentationImages, constant, normalize, padded, read_classes, resize, workers
+from data import PAPERS, VOID, Classes, NotThere, SegmentationImages, constant, normalize, padded, read_classes, resize
 from model import DeCLIP
 from settings import UserError
 
@@ -134,11 +133,9 @@ def evaluate(cfg: SimpleNamespace, clip: DeCLIP, dataset: SegmentationImages, cl
     """The confusion matrix (K, K) of a benchmark, rows true, columns predicted, summed over ranks."""
     text = evaluation.encode_classes(cfg, clip, classes)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=ranks.device)
-    share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
+    loader = evaluation.load_share(cfg, dataset, ranks)
     # Nothing below waits for a GPU, so that files are read and results counted while it works.
-    loader = DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list,
-                        pin_memory=ranks.device.type == "cuda")
-    with tqdm(total=len(share), desc=name, unit="image", disable=not ranks.is_main) as progress:
+    with tqdm(total=len(loader.dataset), desc=name, unit="image", disable=not ranks.is_main) as progress:
         for samples in loader:
             images = [image.to(ranks.device, non_blocking=True) for image, _ in samples]
             for (_, label), prediction in zip(samples, predict(cfg, clip, images, text, classes)):

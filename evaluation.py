@@ -10,8 +10,10 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from data import Classes
+import distributed
+from data import Classes, workers
 from model import ATTENTIONS, DECOUPLED, PRECISIONS, DeCLIP, autocast, find_precision, read_record, read_weights, write_whole
 from settings import UserError
 
@@ -72,6 +74,13 @@ def encode_dense(cfg: SimpleNamespace, clip: DeCLIP, images: Tensor) -> Tensor:
     """(B, 3, H, W) -> content (B, C, h, w) by ATTENTION, computed in PRECISION, returned in float32."""
     with autocast(cfg.PRECISION, images.device):
         return clip.encode_dense(images, cfg.ATTENTION)[0].float()
+
+
+def load_share(cfg: SimpleNamespace, dataset: Dataset, ranks: distributed.Ranks) -> DataLoader:
+    """This rank's share of a data set, in lists of BATCH_SIZE samples."""
+    share = Subset(dataset, range(ranks.rank, len(dataset), ranks.world))
+    return DataLoader(share, cfg.BATCH_SIZE, num_workers=workers(cfg.WORKERS), collate_fn=list,
+                      pin_memory=ranks.device.type == "cuda")
 
 
 def number(text: str) -> float:

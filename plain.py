@@ -20,6 +20,7 @@ from data import Classes, Grid, fitted_size, grid_boxes, normalize, padded, resi
 from eval_seg import resized_size, window_starts
 from model import VFM, DeCLIP, content_loss
 from settings import UserError
+from train import vfm_size
 
 # --------------------------------------------------------------------------------------------------------- the input
 
@@ -47,8 +48,9 @@ def grid_crops(image: Image.Image, grid: Grid, size: int, mean: Sequence[float],
 
 def sample(image: Image.Image, grid: Grid, cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM) -> tuple[Tensor, ...]:
     """All that a step wants of an image: float pictures for student and VFM, crops, and the crops' boxes."""
-    of_clip, vfm_size = (clip.mean, clip.std), cfg.IMAGE_SIZE // clip.patch_size * vfm.patch_size
-    return (student_image(image, cfg.IMAGE_SIZE, *of_clip), student_image(image, vfm_size, vfm.mean, vfm.std),
+    of_clip = clip.mean, clip.std
+    return (student_image(image, cfg.IMAGE_SIZE, *of_clip),
+            student_image(image, vfm_size(cfg, clip, vfm), vfm.mean, vfm.std),
             grid_crops(image, grid, cfg.CROP_SIZE, *of_clip),
             grid_boxes(torch.empty(3, image.height, image.width), grid, cfg.IMAGE_SIZE))
 

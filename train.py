@@ -286,11 +286,10 @@ def load(cfg: SimpleNamespace, dataset: TrainingImages, step: int, micro_batch: 
          ranks: distributed.Ranks) -> Iterator[tuple[list[Tensor], list[int], list[list[tuple[str, str]]]]]:
     """This rank's micro batches from `step` on, to the last epoch: uint8 images, their indices, the files skipped for each."""
     def all_batches() -> Iterator[list[int]]:
-        for epoch in range(cfg.EPOCHS):
+        first_epoch, first_step = divmod(step, len(dataset) // cfg.BATCH_SIZE)
+        for epoch in range(first_epoch, cfg.EPOCHS):
             order = epoch_order(len(dataset), cfg.BATCH_SIZE, epoch, cfg.SEED)
-            first_step = max(0, step - epoch * len(order))
-            if first_step < len(order):
-                yield from rank_batches(order, ranks.rank, ranks.world, micro_batch, first_step)
+            yield from rank_batches(order, ranks.rank, ranks.world, micro_batch, first_step if epoch == first_epoch else 0)
 
     # One loader for all epochs: its processes are forked once, beside as few threads as may be.
     return iter(DataLoader(dataset, batch_sampler=all_batches(), num_workers=workers(cfg.WORKERS), collate_fn=transposed,
@@ -348,9 +347,14 @@ def encode_crops(cfg: SimpleNamespace, teacher: DeCLIP, images: list[Tensor], gr
 
 @torch.inference_mode()
 def encode_tokens(cfg: SimpleNamespace, teacher: DeCLIP, vfm: VFM, images: list[Tensor]) -> Tensor:
-    """The VFM's tokens (B, N, D') of pictures of such a size that they are as many as the student's."""
-    size = cfg.IMAGE_SIZE // teacher.patch_size * vfm.patch_size
+    """The VFM's tokens (B, N, D'), as many as the student's."""
+    size = vfm_size(cfg, teacher, vfm)
     return vfm(torch.stack([student_image(image, size, vfm.mean, vfm.std) for image in images]))
+
+
+def vfm_size(cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM) -> int:
+    """The side of the VFM's picture that gives it as many tokens as the student has."""
+    return cfg.IMAGE_SIZE // clip.patch_size * vfm.patch_size
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)      # what a scheduler sends before it takes a machine, and Ctrl-C

@@ -181,12 +181,16 @@ class Waits(contextlib.ExitStack):
         return self
 
 
-class Copies(TorchDispatchMode):
-    """Between host and device, in turn with all that was sent before."""
+class Finder:
+    """A mode that notes down what it finds."""
 
     def __init__(self, found: list[str]):
         super().__init__()
         self.found = found
+
+
+class Copies(Finder, TorchDispatchMode):
+    """Between host and device, in turn with all that was sent before."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
@@ -199,12 +203,8 @@ class Copies(TorchDispatchMode):
         return out
 
 
-class Constants(TorchFunctionMode):
+class Constants(Finder, TorchFunctionMode):
     """Numbers of the host's made a tensor on the device."""
-
-    def __init__(self, found: list[str]):
-        super().__init__()
-        self.found = found
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
