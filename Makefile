@@ -8,7 +8,7 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE
 
 demo: .venv/installed
-	PATH="$(CURDIR)/.venv/bin:$$PATH" ./demo.sh
+	PATH="$(CURDIR)/.venv/bin:$$PATH" toy/demo.sh
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -1,13 +1,14 @@
-"""Region classification on COCO panoptic: does the feature of a box or a mask name what is in it? (Figure 6, Table 1)
+"""Region classification on COCO panoptic: does a region's feature name it? (Figure 6, Table 1)
 
     python eval_region.py --ckpt out/declip/declip.safetensors
-    python eval_region.py --attention clip                         # plain CLIP, no checkpoint
-    python eval_region.py --sizes 224 336 448 560 672 784 896 1024 --ckpt ...       # Figure 6: a table and a plot
-    torchrun --nproc_per_node 8 eval_region.py --ckpt ...          # images divided among GPUs
+    python eval_region.py --attention clip                  # plain CLIP, no checkpoint
+    python eval_region.py --sizes 224 336 448 560 672 784 896 1024 --ckpt ...       # Figure 6
+    torchrun --nproc_per_node 8 eval_region.py --ckpt ...   # images divided among GPUs
 
-Prints top-1 and top-5 mAcc for boxes and masks, and for the crops' [CLS], the bound of what regions can learn from the
-teacher: name its weights, `--teacher merged2b_s8b_b131k`, or leave --ckpt out; otherwise it is the [CLS] of the model
-itself, which training has changed. Writes them to region.json beside the checkpoint.
+Prints top-1 and top-5 mAcc for boxes, for masks and for the crops' [CLS], which is the bound of
+what regions can learn from the teacher: name its weights, `--teacher merged2b_s8b_b131k`, or leave
+--ckpt out; otherwise it is the [CLS] of the model itself, which training has changed. Writes
+region.json beside the checkpoint, and for several sizes a plot.
 """
 
 import re
@@ -15,71 +16,96 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import distributed
-import evaluation
-import settings
 from data import (
     Classes,
-    PanopticRegions,
-    Regions,
     fitted_size,
+    load_share,
     make_classes,
     normalize,
+    pad_to,
     read_classes,
+    read_image,
     resize,
-    segment_masks,
     student_image,
 )
-from model import DeCLIP, autocast, mask_features, region_features
-from settings import UserError
+from model import (
+    DeCLIP,
+    encode_classes,
+    mask_features,
+    open_model,
+    region_features,
+    title,
+)
+from util import UserError, distributed, settings
+from util.files import fields_of, read_json, write_result
+from util.precision import autocast, check_precision
 
-# Besides these, the settings of evaluation.py: which model, which attention, where the result goes.
+# The model
+CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
+MODEL: str | None = None            # open_clip model; None: the checkpoint's, else EVA02-B-16
+PRETRAINED: str | None = "merged2b_s8b_b131k"   # MODEL's weights, unless CKPT names its own model
+CONTEXT: str | None = None          # q, k, qk, clip or maskclip; None: the checkpoint's, else q
+SCALE: float | None = None          # factor of the last block's logits; None: the checkpoint's
+ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: CONTEXT's
+TEACHER: str | None = None          # weights of MODEL for the crops' [CLS]; None: the model's own
+TEMPLATES = "imagenet"              # imagenet: 80 templates (paper); simple: 7; or one with {}
+PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
+
+# The data
 ANNOTATIONS = "data/coco/annotations/panoptic_val2017.json"     # COCO-panoptic json
 PNGS = "data/coco/annotations/panoptic_val2017"         # folder of its PNGs
 IMAGES = "data/coco/val2017"        # folder of its images
-CLASSES: str | None = "classes/coco_panoptic.txt"       # a class a line, in the order of category ids; None: json's names
-CROWD = False                       # also regions marked iscrowd; CLIPSelf's evaluation has them
+CLASSES: str | None = "classes/coco_panoptic.txt"       # in the order of ids; None: the json's
+CROWD = False                       # also regions marked iscrowd, like CLIPSelf's evaluation
 MIN_AREA = 64                       # smallest box in pixels; 64 is CLIPSelf's
 
-TEACHER: str | None = None          # weights of MODEL whose [CLS] of crops is the bound; None: the evaluated model's own
-SIZES = (560,)                      # longest side, one or several; the paper's ablations use 560, Table 7 1024
+# The evaluation
+SIZES = (560,)                      # longest side, one or several; the paper has 560 and 1024
 BATCH_SIZE = 8                      # images of one forward pass
 CROP_BATCH = 64                     # crops of one forward pass
+NUM_WORKERS = 4                     # processes that decode images, for each GPU
+CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
+OUT: str | None = None              # folder of the result; None: the checkpoint's, else out/
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Evaluates as the command line (or `argv`) says; returns what region.json holds."""
-    cfg = settings.parse(argv, sys.modules[__name__], evaluation)
+    cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
 
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
-    """All images through the model, their scores summed over ranks, printed and written."""
-    settings.check_least(cfg, BATCH_SIZE=1, CROP_BATCH=1)
-    evaluation.check_precision(cfg)
+    """Classifies the regions of all images at every size; prints and writes the figures."""
+    settings.check_least(cfg, BATCH_SIZE=1, CROP_BATCH=1, NUM_WORKERS=0)
+    check_precision(cfg.PRECISION)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
-    clip = evaluation.open_model(cfg).to(ranks.device)
+    clip = open_model(cfg).to(ranks.device)
     teacher = DeCLIP(clip.model_name, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
-    text = evaluation.encode_classes(cfg, clip, classes)
+    text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
     result, hits = {}, {}
-    for size in cfg.SIZES:      # crops are cut from the photograph, so their figures are those of the first size
-        hits |= evaluate(cfg, clip, None if hits else teacher, dataset, classes, text, size, ranks)
+    for size in cfg.SIZES:
+        # Crops are cut from the original image, so their figures are those of the first size.
+        models = Models(clip, None if hits else teacher, text, classes)
+        hits |= evaluate(cfg, models, dataset, size, ranks)
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
-            print(f"\n{evaluation.title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
-            path = evaluation.write_result(cfg, clip, "region", {"sizes": result})
+            print(f"\n{title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
+            path = write_result(cfg, "region", {"sizes": result} | clip.describe())
     if ranks.is_main and len(cfg.SIZES) > 1:
         print("\n" + table_of_sizes(result))
-        plot_sizes(result, evaluation.title(cfg, clip), path.with_suffix(".png"))
+        plot_sizes(result, title(cfg, clip), path.with_suffix(".png"))
     return result
 
 
@@ -88,95 +114,224 @@ def check_sizes(cfg: SimpleNamespace, clip: DeCLIP) -> None:
     wrong = next((size for size in cfg.SIZES if size < 1 or size % clip.patch_size), None)
     if wrong is not None:
         nearest = max(1, round(wrong / clip.patch_size)) * clip.patch_size
-        raise UserError(f"SIZES has {wrong}, no multiple of {clip.model_name}'s patch size, {clip.patch_size}; the nearest "
-                        f"size that works is {nearest}.")
+        raise UserError(f"SIZES has {wrong}, no multiple of {clip.model_name}'s patch size, "
+                        f"{clip.patch_size}; the nearest size that works is {nearest}.")
 
 
-def evaluate(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, dataset: PanopticRegions, classes: Classes,
-             text: Tensor, size: int, ranks: distributed.Ranks) -> dict[str, Tensor]:
-    """All images at one size -> for each way the counts (K, 3) of count_hits, summed over ranks; no crops without teacher."""
-    ways = ("box", "mask", "crop") if teacher else ("box", "mask")
-    # hits[way, class] = regions, right at top 1, right among 5
-    hits = {way: torch.zeros(len(classes), 3, dtype=torch.long, device=ranks.device) for way in ways}
-    loader = evaluation.load_share(cfg, dataset, ranks)
-    for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch", disable=not ranks.is_main):
-        labels = torch.cat([sample.labels for sample in samples]).to(ranks.device, non_blocking=True)
-        for way, features in encode_regions(cfg, clip, teacher, samples, size, ranks.device).items():
-            hits[way] += count_hits(classes.best((F.normalize(features, dim=-1) @ text.T).T).T, labels)
-    return {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
-
-
-def class_names(cfg: SimpleNamespace, dataset: PanopticRegions) -> Classes:
-    """The class list, one entry for each category of the json; UserError if the numbers differ."""
+def class_names(cfg: SimpleNamespace, dataset: "PanopticRegions") -> Classes:
+    """The class list, one entry for each category of the json; UserError if numbers differ."""
     if cfg.CLASSES is None:
-        return make_classes([re.sub("-(merged|other|stuff)", "", name).replace("-", " ") for name in dataset.names])
+        return make_classes([re.sub("-(merged|other|stuff)", "", name).replace("-", " ")
+                             for name in dataset.names])
     classes = read_classes(cfg.CLASSES)
     if len(classes) != len(dataset.names):
-        raise UserError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} {len(dataset.names)} "
-                        "categories; give a file of as many lines, or --classes none for the names in the json.")
+        raise UserError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} "
+                        f"{len(dataset.names)} categories; give a file of as many lines, or "
+                        "--classes none for the names in the json.")
     return classes
 
 
+# ---------------------------------------------------------------------------- panoptic regions
+
+class Regions(NamedTuple):
+    """An image and its labelled regions."""
+    image: Tensor       # uint8 (3, H, W)
+    region_ids: Tensor  # int16 (H, W): the region that a pixel belongs to, -1 for none
+    boxes: Tensor       # (k, 4) x0 y0 x1 y1 in pixels
+    labels: Tensor      # (k,) class
+
+
+class PanopticRegions(Dataset):
+    """The regions of a COCO-panoptic json, its folder of PNGs and its folder of images.
+
+    crowd: with regions marked iscrowd (groups of things in one box). min_area: of boxes, in pixels.
+    """
+
+    def __init__(self, annotations: str | Path, pngs: str | Path, images: str | Path,
+                 crowd: bool = False, min_area: int = 0):
+        content = read_json(annotations, "images", "annotations", "categories")
+        self.pngs, self.images = Path(pngs), Path(images)
+        self.crowd, self.min_area = crowd, min_area
+        with fields_of(annotations):
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            self.names = [category["name"] for category in categories]
+            self.is_thing = [bool(category["isthing"]) for category in categories]
+            self.class_of = {category["id"]: place for place, category in enumerate(categories)}
+            self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
+        self.annotations, self.path = content["annotations"], annotations
+        if not self.annotations:
+            raise UserError(f"{annotations} has no annotations; give a COCO-panoptic json.")
+        if "segments_info" not in self.annotations[0]:
+            raise UserError(f"{annotations} has no field 'segments_info' in its annotations; give "
+                            "the panoptic json, such as panoptic_val2017.json, not instances or "
+                            "captions.")
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int) -> Regions:
+        with fields_of(self.path):
+            return self._read(self.annotations[index])
+
+    def _read(self, annotation: dict) -> Regions:
+        png = self.pngs / annotation["file_name"]
+        image, ids = self._read_files(annotation, png)
+        kept = sorted((region for region in annotation["segments_info"] if self._counts(region)),
+                      key=lambda region: region["id"])
+        self._check(png, kept, set(np.unique(ids).tolist()))
+        known = np.array([region["id"] for region in kept] or [0])
+        place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+        region_ids = np.where((known[place] == ids) & bool(kept), place, -1).astype(np.int16)
+        boxes = torch.tensor([region["bbox"] for region in kept], dtype=torch.float).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [self.class_of[region["category_id"]] for region in kept]
+        return Regions(image, torch.from_numpy(region_ids), boxes,
+                       torch.tensor(labels, dtype=torch.long))
+
+    def _read_files(self, annotation: dict, png: Path) -> tuple[Tensor, np.ndarray]:
+        """The image, uint8 (3, H, W), and COCO's ids of its pixels' regions, (H, W)."""
+        if annotation["image_id"] not in self.file_names:
+            raise UserError(f"{self.path} has the image_id {annotation['image_id']} for {png.name},"
+                            " but no such image in 'images'; download the json again.")
+        image = read_image(self.images / self.file_names[annotation["image_id"]])
+        rgb = read_image(png).int()
+        if rgb.shape != image.shape:
+            raise UserError(f"{png} is {tuple(rgb.shape[1:])}, but its image "
+                            f"{tuple(image.shape[1:])}; they must be of one size.")
+        return image, (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
+
+    def _check(self, png: Path, kept: list[dict], ids: set[int]) -> None:
+        """Raises UserError on a region of an unknown category, or one that the PNG lacks."""
+        for region in kept:
+            if region["category_id"] not in self.class_of:
+                raise UserError(f"{self.path} has the category_id {region['category_id']} in a "
+                                f"segment of {png.name}, but no such category in 'categories'; "
+                                "download the json again.")
+            if region["id"] not in ids:
+                raise UserError(f"{self.path} has the segment id {region['id']} for {png.name}, "
+                                "but the PNG has no pixel of it; take the json and the PNGs of one "
+                                "release.")
+
+    def _counts(self, region: dict) -> bool:
+        width, height = region["bbox"][2:]
+        is_wanted = self.crowd or not region.get("iscrowd", 0)
+        return is_wanted and width * height >= max(1, self.min_area)
+
+
+def region_masks(region_ids: Tensor, count: int, size: int, patch_size: int) -> Tensor:
+    """Regions' shares of each patch of the student's padded image.
+
+    int (H, W), the region of each pixel -> float (count, size / patch_size, size / patch_size).
+    """
+    if not count:
+        side = size // patch_size
+        return torch.zeros(0, side, side, device=region_ids.device)
+    numbers = torch.arange(count, device=region_ids.device)[:, None, None]
+    masks = (region_ids == numbers).float()[None]
+    masks = F.interpolate(masks, fitted_size(region_ids, size), mode="bilinear", antialias=True)[0]
+    return F.avg_pool2d(pad_to(masks, size, size), patch_size)
+
+
+# ------------------------------------------------------------------------------ classification
+
+class Models(NamedTuple):
+    """What regions are classified with."""
+    clip: DeCLIP
+    teacher: DeCLIP | None      # of the crops' [CLS]; None: crops are left out
+    text: Tensor                # (prompts, C)
+    classes: Classes
+
+
+def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, size: int,
+             ranks: distributed.Ranks) -> dict[str, Tensor]:
+    """All images at one size -> for each way the counts (K, 3) of count_hits, over all ranks."""
+    ways = ("box", "mask", "crop") if models.teacher else ("box", "mask")
+    hits = {way: torch.zeros(len(models.classes), 3, dtype=torch.long, device=ranks.device)
+            for way in ways}
+    loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+    for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch",
+                        disable=not ranks.is_main):
+        labels = torch.cat([sample.labels for sample in samples])
+        labels = labels.to(ranks.device, non_blocking=True)
+        encoded = encode_regions(cfg, models.clip, models.teacher, samples, size, ranks.device)
+        for way, features in encoded.items():
+            scores = (F.normalize(features, dim=-1) @ models.text.T).T
+            hits[way] += count_hits(models.classes.best(scores).T, labels)
+    return {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
+
+
 @torch.inference_mode()
-def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None, samples: list[Regions], size: int,
-                   device: torch.device) -> dict[str, Tensor]:
-    """Features of all regions of a batch by box, by mask, and their crops' [CLS] by `teacher`, if any: each (sum k, C)."""
+def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
+                   samples: list[Regions], size: int, device: torch.device) -> dict[str, Tensor]:
+    """Features of all regions by box, by mask, and their crops' [CLS] by `teacher`: (sum k, C)."""
     images = [sample.image.to(device, non_blocking=True) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
-    content = evaluation.encode_dense(cfg, clip, inputs)
-    boxes = [box_in_frame(sample, size).to(device, non_blocking=True) for sample in samples]
-    masks = [segment_masks(sample.segments.to(device, non_blocking=True), len(sample.labels), size, clip.patch_size)
-             for sample in samples]
-    features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
-    if teacher is None:
-        return features
-    crops = [crop for image, sample in zip(images, samples) for crop in box_crops(teacher, image, sample.boxes)]
     with autocast(cfg.PRECISION, device):
-        encoded = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH])).float()
-                   for start in range(0, len(crops), cfg.CROP_BATCH)]
-    return features | {"crop": torch.cat(encoded) if encoded else content.new_zeros(0, content.shape[1])}
+        content = clip.encode_dense(inputs, cfg.ATTENTION)[0].float()
+    boxes = [box_in_frame(sample, size).to(device, non_blocking=True) for sample in samples]
+    masks = [region_masks(sample.region_ids.to(device, non_blocking=True), len(sample.labels),
+                          size, clip.patch_size) for sample in samples]
+    features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
+    if teacher:
+        crops = [crop for image, sample in zip(images, samples)
+                 for crop in box_crops(teacher, image, sample.boxes)]
+        with autocast(cfg.PRECISION, device):
+            encoded = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
+                       for start in range(0, len(crops), cfg.CROP_BATCH)]
+        none = content.new_zeros(0, content.shape[1])
+        features["crop"] = torch.cat([none, *(each.float() for each in encoded)])
+    return features
 
 
 def box_in_frame(sample: Regions, size: int) -> Tensor:
-    """Boxes in pixels of the image -> (k, 4) in [0, 1] of the student's padded picture."""
+    """Boxes in pixels of the image -> (k, 4) in [0, 1] of the student's padded image."""
     H, W = sample.image.shape[-2:]
     h, w = fitted_size(sample.image, size)
     return sample.boxes * torch.tensor([w / W, h / H, w / W, h / H]) / size
 
 
 def box_crops(teacher: DeCLIP, image: Tensor, boxes: Tensor) -> list[Tensor]:
-    """Each box cut from the image and resized to CLIP's own square, normalised: k of (3, size, size)."""
+    """Each box cut out and resized to CLIP's own square, normalised: k of (3, size, size)."""
     H, W = image.shape[-2:]
     crops = []
     for x0, y0, x1, y1 in boxes.tolist():
         left, top = min(int(x0), W - 1), min(int(y0), H - 1)
         crop = image[:, top:max(top + 1, round(y1)), left:max(left + 1, round(x1))]
-        crops.append(normalize(resize(crop, teacher.image_size, teacher.image_size), teacher.mean, teacher.std))
+        crop = resize(crop, teacher.image_size, teacher.image_size)
+        crops.append(normalize(crop, teacher.mean, teacher.std))
     return crops
 
 
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Scores (n, K) and labels (n,) -> (K, 3): regions of each class, right at top 1, right among the best 5."""
+    """Scores (n, K) and labels (n,) -> (K, 3): regions, right at top 1, right among the best 5."""
     best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
     right = torch.stack([torch.ones_like(labels), best[:, 0].long(), best.any(dim=1).long()], dim=1)
-    return torch.zeros(scores.shape[1], 3, dtype=torch.long, device=scores.device).index_add_(0, labels, right)
+    counts = torch.zeros(scores.shape[1], 3, dtype=torch.long, device=scores.device)
+    return counts.index_add_(0, labels, right)
 
+
+# ------------------------------------------------------------------------------------- figures
 
 def mean_accuracy(counts: Tensor) -> dict[str, float | int | None]:
-    """(K, 3) as from count_hits -> mean over the classes that occur of their top-1 and top-5 accuracy in per cent.
+    """(K, 3) of count_hits -> top-1 and top-5 accuracy in %, the mean over classes that occur.
 
     None where no class occurs.
     """
     occurring = counts[counts[:, 0] > 0].double()
-    top1, top5 = (100 * (occurring[:, 1:] / occurring[:, :1]).mean(dim=0)).tolist() if len(occurring) else (None, None)
-    return {"top1": top1, "top5": top5, "regions": int(occurring[:, 0].sum()), "classes": len(occurring)}
+    top1, top5 = None, None
+    if len(occurring):
+        top1, top5 = (100 * (occurring[:, 1:] / occurring[:, :1]).mean(dim=0)).tolist()
+    return {"top1": top1, "top5": top5, "regions": int(occurring[:, 0].sum()),
+            "classes": len(occurring)}
 
 
 def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor]) -> dict:
-    """Counts (K, 3) for each way -> mAcc of things and of stuff, and each occurring class's top-1 accuracy, in per cent."""
+    """Counts (K, 3) for each way -> mAcc of things and stuff, each class's top-1, in per cent."""
     of_kind = {"thing": torch.tensor(is_thing), "stuff": ~torch.tensor(is_thing)}
-    means = {f"{way} {kind}": mean_accuracy(counts[chosen]) for way, counts in hits.items() for kind, chosen in of_kind.items()}
-    top1 = {name: {way: round(100 * counts[index, 1].item() / counts[index, 0].item(), 2) for way, counts in hits.items()}
+    means = {f"{way} {kind}": mean_accuracy(counts[chosen]) for way, counts in hits.items()
+             for kind, chosen in of_kind.items()}
+    top1 = {name: {way: round(100 * counts[index, 1].item() / counts[index, 0].item(), 2)
+                   for way, counts in hits.items()}
             for index, name in enumerate(classes.names) if hits["box"][index, 0]}
     return {"mAcc": means, "top1 of each class": top1}
 
@@ -185,37 +340,43 @@ def table(means: dict[str, dict]) -> str:
     """The rows of `mAcc` for a screen."""
     rows = [f"{'mAcc, %':16}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
     for name, row in means.items():
-        top1, top5 = ("-" if row[top] is None else f"{row[top]:.1f}" for top in ("top1", "top5"))
-        rows.append(f"{name.replace('crop', 'crop [CLS]'):16}{top1:>7}{top5:>8}{row['regions']:9}{row['classes']:9}")
+        top1, top5 = (shown(row[top]) for top in ("top1", "top5"))
+        rows.append(f"{name.replace('crop', 'crop [CLS]'):16}{top1:>7}{top5:>8}{row['regions']:9}"
+                    f"{row['classes']:9}")
     return "\n".join(rows)
+
+
+def shown(figure: float | None) -> str:
+    """A figure for a table."""
+    return "-" if figure is None else f"{figure:.1f}"
 
 
 def table_of_sizes(result: dict[str, dict]) -> str:
     """Top-1 mAcc at every size, for a screen."""
-    ways = next(iter(result.values()))["mAcc"]
     lines = [f"{'top 1 mAcc, %':16}" + "".join(f"{size:>7}" for size in result)]
-    for way in ways:
-        values = [each["mAcc"][way]["top1"] for each in result.values()]
-        lines.append(f"{way:16}" + "".join(f"{'-' if value is None else f'{value:.1f}':>7}" for value in values))
+    for way in next(iter(result.values()))["mAcc"]:
+        values = [shown(of_size["mAcc"][way]["top1"]) for of_size in result.values()]
+        lines.append(f"{way:16}" + "".join(f"{value:>7}" for value in values))
     return "\n".join(lines)
 
 
-def plot_sizes(result: dict[str, dict], title: str, path: Path) -> None:
-    """Figure 6: top-1 mAcc over the picture's size, for things and for stuff."""
-    from matplotlib import pyplot as plt  # here, because it takes a second and most runs plot nothing
+def plot_sizes(result: dict[str, dict], heading: str, path: Path) -> None:
+    """Figure 6: top-1 mAcc over the image's size, for things and for stuff."""
+    from matplotlib import pyplot as plt  # here: it takes a second, and most runs plot nothing
 
     sizes = [int(size) for size in result]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for axis, kind in zip(axes, ("thing", "stuff")):
         for way, label in (("box", "boxes"), ("mask", "masks"), ("crop", "[CLS] of crops")):
-            values = [each["mAcc"][f"{way} {kind}"]["top1"] for each in result.values()]
+            values = [of_size["mAcc"][f"{way} {kind}"]["top1"] for of_size in result.values()]
             if None not in values:
                 axis.plot(sizes, values, marker="o", label=label)
-        axis.set(title=f"{kind}s" if kind == "thing" else kind, xlabel="longest side of the picture, px", xticks=sizes)
+        axis.set(title={"thing": "things", "stuff": "stuff"}[kind], xticks=sizes,
+                 xlabel="longest side of the image, px")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 mAcc, %")
     axes[1].legend()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(heading, fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

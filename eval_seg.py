@@ -1,191 +1,414 @@
-"""Open-vocabulary segmentation from dense features: each pixel gets the class whose text is nearest (Tables 5 and 10).
+"""Open-vocabulary segmentation: each pixel gets the class whose text is nearest (Tables 5, 10).
 
     python eval_seg.py --ckpt out/declip/declip.safetensors
-    python eval_seg.py --benchmarks all --ckpt ...                 # the paper's eight, as far as their data are there
-    python eval_seg.py --attention clearclip                       # a baseline, no checkpoint
-    torchrun --nproc_per_node 8 eval_seg.py --ckpt ...             # images divided among GPUs
+    python eval_seg.py --benchmarks all --ckpt ...          # of the paper's eight those at hand
+    python eval_seg.py --attention clearclip                # a baseline, no checkpoint
+    torchrun --nproc_per_node 8 eval_seg.py --ckpt ...      # images divided among GPUs
 
-The paper's protocol (section 9.2): shorter side 448, windows of 336 with a stride of 112, ImageNet templates.
-Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.json beside the checkpoint.
+The paper's protocol (section 9.2): shorter side 448, windows of 336 with a stride of 112, ImageNet
+templates. Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.json beside the
+checkpoint.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as coco_masks
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import distributed
-import evaluation
-import settings
-from data import BENCHMARKS as KNOWN
-from data import PAPERS, VOID, Classes, NotThere, SegmentationImages, constant, normalize, padded, read_classes, resize
-from model import DeCLIP
-from settings import UserError
+from data import Classes, constant, load_share, normalize, pad_to, read_classes, read_image, resize
+from model import DeCLIP, encode_classes, open_model, title
+from util import UserError, distributed, settings
+from util.files import fields_of, read_json, write_result
+from util.precision import autocast, check_precision
 
-# Besides these, the settings of evaluation.py: which model, which attention, where the result goes.
-BENCHMARKS = ("voc20", "voc21")     # which to evaluate; all: the paper's eight, as far as their data are there
+# The model
+CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
+MODEL: str | None = None            # open_clip model; None: the checkpoint's, else EVA02-B-16
+PRETRAINED: str | None = "merged2b_s8b_b131k"   # MODEL's weights, unless CKPT names its own model
+CONTEXT: str | None = None          # q, k, qk, clip or maskclip; None: the checkpoint's, else q
+SCALE: float | None = None          # factor of the last block's logits; None: the checkpoint's
+ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: CONTEXT's
+TEMPLATES = "imagenet"              # imagenet: 80 templates (paper); simple: 7; or one with {}
+PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
+
+# The data
+BENCHMARKS = ("voc20", "voc21")     # which to evaluate; all: the paper's eight that are there
 DATA = "data"                       # folder that holds the data sets in their original layouts
-CLASSES: str | None = None          # class file instead of the benchmark's own in classes/, with as many lines
-SHORT_SIDE: int | None = None       # of the image, in pixels; None: the benchmark's own (448; cityscapes: 560)
+CLASSES: str | None = None          # class file instead of the benchmark's own in classes/
+
+# The protocol
+SHORT_SIDE: int | None = None       # of the image, in pixels; None: 448 (Cityscapes: 560)
 WINDOW = 336                        # side of a window; a multiple of the patch size
 STRIDE = 112                        # from window to window
-LOGIT_SCALE: float | None = None    # factor of the cosine similarities before the softmax; None: the benchmark's own
-THRESHOLD: float | None = None      # background where no class is more probable; None: the benchmark's own
+LOGIT_SCALE: float | None = None    # factor of the cosines before the softmax; None: 40 (VOC21: 80)
+THRESHOLD: float | None = None      # background where no class is more probable; None: benchmark's
 WINDOW_BATCH = 16                   # windows of one forward pass
-BATCH_SIZE = 8                      # images whose windows fill the forward passes together
+BATCH_SIZE = 8                      # images whose windows share forward passes
+NUM_WORKERS = 4                     # processes that decode images, for each GPU
+CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
+OUT: str | None = None              # folder of the result; None: the checkpoint's, else out/
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Evaluates as the command line (or `argv`) says; returns what seg.json holds."""
-    cfg = settings.parse(argv, sys.modules[__name__], evaluation)
+    cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
 
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
-    """Every benchmark through the model, each printed; the json is written after each."""
+    """Segments every benchmark; prints and writes each one's figures."""
     check(cfg)
     sets, missing = find_data(cfg)
-    clip = evaluation.open_model(cfg).to(ranks.device)
+    clip = open_model(cfg).to(ranks.device)
     check_patches(cfg, clip)
     result = {}
     for name, (dataset, classes) in sets.items():
-        confusion = evaluate(protocol(cfg, name), clip, dataset, classes, name, ranks)
+        own = dataset.benchmark
+        rules = protocol(cfg, own.short_side, own.logit_scale, own.threshold)
+        text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
+        segmenter = partial(predict, rules, clip, classes, text)
+        confusion = evaluate(cfg, segmenter, dataset, len(classes), ranks, name)
         result[name] = summarize(confusion, classes)
         if ranks.is_main:
-            print(f"\n{name}: {evaluation.title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
-            evaluation.write_result(cfg, clip, "seg", {"benchmarks": result})
+            print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
+            write_result(cfg, "seg", {"benchmarks": result} | clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing))
     return result
 
 
-def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages, Classes]], dict[str, str]]:
-    """(images and classes of each benchmark asked for; of `all`, what was looked for in vain)."""
-    sets, missing = {}, {}
-    wants_all = cfg.BENCHMARKS == ("all",)
-    for name in PAPERS if wants_all else cfg.BENCHMARKS:
-        try:
-            sets[name] = SegmentationImages(KNOWN[name], cfg.DATA), benchmark_classes(cfg, name)
-        except NotThere as error:
-            if not wants_all:
-                raise
-            missing[name] = str(error)
-    if not sets:
-        raise UserError(f"None of the benchmarks is in {Path(cfg.DATA).absolute()}; README.md says how each is unpacked: "
-                        + " ".join(missing.values()))
-    return sets, missing
+def protocol(cfg: SimpleNamespace, short_side: int, logit_scale: float, threshold: float | None
+             ) -> SimpleNamespace:
+    """The settings with these values where none were given.
 
-
-def protocol(cfg: SimpleNamespace, name: str) -> SimpleNamespace:
-    """The settings with a benchmark's own ones where none were given."""
-    own = {"SHORT_SIDE": KNOWN[name].short_side, "LOGIT_SCALE": KNOWN[name].logit_scale, "THRESHOLD": KNOWN[name].threshold}
-    given = {key: value for key, value in vars(cfg).items() if value is not None}
-    if KNOWN[name].threshold is None:       # without a background class there is nothing for a threshold to do
-        given.pop("THRESHOLD", None)
+    threshold: None where background is no class; then THRESHOLD has no effect.
+    """
+    own = {"SHORT_SIDE": short_side, "LOGIT_SCALE": logit_scale, "THRESHOLD": threshold}
+    given = {name: value for name, value in vars(cfg).items() if value is not None}
+    if threshold is None:
+        given["THRESHOLD"] = None
     return SimpleNamespace(**vars(cfg) | own | given)
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN and cfg.BENCHMARKS != ("all",)]
-    if unknown:
-        raise UserError(f"There is no benchmark {unknown[0]!r}; choose among {', '.join(KNOWN)}, or all alone.")
-    settings.check_least(cfg, BATCH_SIZE=1)
+    unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN_BENCHMARKS]
+    if unknown and cfg.BENCHMARKS != ("all",):
+        raise UserError(f"There is no benchmark {unknown[0]!r}; choose among "
+                        f"{', '.join(KNOWN_BENCHMARKS)}, or all alone.")
+    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_windows(cfg)
 
 
 def check_windows(cfg: SimpleNamespace) -> None:
-    """The same for the settings that `segment` and `decide` need."""
-    evaluation.check_precision(cfg)
+    """Raises UserError on a setting of the sliding window that is out of its range."""
+    check_precision(cfg.PRECISION)
     settings.check_least(cfg, SHORT_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
     if not 0 < cfg.STRIDE <= cfg.WINDOW:
-        raise UserError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or pixels are left out.")
+        raise UserError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or "
+                        "pixels are left out.")
 
 
 def check_patches(cfg: SimpleNamespace, clip: DeCLIP) -> None:
     """Raises UserError if the model's patches don't fill a window."""
     if cfg.WINDOW % clip.patch_size:
-        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; set it to "
-                        f"{cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size}.")
+        fits = cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size
+        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; "
+                        f"set it to {fits}.")
+
+
+# ---------------------------------------------------------------------------------- benchmarks
+
+VOID = 255      # label of pixels that do not count
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark's files in their original layout, its label values, and how it is evaluated.
+
+    `{}` in a path stands for an image's name.
+    """
+    folder: str                         # below DATA
+    names: str                          # file of the images' names, one a line; or * or */*
+    image: str                          # path of an image
+    label: str                          # path of its label PNG, or of a COCO-instances json
+    classes: str                        # file in classes/
+    values: Sequence[int]               # label value of each class in `classes`; others are void
+    threshold: float | None = None      # background is the first class, where none is more probable
+    logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
+    short_side: int = 448               # of the image that the model sees
+
+
+VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg",
+       "SegmentationClass/{}.png")
+CONTEXT_LAYOUT = ("VOCdevkit/VOC2010", "ImageSets/SegmentationContext/val.txt",
+                  "JPEGImages/{}.jpg", "SegmentationClassContext/{}.png")
+CITYSCAPES = ("cityscapes", "*/*", "leftImg8bit/val/{}_leftImg8bit.png",
+              "gtFine/val/{}_gtFine_labelIds.png")
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+ADE = ("ADEChallengeData2016", "*", "images/validation/{}.jpg", "annotations/validation/{}.png")
+OBJECT = ("coco", "*", "val2017/{}.jpg", "annotations/instances_val2017.json")
+STUFF = ("coco", "*", "val2017/{}.jpg", "stuffthingmaps/val2017/{}.png")
+# COCO-Stuff's PNGs have the id less one; these ids have no annotation.
+NOT_IN_STUFF = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+STUFF_IDS = [id - 1 for id in range(1, 183) if id not in NOT_IN_STUFF]
+TOY = ("names.txt", "images/{}.png", "labels/{}.png", "toy.txt", range(18))
+
+# Thresholds, scales and sides are the authors' (configs/ of their code); the paper has none.
+KNOWN_BENCHMARKS = {
+    "voc21": Benchmark(*VOC, "voc21.txt", range(21), threshold=0.4, logit_scale=80.0),
+    "context60": Benchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), threshold=0.15),
+    "coco_object": Benchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
+    "voc20": Benchmark(*VOC, "voc20.txt", range(1, 21)),
+    "context59": Benchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60)),
+    "coco_stuff": Benchmark(*STUFF, "coco_stuff.txt", STUFF_IDS),
+    "cityscapes": Benchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, short_side=560),
+    "ade150": Benchmark(*ADE, "ade150.txt", range(1, 151)),
+    "toy": Benchmark("toy/val", *TOY),
+    "toy_dev": Benchmark("toy/dev", *TOY),      # to choose settings with
+}
+# Those of Tables 5 and 10.
+PAPER_BENCHMARKS = tuple(name for name in KNOWN_BENCHMARKS if not name.startswith("toy"))
+
+
+class MissingData(UserError):
+    """A benchmark's files are not where they should be."""
+
+
+class SegmentationImages(Dataset):
+    """A benchmark: item i is (uint8 image (3, H, W), uint8 label (H, W) of classes or VOID)."""
+
+    def __init__(self, benchmark: Benchmark, data: str | Path):
+        self.root = Path(data) / benchmark.folder
+        self.benchmark = benchmark
+        self.names = self._list()
+        has_instances = benchmark.label.endswith(".json")
+        self.instances = Instances(self.root / benchmark.label) if has_instances else None
+        for path in (benchmark.image, benchmark.label):
+            first = self.root / path.format(self.names[0])
+            if not first.is_file():
+                raise MissingData(f"There is no {first.absolute()}; unpack all of the data set, "
+                                  "images and labels.")
+        self.lookup = np.full(65536, VOID, dtype=np.uint8)
+        self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
+
+    def _list(self) -> list[str]:
+        """The images' names; MissingData if there are none."""
+        pattern = self.benchmark.image.format(self.benchmark.names)
+        is_listed = "*" not in self.benchmark.names
+        place = self.root / (self.benchmark.names if is_listed else pattern)
+        names = []
+        if is_listed and place.is_file():
+            names = place.read_text(encoding="utf-8-sig").split()
+        elif not is_listed:
+            before, after = self.benchmark.image.split("{}")
+            paths = sorted(path.relative_to(self.root).as_posix()
+                           for path in self.root.glob(pattern))
+            names = [path[len(before):len(path) - len(after)] for path in paths]
+        if not names:
+            raise MissingData(f"There is no {place.absolute()}, or it names no image; unpack the "
+                              "data set there in its original layout (python -m toy.world draws "
+                              "the toy scenes), or set DATA to the folder that holds "
+                              f"{self.benchmark.folder}.")
+        return names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = read_image(self.root / self.benchmark.image.format(self.names[index]))
+        path = self.root / self.benchmark.label.format(self.names[index])
+        try:
+            if self.instances:
+                file_name = f"{Path(self.names[index]).name}.jpg"
+                values = self.instances.render(file_name, *image.shape[1:])
+            else:
+                with Image.open(path) as file:
+                    values = np.array(file)
+            label = self.lookup[values]
+        except (OSError, IndexError) as error:
+            raise UserError(f"{path} can't be read as a label image ({error}); download it again."
+                            ) from None
+        if label.shape != tuple(image.shape[1:]):
+            raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; "
+                            "they must be of one size.")
+        return image, torch.from_numpy(label)
+
+
+class Instances:
+    """A COCO-instances json, rendered to label images.
+
+    0 is background, 1 ... are the categories in the order of their ids.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise MissingData(f"There is no {path.absolute()}; unpack COCO's annotations there, or "
+                              "set DATA to the folder that holds coco.")
+        self.path, content = path, read_json(path, "images", "annotations", "categories")
+        with fields_of(path):
+            ids = sorted(category["id"] for category in content["categories"])
+            self.value = {id: place + 1 for place, id in enumerate(ids)}
+            self.image_of = {image["file_name"]: image["id"] for image in content["images"]}
+            self.of_image: dict[int, list[tuple]] = {}
+            for annotation in content["annotations"]:
+                kept = annotation["category_id"], annotation["segmentation"]
+                self.of_image.setdefault(annotation["image_id"], []).append(kept)
+
+    def render(self, file_name: str, height: int, width: int) -> np.ndarray:
+        """The label image (height, width); of overlapping objects the smaller one is on top.
+
+        Raises UserError for an image that the json does not list.
+        """
+        if file_name not in self.image_of:
+            raise UserError(f"{self.path} says nothing of {file_name}; give the json and the "
+                            "images of one split.")
+        label = np.zeros((height, width), np.uint8)
+        objects = [(self._mask(shape, height, width), self.value[category])
+                   for category, shape in self.of_image.get(self.image_of[file_name], [])]
+        for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
+            label[mask] = value
+        return label
+
+    @staticmethod
+    def _mask(shape: list | dict, height: int, width: int) -> np.ndarray:
+        """Polygons, or a run-length code in either of COCO's forms -> bool (height, width)."""
+        if isinstance(shape, dict) and isinstance(shape["counts"], str):
+            return coco_masks.decode(shape).astype(bool)
+        codes = coco_masks.frPyObjects(shape, height, width)
+        codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
+        return coco_masks.decode(codes).astype(bool)
+
+
+def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages, Classes]],
+                                             dict[str, str]]:
+    """The images and classes of each benchmark; of `all`, those missing and where they should be.
+    """
+    sets, missing = {}, {}
+    wants_all = cfg.BENCHMARKS == ("all",)
+    for name in PAPER_BENCHMARKS if wants_all else cfg.BENCHMARKS:
+        try:
+            dataset = SegmentationImages(KNOWN_BENCHMARKS[name], cfg.DATA)
+            sets[name] = dataset, benchmark_classes(cfg, name)
+        except MissingData as error:
+            if not wants_all:
+                raise
+            missing[name] = str(error)
+    if not sets:
+        raise UserError(f"None of the benchmarks is in {Path(cfg.DATA).absolute()}; docs/data.md "
+                        f"says how each is unpacked: {' '.join(missing.values())}")
+    return sets, missing
 
 
 def benchmark_classes(cfg: SimpleNamespace, name: str) -> Classes:
-    """The class list of a benchmark; UserError if a list of the user's own has another number of lines."""
-    path = cfg.CLASSES or Path(__file__).parent / "classes" / KNOWN[name].classes
+    """A benchmark's class list; UserError if a user's own has another number of lines."""
+    benchmark = KNOWN_BENCHMARKS[name]
+    path = cfg.CLASSES or Path(__file__).parent / "classes" / benchmark.classes
     classes = read_classes(path)
-    if len(classes) != len(KNOWN[name].values):
-        raise UserError(f"{path} has {len(classes)} classes, but {name} has {len(KNOWN[name].values)}; give as many lines.")
+    if len(classes) != len(benchmark.values):
+        raise UserError(f"{path} has {len(classes)} classes, but {name} has "
+                        f"{len(benchmark.values)}; give as many lines.")
     return classes
 
 
-def evaluate(cfg: SimpleNamespace, clip: DeCLIP, dataset: SegmentationImages, classes: Classes, name: str,
-             ranks: distributed.Ranks) -> Tensor:
-    """The confusion matrix (K, K) of a benchmark, rows true, columns predicted, summed over ranks."""
-    text = evaluation.encode_classes(cfg, clip, classes)
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.long, device=ranks.device)
-    loader = evaluation.load_share(cfg, dataset, ranks)
-    # Nothing below waits for a GPU, so that files are read and results counted while it works.
-    with tqdm(total=len(loader.dataset), desc=name, unit="image", disable=not ranks.is_main) as progress:
+# -------------------------------------------------------------------------------- segmentation
+
+Segmenter = Callable[[list[Tensor]], list[Tensor]]     # uint8 (3, H, W) each -> classes (H, W) each
+
+
+def evaluate(cfg: SimpleNamespace, predict: Segmenter, dataset: Dataset, num_classes: int,
+             ranks: distributed.Ranks, name: str) -> Tensor:
+    """The confusion matrix (K, K) of any segmenter, rows true, columns predicted, over all ranks.
+
+    dataset: items as of SegmentationImages.
+    """
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=ranks.device)
+    loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+    # Nothing below waits for a GPU: files are read and results counted while it works.
+    with tqdm(total=len(loader.dataset), desc=name, unit="image",
+              disable=not ranks.is_main) as progress:
         for samples in loader:
             images = [image.to(ranks.device, non_blocking=True) for image, _ in samples]
-            for (_, label), prediction in zip(samples, predict(cfg, clip, images, text, classes)):
-                confusion += confusion_matrix(label.to(ranks.device, non_blocking=True), prediction, len(classes))
+            for (_, label), prediction in zip(samples, predict(images)):
+                label = label.to(ranks.device, non_blocking=True)
+                confusion += confusion_matrix(label, prediction, num_classes)
             progress.update(len(samples))
     return distributed.sum_over_ranks(confusion).cpu()
 
 
 @torch.inference_mode()
-def predict(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: Tensor, classes: Classes) -> list[Tensor]:
-    """Images uint8 (3, H, W) and the embeddings (P, C) of all names of `classes` -> each image's classes of pixels, (H, W)."""
-    return [torch.cat([decide(rows, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD) for rows in scores.of_pixels()])
-            for scores in segment(cfg, clip, images, text)]
+def predict(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, text: Tensor,
+            images: Sequence[Tensor]) -> list[Tensor]:
+    """Images uint8 (3, H, W) and all names' embeddings (P, C) -> the class of each pixel, (H, W).
+    """
+    return [torch.cat([decide(rows, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD)
+                       for rows in scores.of_pixels()])
+            for scores in score_images(cfg, clip, images, text)]
 
 
 class Scores(NamedTuple):
-    """An image's cosine similarities, one for each patch of each window, and the two matrices that make pixels of them.
+    """An image's cosines, one for each patch of each window, and how they become pixels.
 
-    Enlarging a window's patches to its pixels, averaging where windows overlap and resizing to the original picture are
-    linear, and act on rows and columns alike. So together they are a matrix for each, and scores of pixels, many times
-    as many numbers, exist for a few rows at a time alone.
+    Enlarging a window's patches to its pixels, averaging where windows overlap and resizing to the
+    original image are linear, and act on rows and columns alike. So together they are one matrix
+    for each. Scores of pixels, many times as many numbers, exist for some rows at a time only.
     """
     patches: Tensor     # (P, p, q): p rows and q columns of patches, window by window
     down: Tensor        # (H, p)
     across: Tensor      # (W, q)
 
     def of_pixels(self, most: int = 2**24) -> Iterator[Tensor]:
-        """Scores of the pixels, (P, rows, W), some rows at a time, of at most about `most` numbers."""
+        """Scores of the pixels, (P, rows, W), about `most` numbers at a time."""
         wide = self.patches @ self.across.T
         for some in self.down.split(max(1, most // wide[:, 0].numel())):
             yield some @ wide
 
 
 @torch.inference_mode()
-def segment(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: Tensor) -> list[Scores]:
-    """Images uint8 (3, H, W) and text (P, C) -> their scores. Windows of all images together fill the batches."""
+def score_images(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: Tensor
+                 ) -> list[Scores]:
+    """Images uint8 (3, H, W) and text (P, C) -> their scores by a sliding window.
+
+    Windows of all images together fill the batches.
+    """
+    # 1. Resize; an image smaller than a window is one window, padded
     sizes = [resized_size(image, cfg.SHORT_SIDE) for image in images]
-    # An image smaller than a window is one window, padded.
-    pictures = [normalize(padded(resize(image, *size), *(max(side, cfg.WINDOW) for side in size)), clip.mean, clip.std)
-                for image, size in zip(images, sizes)]
-    places = [[window_starts(side, cfg.WINDOW, cfg.STRIDE) for side in picture.shape[-2:]] for picture in pictures]
-    windows = [picture[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
-               for picture, (ys, xs) in zip(pictures, places) for y in ys for x in xs]
-    scores = torch.cat([window_scores(cfg, clip, torch.stack(windows[start:start + cfg.WINDOW_BATCH]), text)
-                        for start in range(0, len(windows), cfg.WINDOW_BATCH)])
+    resized = [pad_to(resize(image, *size), *(max(side, cfg.WINDOW) for side in size))
+               for image, size in zip(images, sizes)]
+    resized = [normalize(image, clip.mean, clip.std) for image in resized]
+    # 2. Windows
+    places = [[window_starts(side, cfg.WINDOW, cfg.STRIDE) for side in image.shape[-2:]]
+              for image in resized]
+    windows = [image[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
+               for image, (ys, xs) in zip(resized, places) for y in ys for x in xs]
+    # 3. Cosine of each patch and each text
+    scores = torch.cat([
+        window_scores(cfg, clip, torch.stack(windows[start:start + cfg.WINDOW_BATCH]), text)
+        for start in range(0, len(windows), cfg.WINDOW_BATCH)])
     of_image = scores.split([len(ys) * len(xs) for ys, xs in places])
-    return [Scores(each.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2),
-                   *(side_weights(*sides, cfg.WINDOW, cfg.STRIDE, each.shape[-1], each.device)
-                     for sides in zip(size, image.shape[-2:])))
-            for each, image, size, (ys, xs) in zip(of_image, images, sizes, places)]
+    # 4. Rows and columns of each image's patches
+    out = []
+    for each, image, size, (ys, xs) in zip(of_image, images, sizes, places):
+        patches = each.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4)
+        weights = [side_weights(*sides, cfg.WINDOW, cfg.STRIDE, each.shape[-1], each.device)
+                   for sides in zip(size, image.shape[-2:])]
+        out.append(Scores(patches.flatten(3).flatten(1, 2), *weights))
+    return out
 
 
 def resized_size(image: Tensor, short_side: int) -> tuple[int, int]:
@@ -195,81 +418,98 @@ def resized_size(image: Tensor, short_side: int) -> tuple[int, int]:
 
 
 def window_scores(cfg: SimpleNamespace, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
-    """Windows (n, 3, S, S) -> cosine similarities of each patch with each text, (n, P, S/patch, S/patch), in float32."""
-    content = evaluation.encode_dense(cfg, clip, windows)
+    """Windows (n, 3, S, S) -> float32 cosines of patches and texts, (n, P, S/patch, S/patch)."""
+    with autocast(cfg.PRECISION, windows.device):
+        content = clip.encode_dense(windows, cfg.ATTENTION)[0].float()
     return torch.einsum("nchw,pc->nphw", F.normalize(content, dim=1), text)
 
 
 @lru_cache(maxsize=256)
-def side_weights(length: int, side: int, window: int, stride: int, patches: int, device: torch.device) -> Tensor:
-    """What each row of patches of all windows adds to each row of pixels, (side, windows * patches); columns likewise.
+def side_weights(length: int, side: int, window: int, stride: int, patches: int,
+                 device: torch.device) -> Tensor:
+    """What rows of patches of all windows add to rows of pixels, (side, windows * patches).
 
-    length: of the side as the model sees it, covered by windows of `window` pixels and `patches` patches.
+    length: of the side as the model sees it, covered by windows of `window` pixels and `patches`
+    patches. The same serves columns.
     """
     starts = window_starts(max(length, window), window, stride)
-    enlarged = F.interpolate(torch.eye(patches, device=device)[None], window, mode="linear")[0].T     # (window, patches)
+    eye = torch.eye(patches, device=device)[None]
+    enlarged = F.interpolate(eye, window, mode="linear")[0].T       # (window, patches)
     total = torch.zeros(max(length, window), len(starts), patches, device=device)
     for number, start in enumerate(starts):
         total[start:start + window, number] = enlarged
-    covered = total.sum(dim=(1, 2))     # by how many windows: the weights of each are 1 together
+    # A row's weights of one window sum to 1, so this is the number of windows that cover it.
+    covered = total.sum(dim=(1, 2))
     mean = total.flatten(1) / covered[:, None]
-    # What was padded is cut off.
+    # Without the padding, to the original size.
     return F.interpolate(mean[:length].T[None], side, mode="linear")[0].T.contiguous()
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every `stride`, the last moved back to end with the side."""
+    """Where windows begin along a side: every `stride`, the last one so that it ends with it."""
     return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
 def decide(scores: Tensor, classes: Classes, logit_scale: float, threshold: float | None) -> Tensor:
-    """Cosine similarities of all prompts (P, H, W) -> class of each pixel (H, W).
+    """Cosines of all prompts (P, H, W) -> class of each pixel (H, W).
 
-    A class has the probability of its most probable synonym. With a threshold, a pixel where no class is that
-    probable is class 0, the background.
+    A class has the probability of its most probable synonym. With a threshold, a pixel where no
+    class is that probable is class 0, the background.
     """
     best, prompt = scores.max(dim=0)
     prediction = constant(tuple(classes.owner), torch.long, scores.device)[prompt]
     if threshold is None:
         return prediction
-    probability = (logit_scale * best - torch.logsumexp(logit_scale * scores, dim=0)).exp()
+    total = torch.logsumexp(logit_scale * scores, dim=0)
+    probability = (logit_scale * best - total).exp()
     return prediction.masked_fill(probability < threshold, 0)
 
 
-def confusion_matrix(label: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Pixels of each true (row) and predicted (column) class, (K, K); VOID pixels do not count."""
-    pairs = torch.where(label == VOID, classes**2, label.long() * classes + prediction).flatten()
-    counts = torch.zeros(classes**2 + 1, dtype=torch.long, device=label.device)
-    return counts.index_add_(0, pairs, torch.ones_like(pairs))[:-1].view(classes, classes)
+# ------------------------------------------------------------------------------------- figures
+
+def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """Pixels of each true (row) and predicted (column) class, (K, K); VOID does not count."""
+    pair = label.long() * num_classes + prediction
+    pair = torch.where(label == VOID, num_classes**2, pair).flatten()
+    counts = torch.zeros(num_classes**2 + 1, dtype=torch.long, device=label.device)
+    counts.index_add_(0, pair, torch.ones_like(pair))
+    return counts[:-1].view(num_classes, num_classes)
 
 
 def summarize(confusion: Tensor, classes: Classes) -> dict:
     """mIoU, pixel accuracy and each class's IoU in per cent.
 
-    A class that neither occurs nor is predicted has no IoU (None) and does not enter the mean; one that is predicted
-    but does not occur has 0, as is usual.
+    A class that neither occurs nor is predicted has no IoU (None) and does not enter the mean; one
+    that is predicted but does not occur has 0, as is usual.
     """
-    right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    right = confusion.diag()
+    union = confusion.sum(0) + confusion.sum(1) - right
     iou = 100 * right.double() / union
     present = union > 0
-    return {"mIoU": iou[present].mean().item(), "pixel accuracy": (100 * right.sum().double() / confusion.sum()).item(),
+    return {"mIoU": iou[present].mean().item(),
+            "pixel accuracy": (100 * right.sum().double() / confusion.sum()).item(),
             "pixels": int(confusion.sum()),
-            "IoU": {name: round(iou[index].item(), 2) if present[index] else None for index, name in enumerate(classes.names)}}
+            "IoU": {name: round(iou[index].item(), 2) if present[index] else None
+                    for index, name in enumerate(classes.names)}}
 
 
 def table(result: dict) -> str:
     """Per-class IoU in columns, then the means, for a screen."""
-    cells = [f"{name[:20]:20}{'-' if iou is None else f'{iou:.1f}':>6}" for name, iou in result["IoU"].items()]
+    cells = [f"{name[:20]:20}{'-' if iou is None else f'{iou:.1f}':>6}"
+             for name, iou in result["IoU"].items()]
     lines = ["   ".join(cells[start:start + 4]) for start in range(0, len(cells), 4)]
-    return "\n".join([*lines, f"mIoU {result['mIoU']:.1f} %   pixel accuracy {result['pixel accuracy']:.1f} %"])
+    return "\n".join([*lines, f"mIoU {result['mIoU']:.1f} %   "
+                              f"pixel accuracy {result['pixel accuracy']:.1f} %"])
 
 
 def overview(result: dict[str, dict], missing: dict[str, str]) -> str:
     """mIoU of each benchmark, their mean, and what was missing, for a screen."""
-    papers = [result[name]["mIoU"] for name in result if name in PAPERS]
+    of_paper = [result[name]["mIoU"] for name in result if name in PAPER_BENCHMARKS]
     lines = ["", *(f"{name:16}{each['mIoU']:6.1f}" for name, each in result.items())]
-    if len(papers) > 1:
-        lines.append(f"{'mean':16}{sum(papers) / len(papers):6.1f}   of {len(papers)} of the paper's {len(PAPERS)}, mIoU in %")
+    if len(of_paper) > 1:
+        mean = sum(of_paper) / len(of_paper)
+        lines.append(f"{'mean':16}{mean:6.1f}   of {len(of_paper)} of the paper's "
+                     f"{len(PAPER_BENCHMARKS)}, mIoU in %")
     return "\n".join([*lines, *(f"{name:16}     -   {reason}" for name, reason in missing.items())])
 
 

@@ -1,4 +1,5 @@
-"""What several tests share: tiny models, and data sets of drawn scenes in their original layouts."""
+"""What several tests share: tiny models, and data sets of drawn scenes in their original
+layouts."""
 
 import json
 import os
@@ -15,28 +16,32 @@ os.environ["HF_HUB_OFFLINE"] = "1"      # a test that would download fails inste
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402, F401
 
-import evaluation  # noqa: E402
+import eval_region  # noqa: E402
+import eval_seg  # noqa: E402
 
 torch.set_num_threads(1)        # threads cost tiny models more than they give
 SIZES = [(64, 64), (48, 80), (80, 40), (64, 96), (33, 65)]      # height, width
 
 
 def draw_scene(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image (height, width, 3) and the class of its pixels: 0 a noisy ground, 1 a disc, 2 a box."""
-    draw = np.random.default_rng(seed)
-    image = draw.normal(90, 12, (height, width, 3)) + draw.normal(0, 30, 3)
+    """An image (height, width, 3) and the class of its pixels: 0 a noisy ground, 1 a disc, 2 a
+    box."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(90, 12, (height, width, 3)) + rng.normal(0, 30, 3)
     label = np.zeros((height, width), np.uint8)
     y, x = np.mgrid[:height, :width]
     disc = (y - height * .3) ** 2 + (x - width * .3) ** 2 < (min(height, width) * .22) ** 2
     box = (abs(y - height * .7) < height * .18) & (abs(x - width * .65) < width * .2)
     for value, where in ((1, disc), (2, box)):
         label[where] = value
-        image[where] = draw.uniform(0, 255, 3) + draw.normal(0, 8, (where.sum(), 3))
+        image[where] = rng.uniform(0, 255, 3) + rng.normal(0, 8, (where.sum(), 3))
     return image.clip(0, 255).astype(np.uint8), label
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--kills", type=int, default=5, help="how often the training of test_survival.py is killed")
+    parser.addoption(
+        "--kills", type=int, default=5, help="how often the training of util/test_run.py is killed"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +53,8 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def uncached(monkeypatch) -> None:
     """Text embeddings are computed anew in every test that does not ask for a cache."""
-    monkeypatch.setattr(evaluation, "CACHE", None)
+    for script in (eval_region, eval_seg):
+        monkeypatch.setattr(script, "CACHE", None)
 
 
 @pytest.fixture(scope="session")
@@ -77,24 +83,44 @@ def panoptic(tmp_path_factory, scenes) -> dict[str, str]:
         ids = np.array([70000, 300, 5 + index])[label]
         rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1)
         Image.fromarray(rgb.astype(np.uint8)).save(folder / f"{index}.png")
-        segments = []
+        regions = []
         for value, category in enumerate((200, 7, 9)):
             ys, xs = np.nonzero(label == value)
             bbox = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
-            segments.append({"id": int(ids[ys[0], xs[0]]), "category_id": category, "bbox": bbox, "iscrowd": 0,
-                             "area": len(ys)})
-        annotations.append({"image_id": index, "file_name": f"{index}.png", "segments_info": segments})
-    content = {"images": [{"id": index, "file_name": f"{index}.jpg"} for index in range(len(scenes))],
-               "annotations": annotations,
-               "categories": [{"id": 7, "name": "disc", "isthing": 1}, {"id": 9, "name": "box", "isthing": 1},
-                              {"id": 100, "name": "sea", "isthing": 0}, {"id": 200, "name": "ground-other", "isthing": 0}]}
+            regions.append(
+                {
+                    "id": int(ids[ys[0], xs[0]]),
+                    "category_id": category,
+                    "bbox": bbox,
+                    "iscrowd": 0,
+                    "area": len(ys),
+                }
+            )
+        annotations.append(
+            {"image_id": index, "file_name": f"{index}.png", "segments_info": regions}
+        )
+    content = {
+        "images": [{"id": index, "file_name": f"{index}.jpg"} for index in range(len(scenes))],
+        "annotations": annotations,
+        "categories": [
+            {"id": 7, "name": "disc", "isthing": 1},
+            {"id": 9, "name": "box", "isthing": 1},
+            {"id": 100, "name": "sea", "isthing": 0},
+            {"id": 200, "name": "ground-other", "isthing": 0},
+        ],
+    }
     (folder / "panoptic.json").write_text(json.dumps(content))
-    return {"annotations": str(folder / "panoptic.json"), "pngs": str(folder), "images": str(folder)}
+    return {
+        "annotations": str(folder / "panoptic.json"),
+        "pngs": str(folder),
+        "images": str(folder),
+    }
 
 
 @pytest.fixture(scope="session")
 def voc(tmp_path_factory, scenes) -> Path:
-    """The scenes as Pascal VOC 2012: ground is background, discs are birds (3), boxes buses (6), a border is void."""
+    """The scenes as Pascal VOC 2012: ground is background, discs are birds (3), boxes buses (6), a
+    border is void."""
     folder = tmp_path_factory.mktemp("data")
     root = folder / "VOCdevkit" / "VOC2012"
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -106,7 +132,9 @@ def voc(tmp_path_factory, scenes) -> Path:
         png = Image.fromarray(values).convert("P")
         png.putdata(values.flatten().tolist())
         png.save(root / "SegmentationClass" / f"s_{index}.png")
-    (root / "ImageSets/Segmentation/val.txt").write_text("".join(f"s_{index}\n" for index in range(len(scenes))))
+    (root / "ImageSets/Segmentation/val.txt").write_text(
+        "".join(f"s_{index}\n" for index in range(len(scenes)))
+    )
     return folder
 
 
@@ -120,9 +148,22 @@ def options(**given) -> list[str]:
 
 def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess:
     """Runs `tests/<script>` under torchrun on the CPU to its end."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run([*launcher, *command], cwd=tiny.ROOT, capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
+    return subprocess.run(
+        [*launcher, *command],
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def succeeds(done: subprocess.CompletedProcess) -> str:

@@ -5,36 +5,57 @@
 `bypass` calls the student past DDP, as the published code does; then the ranks never synchronise.
 """
 
+import contextlib
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import tiny  # noqa: F401
 import torch
 
 sys.path.insert(0, str(tiny.ROOT))
-import distributed  # noqa: E402
-import settings  # noqa: E402
 import train  # noqa: E402
+from util import distributed, settings  # noqa: E402
 
 
-def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = False) -> dict[str, torch.Tensor]:
-    """The gradients of the first step of a run with these settings, through train.py's own functions."""
-    micro_batch, accumulate = train.divide_batch(cfg, ranks.world)
-    dataset = train.TrainingImages(cfg.IMAGES)
-    student, teacher, vfm = train.build(cfg, ranks.device)
-    amp, scaler = train.precision("fp32", ranks.device)
-    batches = train.load(cfg, dataset, 0, micro_batch, ranks)
-    student.clip.text.to("meta")        # on another device than the rest, as beside a GPU
-    wrapped = train.distribute(student, ranks)
-    batch = list(train.islice(batches, accumulate))
-    train.accumulate_gradients(cfg, student if bypass else wrapped, teacher, vfm, batch, 0, amp, scaler)
-    return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
+def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = False
+              ) -> dict[str, torch.Tensor]:
+    """The gradients of the first step of a run, through train.py itself.
+
+    train() runs to the point where it would step; bypass: the student is not wrapped in DDP.
+    """
+    found = {}
+
+    class Stop(Exception):
+        pass
+
+    def stop(run: train.Run) -> None:
+        found.update((name, parameter.grad.clone())
+                     for name, parameter in run.model.visual.named_parameters()
+                     if parameter.requires_grad)
+        raise Stop
+
+    check, wrap, begin = train.Run.check_gradient, distributed.wrap, train.Run.begin
+
+    def begin_with_text_elsewhere(run: train.Run, model: train.DeCLIP, *given: object) -> None:
+        begin(run, model, *given)
+        model.text.to("meta")       # on another device than the rest, as beside a GPU
+
+    train.Run.check_gradient, train.Run.begin = stop, begin_with_text_elsewhere
+    if bypass:
+        distributed.wrap = lambda module, ranks: module
+    try:
+        with tempfile.TemporaryDirectory() as cfg.OUT, contextlib.suppress(Stop):
+            train.train(cfg, ranks)
+    finally:
+        train.Run.check_gradient, train.Run.begin, distributed.wrap = check, begin, wrap
+    return found
 
 
 def settings_for(images: str) -> SimpleNamespace:
     """Two images a step, tiny models, uneven grids."""
     models = "--model tiny-eva --pretrained none --vfm_model tiny_vfm --vfm_pretrained false"
-    sizes = "--image_size 64 --crop_size 32 --batch_size 2 --workers 0"
+    sizes = "--image_size 64 --crop_size 32 --batch_size 2 --num_workers 0 --precision fp32"
     return settings.parse(["--images", images, *models.split(), *sizes.split()], train)
 
 

@@ -1,6 +1,5 @@
-"""data.py: decoding, the views made on the device, panoptic regions, label maps, class lists."""
+"""data.py: image files, batches, the views made on the device, class lists."""
 
-import dataclasses
 import json
 import shutil
 
@@ -11,7 +10,9 @@ from conftest import draw_scene
 from PIL import Image
 
 import data
-from data import BENCHMARKS, VOID, Grid, draw_grid, epoch_order, grid_boxes, grid_crops, rank_batches, student_image
+from data import Grid, epoch_order, grid_boxes, grid_crops, rank_batches, sample_grid, student_image
+from util import files
+from util.distributed import Ranks
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -20,7 +21,7 @@ def image_of(seed: int, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(draw_scene(seed, height, width)[0]).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 def test_images_are_found_in_all_folders(images):
     names = [path[len(str(images)) + 1:] for path in data.list_images(images)]
@@ -28,10 +29,12 @@ def test_images_are_found_in_all_folders(images):
 
 
 def test_images_of_a_json(tmp_path, images):
-    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"file_name": "2.png"}, {"file_name": "more/0.png"}]}))
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"file_name": "2.png"},
+                                                               {"file_name": "more/0.png"}]}))
     dataset = data.TrainingImages(tmp_path / "coco.json", images)
     image, index, skipped = dataset[1]
-    assert (len(dataset), index, image.dtype, image.shape, skipped) == (2, 1, torch.uint8, (3, 64, 64), [])
+    assert (len(dataset), index, image.dtype, image.shape, skipped) == (2, 1, torch.uint8,
+                                                                        (3, 64, 64), [])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "I;16"])
@@ -69,7 +72,8 @@ def test_links_are_followed_once_and_hidden_files_left_out(tmp_path):
         Image.new("RGB", (2, 2)).save(tmp_path / name)
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "b").symlink_to(tmp_path / "a")
-    assert [path[len(str(tmp_path)) + 1:] for path in data.list_images(tmp_path)] in (["a/x.png"], ["b/x.png"])
+    assert [path[len(str(tmp_path)) + 1:] for path in data.list_images(tmp_path)] in (["a/x.png"],
+                                                                                      ["b/x.png"])
 
 
 def test_fingerprint_is_of_names_not_of_places(tmp_path, images):
@@ -79,7 +83,7 @@ def test_fingerprint_is_of_names_not_of_places(tmp_path, images):
     assert data.TrainingImages(copy).fingerprint != data.TrainingImages(images).fingerprint
 
 
-# -------------------------------------------------------------------------------------------------- order and sharing
+# -------------------------------------------------------------------------------- order and sharing
 
 def test_an_epoch_has_every_image_once():
     order = epoch_order(32, 4, epoch=0, seed=1)
@@ -87,43 +91,52 @@ def test_an_epoch_has_every_image_once():
     assert not torch.equal(order, epoch_order(32, 4, epoch=1, seed=1))
     assert torch.equal(order, epoch_order(32, 4, epoch=0, seed=1))
     assert epoch_order(35, 4, 0, 1).shape == (8, 4)         # the rest waits for another epoch
-    with pytest.raises(ValueError, match="There are 3 images, fewer than BATCH_SIZE, 8; add images, or set BATCH_SIZE to 3"):
+    with pytest.raises(ValueError, match="There are 3 images, fewer than BATCH_SIZE, 8; add "
+                                         "images, or set BATCH_SIZE to 3"):
         epoch_order(3, 8, 0, 1)
 
 
 @pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 4), (2, 1), (4, 2)])
 def test_ranks_share_each_step(world, micro_batch):
-    """Whatever the ranks and micro batches, step s has the images of order[s]; and a run can begin at any step."""
+    """Whatever the ranks and micro batches, step s has the images of order[s]; and a run can begin
+    at any step."""
     order = epoch_order(40, 8, 0, 0)
-    shares = [rank_batches(order, rank, world, micro_batch, first_step=2) for rank in range(world)]
+    shares = [rank_batches(order, Ranks(rank, world, torch.device("cpu")), micro_batch, first_step=2)
+              for rank in range(world)]
     per_step = 8 // world // micro_batch
     for step in range(2, 5):
-        seen = [i for share in shares for batch in share[(step - 2) * per_step:(step - 1) * per_step] for i in batch]
+        seen = [i for share in shares
+                for batch in share[(step - 2) * per_step:(step - 1) * per_step] for i in batch]
         assert sorted(seen) == sorted(order[step].tolist())
 
 
 def test_grids_are_drawn_evenly_and_by_key():
-    grids = [draw_grid(str(key), (1, 6)) for key in range(3600)]
-    counts = {(m, n): sum((grid.rows, grid.columns) == (m, n) for grid in grids) for m in range(1, 7) for n in range(1, 7)}
+    grids = [sample_grid(str(key), (1, 6)) for key in range(3600)]
+    counts = {(m, n): sum((grid.rows, grid.columns) == (m, n) for grid in grids)
+              for m in range(1, 7) for n in range(1, 7)}
     assert 60 < min(counts.values()) and max(counts.values()) < 140     # 100 expected
-    assert draw_grid("7") == draw_grid("7") and all(len(grid.cells) == grid.rows * grid.columns for grid in grids)
-    published = [draw_grid(str(key), (1, 6), aspect=2, most=20) for key in range(500)]
-    assert all(max(grid.rows, grid.columns) <= 2 * min(grid.rows, grid.columns) for grid in published)
+    assert sample_grid("7") == sample_grid("7") and all(len(grid.cells) == grid.rows * grid.columns
+                                                        for grid in grids)
+    published = [sample_grid(str(key), (1, 6), aspect=2, most=20) for key in range(500)]
+    assert all(max(grid.rows, grid.columns) <= 2 * min(grid.rows, grid.columns)
+               for grid in published)
     assert max(len(set(grid.cells)) for grid in published) == 20
 
 
-# ---------------------------------------------------------------------------------------------- pictures on the device
+# --------------------------------------------------------------------------- pictures on the device
 
 def test_student_image_is_padded_right_and_below():
     image = torch.full((3, 20, 40), 255, dtype=torch.uint8)
     picture = student_image(image, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     assert picture.shape == (3, 16, 16)
-    expected = torch.tensor([2.0] * 8 + [-2.0] * 8)[:, None].expand(3, 16, 16)      # white, then black, normalised
+    # white, then black, normalised
+    expected = torch.tensor([2.0] * 8 + [-2.0] * 8)[:, None].expand(3, 16, 16)
     torch.testing.assert_close(picture, expected)
 
 
 def test_crops_and_boxes_name_the_same_cells():
-    """Each cell has its own colour; crop i shows it, and box i holds it in the student's picture."""
+    """Each cell has its own colour; crop i shows it, and box i holds it in the student's
+    picture."""
     grid = Grid(3, 4, [0, 1, 5, 6, 11])
     colours = torch.arange(12).view(3, 4) * 20
     image = colours.repeat_interleave(20, 0).repeat_interleave(20, 1).expand(3, -1, -1).byte()
@@ -144,135 +157,47 @@ def test_crops_are_those_that_pil_would_cut(rows, columns):
     for index, crop in enumerate(crops):
         y, x = divmod(index, columns)
         box = (x * 360 / columns, y * 240 / rows, (x + 1) * 360 / columns, (y + 1) * 240 / rows)
-        by_pil = torch.from_numpy(np.array(whole.crop(tuple(map(round, box))).resize((56, 56), Image.Resampling.BICUBIC)))
+        by_pil = torch.from_numpy(np.array(whole.crop(tuple(map(round, box))).resize((56, 56),
+                                                                                     Image.Resampling.BICUBIC)))
         assert (crop.permute(1, 2, 0) - by_pil / 255).abs().mean() < 0.01
 
 
 def test_crops_can_keep_their_aspect():
     image = torch.full((3, 30, 60), 255, dtype=torch.uint8)
     crops = grid_crops(image, Grid(1, 1, [0]), 16, **PLAIN, keep_aspect=True)
-    torch.testing.assert_close(crops[0], torch.tensor([1.0] * 8 + [0.0] * 8)[:, None].expand(3, 16, 16))
+    torch.testing.assert_close(crops[0],
+                               torch.tensor([1.0] * 8 + [0.0] * 8)[:, None].expand(3, 16, 16))
 
 
-# --------------------------------------------------------------------------------------------------- panoptic regions
-
-def test_panoptic_ids_are_r_256g_65536b(panoptic, scenes):
-    dataset = data.PanopticRegions(**panoptic_arguments(panoptic))
-    assert dataset.names == ["disc", "box", "sea", "ground-other"] and dataset.is_thing == [True, True, False, False]
-    for sample, (_, label) in zip((dataset[index] for index in range(5)), scenes):
-        classes = torch.tensor([3, 0, 1])[torch.from_numpy(label).long()]       # ground, disc, box
-        assert torch.equal(sample.labels[sample.segments.long()], classes)
-        disc = (sample.labels == 0).nonzero().item()
-        ys, xs = np.nonzero(label == 1)
-        assert sample.boxes[disc].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-
-
-def panoptic_arguments(panoptic: dict) -> dict:
-    return {"annotations": panoptic["annotations"], "pngs": panoptic["pngs"], "images": panoptic["images"]}
-
-
-def test_crowds_and_specks_are_left_out(panoptic, tmp_path):
-    content = json.loads(open(panoptic["annotations"]).read())
-    content["annotations"] = content["annotations"][:1]
-    content["annotations"][0]["segments_info"][1]["iscrowd"] = 1
-    (tmp_path / "x.json").write_text(json.dumps(content))
-    arguments = panoptic_arguments(panoptic) | {"annotations": tmp_path / "x.json"}
-    assert data.PanopticRegions(**arguments)[0].labels.tolist() == [1, 3]
-    assert data.PanopticRegions(**arguments)[0].segments.min() == -1
-    assert data.PanopticRegions(**arguments, crowd=True)[0].labels.tolist() == [1, 0, 3]
-    assert data.PanopticRegions(**arguments, min_area=2000)[0].labels.tolist() == [3]
-
-
-def test_masks_are_shares_of_patches():
-    segments = torch.full((32, 64), -1)
-    segments[:16, :16] = 0
-    segments[:8, 24:40] = 1
-    masks = data.segment_masks(segments, 2, 64, 16)
-    expected = torch.zeros(2, 4, 4)
-    expected[0, 0, 0], expected[1, 0, 1], expected[1, 0, 2] = 1, 0.25, 0.25
-    torch.testing.assert_close(masks, expected)
-    assert data.segment_masks(segments, 0, 64, 16).shape == (0, 4, 4)
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
-
-@pytest.mark.parametrize("name, expected", [("voc20", [VOID, 0, 19, VOID]), ("voc21", [0, 1, 20, VOID])])
-def test_voc_labels(tmp_path, name, expected):
-    """Label values background, aeroplane, television and the void border, as the palette PNGs have them."""
-    root = tmp_path / "VOCdevkit/VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    Image.new("RGB", (4, 1)).save(root / "JPEGImages/x.jpg")
-    label = Image.new("P", (4, 1))
-    label.putpalette(list(range(256)) * 3)
-    label.putdata([0, 1, 20, 255])
-    label.save(root / "SegmentationClass/x.png")
-    (root / "ImageSets/Segmentation/val.txt").write_text("x\n")
-    assert data.SegmentationImages(BENCHMARKS[name], tmp_path)[0][1].tolist() == [expected]
-
-
-def test_class_files_have_a_line_for_each_class():
-    for benchmark in BENCHMARKS.values():
-        assert len(data.read_classes(f"classes/{benchmark.classes}")) == len(benchmark.values)
-    voc = data.read_classes("classes/voc20.txt")
-    assert voc.names[0] == "aeroplane" and voc.names[14] == "person" and voc.names[19] == "television monitor"
-    assert len(data.read_classes("classes/coco_panoptic.txt")) == 133
-
+# -------------------------------------------------------------------------------------- class lists
 
 def test_a_class_has_the_best_of_its_synonyms(tmp_path):
     (tmp_path / "x.txt").write_text("\ufeff# a comment\ncat, kitten\n\ndog\nsofa, couch,\n")
     classes = data.read_classes(tmp_path / "x.txt")
-    assert classes.names == ["cat", "dog", "sofa"] and classes.prompts == ["cat", "kitten", "dog", "sofa", "couch"]
+    assert classes.names == ["cat", "dog", "sofa"] and classes.prompts == ["cat", "kitten", "dog",
+                                                                           "sofa", "couch"]
     scores = torch.tensor([[1.0, -5], [2, -6], [3, -7], [5, -8], [4, -1]])
     assert classes.best(scores).tolist() == [[2, -5], [3, -7], [5, -1]]
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
-def first(panoptic: dict, tmp_path, change) -> data.Regions:
-    """The first item after `change` has been made to the json."""
-    content = json.loads(open(panoptic["annotations"]).read())
-    change(content)
-    return data.PanopticRegions(**spoil(panoptic, tmp_path, **content))[0]
-
-
-def spoil(panoptic: dict, tmp_path, **changes) -> dict:
-    content = json.loads(open(panoptic["annotations"]).read()) | changes
-    (tmp_path / "x.json").write_text(json.dumps(content))
-    return panoptic_arguments(panoptic) | {"annotations": tmp_path / "x.json"}
+def named_json(tmp_path):
+    """A json that names an image."""
+    (tmp_path / "x.json").write_text(json.dumps({"images": [{"file_name": "0.jpg"}]}))
+    return tmp_path / "x.json"
 
 
 @pytest.mark.parametrize("make, sentence", [
-    (lambda p, t: data.list_images(t / "no"), "no does not exist; put images there"),
-    (lambda p, t: data.list_images(t), "holds no image; put images there"),
-    (lambda p, t: data.list_images(t / "no.json"), "There is no file"),
-    (lambda p, t: data.list_images(p["annotations"], t), "which is not there; set IMAGE_ROOT"),
-    (lambda p, t: data.read_image(__file__), "can't be read as an image"),
-    (lambda p, t: data.read_classes(t / "no.txt"), "There is no class file"),
-    (lambda p, t: data.read_json(__file__), "is not json"),
-    (lambda p, t: data.PanopticRegions(**spoil(p, t, annotations=[{"id": 1}])), "no field 'segments_info'"),
-    (lambda p, t: data.PanopticRegions(**spoil(p, t, annotations=[])), "has no annotations"),
-    (lambda p, t: first(p, t, lambda c: c["categories"].pop(0)), "has the category_id 7 in a segment of 0.png, but no such"),
-    (lambda p, t: first(p, t, lambda c: c["images"].pop(0)), "has the image_id 0 for 0.png, but no such image in 'images'"),
-    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].update(id=77)), "has the segment id 77 for"),
-    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].pop("bbox")), "without the field 'bbox'"),
-    (lambda p, t: first(p, t, lambda c: c["annotations"][0].update(file_name="no.png")), "no.png can't be read as an image"),
-    (lambda p, t: first(p, t, lambda c: c["images"][0].update(file_name="no.jpg")), "no.jpg can't be read as an image"),
-    (lambda p, t: first(p, t, lambda c: c["categories"][0].pop("isthing")), "without the field 'isthing'"),
-    (lambda p, t: data.SegmentationImages(BENCHMARKS["voc20"], t), "set DATA to the folder that holds VOCdevkit/VOC2012"),
+    (lambda t: data.list_images(t / "no"), "no does not exist; put images there"),
+    (lambda t: data.list_images(t), "holds no image; put images there"),
+    (lambda t: data.list_images(t / "no.json"), "There is no file"),
+    (lambda t: data.list_images(named_json(t), t / "no"), "which is not there; set IMAGE_ROOT"),
+    (lambda t: data.read_image(__file__), "can't be read as an image"),
+    (lambda t: data.read_classes(t / "no.txt"), "There is no class file"),
+    (lambda t: files.read_json(__file__), "is not json"),
 ])
-def test_refusals_say_what_to_do(panoptic, tmp_path, make, sentence):
+def test_refusals_say_what_to_do(tmp_path, make, sentence):
     with pytest.raises(ValueError) as error:
-        make(panoptic, tmp_path)
+        make(tmp_path)
     assert sentence in str(error.value) and "\n" not in str(error.value)
-
-
-def test_sizes_must_agree(panoptic, voc, tmp_path):
-    dataset = data.PanopticRegions(**panoptic_arguments(panoptic))
-    dataset.file_names[0] = "1.jpg"
-    with pytest.raises(ValueError, match="they must be of one size"):
-        dataset[0]
-    Image.new("L", (3, 3)).save(tmp_path / "small.png")
-    small = dataclasses.replace(BENCHMARKS["voc20"], label=str(tmp_path / "small.png"))
-    with pytest.raises(ValueError, match="they must be of one size"):
-        data.SegmentationImages(small, voc)[0]

@@ -11,16 +11,17 @@ from PIL import Image
 
 import data
 import eval_region
-import evaluation
-import settings
 from model import DeCLIP, region_features
+from util import settings
 
-TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "classes": "none", "sizes": 64, "workers": 0,
+TINY = {"model": "tiny-eva", "pretrained": "none", "templates": "a {}.", "classes": "none",
+        "sizes": 64, "num_workers": 0,
         "min_area": 1}
 
 
 def test_mean_accuracy_is_over_classes_that_occur():
-    scores, labels = torch.randn(200, 9), torch.randint(0, 7, (200,))       # classes 7 and 8 never occur
+    # classes 7 and 8 never occur
+    scores, labels = torch.randn(200, 9), torch.randint(0, 7, (200,))
     labels[labels == 3] = 4                                                 # nor does 3
     result = eval_region.mean_accuracy(eval_region.count_hits(scores, labels))
     for top in (1, 5):
@@ -34,14 +35,18 @@ def test_mean_accuracy_is_over_classes_that_occur():
 
 def test_no_region_of_a_kind_is_no_number():
     means = {"box thing": eval_region.mean_accuracy(torch.zeros(4, 3, dtype=torch.long))}
-    assert means["box thing"]["top1"] is None and eval_region.table(means).split()[-4:] == ["-", "-", "0", "0"]
+    assert means["box thing"]["top1"] is None
+    assert eval_region.table(means).split()[-4:] == ["-", "-", "0", "0"]
 
 
-def direct_features(clip: DeCLIP, image: torch.Tensor, label: np.ndarray, value: int) -> dict[str, torch.Tensor]:
-    """The features of the pixels labelled `value`, from the class map that the scene was drawn with, one patch at a time."""
+def direct_features(clip: DeCLIP, image: torch.Tensor, label: np.ndarray,
+                    value: int) -> dict[str, torch.Tensor]:
+    """The features of the pixels labelled `value`, from the class map that the scene was drawn
+    with, one patch at a time."""
     h, w = data.fitted_size(image, 64)
     big = torch.zeros(64, 64)
-    big[:h, :w] = F.interpolate(torch.from_numpy(label == value)[None, None].float(), (h, w), mode="bilinear",
+    big[:h, :w] = F.interpolate(torch.from_numpy(label == value)[None, None].float(), (h, w),
+                                mode="bilinear",
                                 antialias=True)[0, 0]
     ys, xs = np.nonzero(label == value)
     box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
@@ -49,69 +54,87 @@ def direct_features(clip: DeCLIP, image: torch.Tensor, label: np.ndarray, value:
     with torch.inference_mode():
         content = clip.encode_dense(data.student_image(image, 64, clip.mean, clip.std)[None])[0]
         cls = clip.encode_image(data.normalize(crop, clip.mean, clip.std)[None])[0]
-    total = sum(content[0, :, i, j] * big[8 * i:8 * i + 8, 8 * j:8 * j + 8].sum() for i in range(8) for j in range(8))
+    total = sum(content[0, :, i, j] * big[8 * i:8 * i + 8, 8 * j:8 * j + 8].sum() for i in range(8)
+                for j in range(8))
     scale = torch.tensor([w / label.shape[1], h / label.shape[0]] * 2) / 64
-    return {"mask": total / big.sum(), "crop": cls, "box": region_features(content, [torch.tensor([box]) * scale])[0]}
+    return {"mask": total / big.sum(), "crop": cls,
+            "box": region_features(content, [torch.tensor([box]) * scale])[0]}
 
 
 def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
-    """From a checkpoint with no argument about the model, one region at a time; every vote counts, so all must agree."""
+    """From a checkpoint with no argument about the model, one region at a time; every vote counts,
+    so all must agree."""
     clip = DeCLIP("tiny-eva", context="k", scale=2.0)
-    for parameter in clip.visual.parameters():      # stronger than the usual start, so that regions differ
+    # stronger than the usual start, so that regions differ
+    for parameter in clip.visual.trunk.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 0.5)
     clip.save(tmp_path / "declip.safetensors")
     given = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}
-    result = eval_region.main(options(**given | panoptic | {"ckpt": tmp_path / "declip.safetensors", "batch_size": 2,
+    result = eval_region.main(options(**given | panoptic
+                                      | {"ckpt": tmp_path / "declip.safetensors", "batch_size": 2,
                                                             "crop_batch": 4}))["64"]
     text = clip.encode_text(["disc", "box", "sea", "ground other"], ["a {}."])
-    hits, dataset = {}, data.PanopticRegions(panoptic["annotations"], panoptic["pngs"], panoptic["images"])
+    hits, dataset = {}, eval_region.PanopticRegions(panoptic["annotations"], panoptic["pngs"],
+                                                    panoptic["images"])
     for index, (_, label) in enumerate(scenes):
         sample = dataset[index]
-        encoded = eval_region.encode_regions(settings.parse(options(**TINY), eval_region, evaluation), clip, clip,
+        encoded = eval_region.encode_regions(settings.parse(options(**TINY), eval_region), clip,
+                                             clip,
                                              [sample], 64, torch.device("cpu"))
         for value, klass in ((0, 3), (1, 0), (2, 1)):       # ground, disc, box
             place = sample.labels.tolist().index(klass)
             for way, feature in direct_features(clip, sample.image, label, value).items():
                 torch.testing.assert_close(encoded[way][place], feature, rtol=1e-4, atol=1e-4)
                 kind = "stuff" if klass == 3 else "thing"
-                hits.setdefault(f"{way} {kind}", {}).setdefault(klass, []).append((text @ feature).argmax().item() == klass)
+                is_right = (text @ feature).argmax().item() == klass
+                hits.setdefault(f"{way} {kind}", {}).setdefault(klass, []).append(is_right)
     for row, classes in hits.items():
-        assert result["mAcc"][row]["top1"] == pytest.approx(100 * np.mean([np.mean(right) for right in classes.values()]))
-    assert result["mAcc"]["box thing"]["regions"] == 10 and result["mAcc"]["mask stuff"]["regions"] == 5
+        expected = 100 * np.mean([np.mean(right) for right in classes.values()])
+        assert result["mAcc"][row]["top1"] == pytest.approx(expected)
+    assert result["mAcc"]["box thing"]["regions"] == 10
+    assert result["mAcc"]["mask stuff"]["regions"] == 5
     written = json.loads((tmp_path / "region.json").read_text())
     assert written["sizes"]["64"] == result and (written["context"], written["scale"]) == ("k", 2.0)
 
 
 def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_path):
-    """Features set to the class embeddings are all right, features set to their opposite all wrong."""
+    """Features set to the class embeddings are all right, features set to their opposite all
+    wrong."""
     text = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
 
     def painted(cfg, clip, teacher, samples, size, device):
         features = torch.cat([text[sample.labels] for sample in samples])
         return {"box": features, "mask": features, "crop": -features}
     monkeypatch.setattr(eval_region, "encode_regions", painted)
-    monkeypatch.setattr(eval_region.evaluation, "encode_classes", lambda *_: text)
+    monkeypatch.setattr(eval_region, "encode_classes", lambda *_: text)
     means = eval_region.main(options(**TINY | panoptic | {"out": tmp_path}))["64"]["mAcc"]
-    assert means["box thing"]["top1"] == means["mask stuff"]["top1"] == 100 and means["crop thing"]["top1"] == 0
+    assert means["box thing"]["top1"] == means["mask stuff"]["top1"] == 100
+    assert means["crop thing"]["top1"] == 0
 
 
 def test_synonyms_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
-    """Settings that change what is computed reach it: seen in what the model and the counting are asked."""
+    """Settings that change what is computed reach it: seen in what the model and the counting are
+    asked."""
     content = json.loads(open(panoptic["annotations"]).read())
     content["annotations"][0]["segments_info"][1]["iscrowd"] = 1
     (tmp_path / "p.json").write_text(json.dumps(content))
     (tmp_path / "classes.txt").write_text("disc, ball, circle\nbox\nsea, ocean\nground\n")
-    given = options(**TINY | panoptic | {"annotations": tmp_path / "p.json", "classes": tmp_path / "classes.txt",
+    given = options(**TINY | panoptic
+                    | {"annotations": tmp_path / "p.json", "classes": tmp_path / "classes.txt",
                                          "out": tmp_path, "attention": "maskclip"})
     seen = []
-    monkeypatch.setattr(DeCLIP, "encode_dense", lambda self, images, attention=None, own=DeCLIP.encode_dense:
+    monkeypatch.setattr(DeCLIP, "encode_dense", lambda self, images, attention=None,
+                        own=DeCLIP.encode_dense:
                         (seen.append(attention), own(self, images, attention))[1])
     assert eval_region.main(given)["64"]["mAcc"]["box thing"]["regions"] == 9
     assert set(seen) == {"maskclip"} and (tmp_path / "region.maskclip.json").exists()
     assert eval_region.main([*given, "--crowd"])["64"]["mAcc"]["box thing"]["regions"] == 10
-    # Loaded from a file with the vision tower alone, the teacher can be told from the model that is evaluated.
-    torch.save(DeCLIP("tiny-eva").clip.visual.state_dict(prefix="visual."), tmp_path / "teacher.pt")
-    monkeypatch.setattr(DeCLIP, "encode_image", lambda self, images: pytest.fail("asked") if self.has_text else
+    # Loaded from a file with the vision tower alone, the teacher can be told from the model that is
+    # evaluated.
+    torch.save(DeCLIP("tiny-eva").visual.trunk.state_dict(prefix="visual."),
+               tmp_path / "teacher.pt")
+    monkeypatch.setattr(DeCLIP, "encode_image", lambda self, images: pytest.fail("asked")
+                        if self.text is not None else
                         torch.ones(len(images), 32))
     eval_region.main([*given, "--teacher", str(tmp_path / "teacher.pt")])
 
@@ -120,14 +143,18 @@ def test_ranks_share_the_images(panoptic, tmp_path):
     """Five images over two ranks: every region counts once."""
     given = TINY | panoptic | {"out": tmp_path / "one"}
     alone = eval_region.main(options(**given))["64"]["mAcc"]
-    succeeds(torchrun("tests/tiny.py", "eval_region", *options(**given | {"out": tmp_path / "two"})))
+    succeeds(torchrun("tests/tiny.py", "eval_region",
+                      *options(**given | {"out": tmp_path / "two"})))
     together = json.loads((tmp_path / "two" / "region.json").read_text())["sizes"]["64"]["mAcc"]
-    assert {name: row["regions"] for name, row in together.items()} == {name: row["regions"] for name, row in alone.items()}
-    assert together["mask stuff"]["top1"] == pytest.approx(alone["mask stuff"]["top1"], abs=21)   # one region on the edge
+    assert {name: row["regions"] for name,
+            row in together.items()} == {name: row["regions"] for name, row in alone.items()}
+    # one region on the edge
+    assert together["mask stuff"]["top1"] == pytest.approx(alone["mask stuff"]["top1"], abs=21)
 
 
 def test_boxes_lie_where_the_student_sees_them(panoptic):
-    dataset = data.PanopticRegions(panoptic["annotations"], panoptic["pngs"], panoptic["images"])
+    dataset = eval_region.PanopticRegions(panoptic["annotations"], panoptic["pngs"],
+                                          panoptic["images"])
     sample = dataset[2]         # 80 x 40, so the right half of the picture is padding
     boxes = eval_region.box_in_frame(sample, 64)
     assert boxes[:, 2].max() <= 0.5 and torch.allclose(boxes[:, 3].max(), torch.tensor(1.0))
@@ -136,16 +163,19 @@ def test_boxes_lie_where_the_student_sees_them(panoptic):
 
 def test_classes_must_fit_the_json(panoptic, tmp_path):
     with pytest.raises(SystemExit, match="has 133 classes, but .* 4 categories"):
-        eval_region.main(options(**TINY | panoptic | {"classes": "classes/coco_panoptic.txt", "out": tmp_path}))
+        eval_region.main(options(**TINY | panoptic
+                                 | {"classes": "classes/coco_panoptic.txt", "out": tmp_path}))
 
 
 def test_an_image_without_regions_is_no_error(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "x.jpg")
     Image.new("RGB", (20, 10)).save(tmp_path / "x.png")
-    content = {"images": [{"id": 1, "file_name": "x.jpg"}], "categories": [{"id": 1, "name": "cat", "isthing": 1}],
+    content = {"images": [{"id": 1, "file_name": "x.jpg"}],
+               "categories": [{"id": 1, "name": "cat", "isthing": 1}],
                "annotations": [{"image_id": 1, "file_name": "x.png", "segments_info": []}]}
     (tmp_path / "p.json").write_text(json.dumps(content))
-    arguments = {"annotations": tmp_path / "p.json", "pngs": tmp_path, "images": tmp_path, "out": tmp_path}
+    arguments = {"annotations": tmp_path / "p.json", "pngs": tmp_path, "images": tmp_path,
+                 "out": tmp_path}
     assert eval_region.main(options(**TINY | arguments))["64"]["mAcc"]["box thing"]["regions"] == 0
 
 
@@ -156,7 +186,8 @@ def test_several_sizes_are_a_table_and_a_plot(panoptic, tmp_path, capsys):
     table = capsys.readouterr().out.split("top 1 mAcc, %")[1].splitlines()
     assert table[0].split() == ["32", "64"] and len(table) >= 7
     for size in (32, 64):
-        assert eval_region.main(options(**given | {"sizes": size, "out": tmp_path / "alone"}))[str(size)] == both[str(size)]
+        alone = eval_region.main(options(**given | {"sizes": size, "out": tmp_path / "alone"}))
+        assert alone[str(size)] == both[str(size)]
     box = [f"{both[size]['mAcc']['box thing']['top1']:.1f}" for size in ("32", "64")]
     assert next(line for line in table if line.startswith("box thing")).split()[2:] == box
     assert json.loads((tmp_path / "region.json").read_text())["sizes"] == both
@@ -166,3 +197,90 @@ def test_several_sizes_are_a_table_and_a_plot(panoptic, tmp_path, capsys):
 def test_a_size_that_patches_do_not_fill_is_refused(panoptic):
     with pytest.raises(SystemExit, match="SIZES has 60, .* the nearest size that works is 64"):
         eval_region.main(options(**TINY | panoptic | {"sizes": (32, 60)}))
+
+
+# --------------------------------------------------------------------------------- panoptic regions
+
+def test_panoptic_ids_are_r_256g_65536b(panoptic, scenes):
+    dataset = eval_region.PanopticRegions(**panoptic_arguments(panoptic))
+    assert dataset.names == ["disc", "box", "sea", "ground-other"]
+    assert dataset.is_thing == [True, True, False, False]
+    for sample, (_, label) in zip((dataset[index] for index in range(5)), scenes):
+        classes = torch.tensor([3, 0, 1])[torch.from_numpy(label).long()]       # ground, disc, box
+        assert torch.equal(sample.labels[sample.region_ids.long()], classes)
+        disc = (sample.labels == 0).nonzero().item()
+        ys, xs = np.nonzero(label == 1)
+        assert sample.boxes[disc].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def panoptic_arguments(panoptic: dict) -> dict:
+    return {"annotations": panoptic["annotations"], "pngs": panoptic["pngs"],
+            "images": panoptic["images"]}
+
+
+def test_crowds_and_specks_are_left_out(panoptic, tmp_path):
+    content = json.loads(open(panoptic["annotations"]).read())
+    content["annotations"] = content["annotations"][:1]
+    content["annotations"][0]["segments_info"][1]["iscrowd"] = 1
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    arguments = panoptic_arguments(panoptic) | {"annotations": tmp_path / "x.json"}
+    assert eval_region.PanopticRegions(**arguments)[0].labels.tolist() == [1, 3]
+    assert eval_region.PanopticRegions(**arguments)[0].region_ids.min() == -1
+    assert eval_region.PanopticRegions(**arguments, crowd=True)[0].labels.tolist() == [1, 0, 3]
+    assert eval_region.PanopticRegions(**arguments, min_area=2000)[0].labels.tolist() == [3]
+
+
+def test_masks_are_shares_of_patches():
+    region_ids = torch.full((32, 64), -1)
+    region_ids[:16, :16] = 0
+    region_ids[:8, 24:40] = 1
+    masks = eval_region.region_masks(region_ids, 2, 64, 16)
+    expected = torch.zeros(2, 4, 4)
+    expected[0, 0, 0], expected[1, 0, 1], expected[1, 0, 2] = 1, 0.25, 0.25
+    torch.testing.assert_close(masks, expected)
+    assert eval_region.region_masks(region_ids, 0, 64, 16).shape == (0, 4, 4)
+
+
+def first(panoptic: dict, tmp_path, change) -> eval_region.Regions:
+    """The first item after `change` has been made to the json."""
+    content = json.loads(open(panoptic["annotations"]).read())
+    change(content)
+    return eval_region.PanopticRegions(**spoil(panoptic, tmp_path, **content))[0]
+
+
+def spoil(panoptic: dict, tmp_path, **changes) -> dict:
+    content = json.loads(open(panoptic["annotations"]).read()) | changes
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    return panoptic_arguments(panoptic) | {"annotations": tmp_path / "x.json"}
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda p, t: eval_region.PanopticRegions(**spoil(p, t, annotations=[{"id": 1}])),
+     "no field 'segments_info'"),
+    (lambda p, t: eval_region.PanopticRegions(**spoil(p, t, annotations=[])), "has no annotations"),
+    (lambda p, t: first(p, t, lambda c: c["categories"].pop(0)),
+     "has the category_id 7 in a segment of 0.png, but no such"),
+    (lambda p, t: first(p, t, lambda c: c["images"].pop(0)),
+     "has the image_id 0 for 0.png, but no such image in 'images'"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].update(id=77)),
+     "has the segment id 77 for"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].pop("bbox")),
+     "without the field 'bbox'"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0].update(file_name="no.png")),
+     "no.png can't be read as an image"),
+    (lambda p, t: first(p, t, lambda c: c["images"][0].update(file_name="no.jpg")),
+     "no.jpg can't be read as an image"),
+    (lambda p, t: first(p, t, lambda c: c["categories"][0].pop("isthing")),
+     "without the field 'isthing'"),
+])
+def test_refusals_say_what_to_do(panoptic, tmp_path, make, sentence):
+    with pytest.raises(ValueError) as error:
+        make(panoptic, tmp_path)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_image_and_png_must_be_of_one_size(panoptic):
+    dataset = eval_region.PanopticRegions(**panoptic_arguments(panoptic))
+    dataset.file_names[0] = "1.jpg"
+    with pytest.raises(ValueError, match="they must be of one size"):
+        dataset[0]

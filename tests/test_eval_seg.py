@@ -11,23 +11,26 @@ from conftest import options, succeeds, torchrun
 
 import data
 import eval_seg
-import evaluation
-import settings
-from data import VOID, make_classes
-from model import DeCLIP
+from data import make_classes
+from eval_seg import VOID
+from model import DeCLIP, VisionTower, open_model, title
+from util import distributed, settings
 
-TINY = {"model": "tiny-eva", "pretrained": "none", "template": "a {}.", "workers": 0, "short_side": 48, "window": 32,
+TINY = {"model": "tiny-eva", "pretrained": "none", "templates": "a {}.", "num_workers": 0,
+        "short_side": 48, "window": 32,
         "stride": 16, "window_batch": 3}
 
-OF_CHECKPOINT = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}   # it says itself what it is
+# it says itself what it is
+OF_CHECKPOINT = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}
 
 
 def config(**given):
-    return settings.parse(options(**TINY | given), eval_seg, evaluation)
+    return settings.parse(options(**TINY | given), eval_seg)
 
 
 def slow_iou(label: np.ndarray, prediction: np.ndarray, classes: int) -> list[float | None]:
-    """IoU of each class in per cent, pixel by pixel; None for a class that neither occurs nor is predicted."""
+    """IoU of each class in per cent, pixel by pixel; None for a class that neither occurs nor is
+    predicted."""
     out = []
     for k in range(classes):
         both = either = 0
@@ -40,72 +43,89 @@ def slow_iou(label: np.ndarray, prediction: np.ndarray, classes: int) -> list[fl
 
 
 def test_miou_agrees_with_a_direct_computation():
-    """With void pixels, a class that never occurs (5), and one that is predicted but does not occur (4)."""
+    """With void pixels, a class that never occurs (5), and one that is predicted but does not occur
+    (4)."""
     draw = np.random.default_rng(0)
     label, prediction = draw.integers(0, 4, (30, 40)), draw.integers(0, 5, (30, 40))
     label[draw.random(label.shape) < 0.2] = VOID
-    confusion = eval_seg.confusion_matrix(torch.from_numpy(label).byte(), torch.from_numpy(prediction), 6)
+    confusion = eval_seg.confusion_matrix(torch.from_numpy(label).byte(),
+                                          torch.from_numpy(prediction), 6)
     result = eval_seg.summarize(confusion, make_classes(list("abcdef")))
     expected = slow_iou(label, prediction, 6)
-    assert expected[5] is None and result["IoU"]["f"] is None and result["IoU"]["e"] == expected[4] == 0
+    assert expected[5] is None and result["IoU"]["f"] is None
+    assert result["IoU"]["e"] == expected[4] == 0
     assert list(result["IoU"].values())[:5] == pytest.approx(expected[:5], abs=0.005)
     assert result["mIoU"] == pytest.approx(np.mean(expected[:5]))
-    assert result["pixel accuracy"] == pytest.approx(100 * (label == prediction)[label != VOID].mean())
+    assert result["pixel accuracy"] == pytest.approx(100 * (label
+                                                            == prediction)[label != VOID].mean())
 
 
 def test_perfect_prediction_is_100_and_a_shift_by_one_is_not():
     label = torch.randint(0, 4, (20, 20))
     classes = make_classes(list("abcd"))
-    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), label, 4), classes)["mIoU"] == 100
-    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), (label + 1) % 4, 4), classes)["mIoU"] == 0
+    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), label, 4),
+                              classes)["mIoU"] == 100
+    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), (label + 1) % 4, 4),
+                              classes)["mIoU"] == 0
 
 
-@pytest.mark.parametrize("length, expected", [(448, [0, 112]), (336, [0]), (337, [0, 1]), (600, [0, 112, 224, 264])])
+@pytest.mark.parametrize("length, expected",
+                         [(448, [0, 112]), (336, [0]), (337, [0, 1]), (600, [0, 112, 224, 264])])
 def test_windows_cover_a_side(length, expected):
     assert eval_seg.window_starts(length, 336, 112) == expected
 
 
 def slow_logits(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """One window at a time, its scores laid over a picture of NaNs and averaged where there are any."""
+    """One window at a time, its scores laid over a picture of NaNs and averaged where there are
+    any."""
     H, W = image.shape[-2:]
     h, w = (round(side * cfg.SHORT_SIDE / min(H, W)) for side in (H, W))
     picture = torch.zeros(3, max(h, cfg.WINDOW), max(w, cfg.WINDOW))
     picture[:, :h, :w] = data.resize(image, h, w)
-    picture = (picture - torch.tensor(clip.mean).view(3, 1, 1)) / torch.tensor(clip.std).view(3, 1, 1)
+    picture = (picture - torch.tensor(clip.mean).view(3, 1, 1)) / torch.tensor(clip.std).view(3, 1,
+                                                                                              1)
     layers = []
-    for y in {min(y, picture.shape[1] - cfg.WINDOW) for y in range(0, picture.shape[1], cfg.STRIDE)}:
-        for x in {min(x, picture.shape[2] - cfg.WINDOW) for x in range(0, picture.shape[2], cfg.STRIDE)}:
+    for y in {min(y, picture.shape[1] - cfg.WINDOW)
+              for y in range(0, picture.shape[1], cfg.STRIDE)}:
+        for x in {min(x, picture.shape[2] - cfg.WINDOW)
+                  for x in range(0, picture.shape[2], cfg.STRIDE)}:
             window = picture[None, :, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
             features = F.normalize(clip.encode_dense(window)[0], dim=1)
             layer = torch.full((len(text), *picture.shape[1:]), float("nan"))
             layer[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW] = F.interpolate(
-                torch.stack([(features[0] * name.view(-1, 1, 1)).sum(0) for name in text])[None], cfg.WINDOW, mode="bilinear")
+                torch.stack([(features[0] * name.view(-1, 1, 1)).sum(0) for name in text])[None],
+                cfg.WINDOW, mode="bilinear")
             layers.append(layer)
-    return F.interpolate(torch.stack(layers).nanmean(dim=0)[None, :, :h, :w], (H, W), mode="bilinear")[0]
+    return F.interpolate(torch.stack(layers).nanmean(dim=0)[None, :, :h, :w], (H, W),
+                         mode="bilinear")[0]
 
 
 def pixels(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """What the script computes: scores of all texts and pixels, (P, H, W)."""
-    return torch.cat(list(eval_seg.segment(cfg, clip, [image], text)[0].of_pixels()), dim=1)
+    return torch.cat(list(eval_seg.score_images(cfg, clip, [image], text)[0].of_pixels()), dim=1)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (90, 40)])
-@pytest.mark.parametrize("short_side", [48, 40, 24], ids=["windows overlap", "moved back", "smaller than a window"])
+@pytest.mark.parametrize("short_side", [48, 40, 24],
+                         ids=["windows overlap", "moved back", "smaller than a window"])
 def test_windows_in_batches_are_windows_one_by_one(size, short_side):
     clip, cfg = DeCLIP("tiny-eva"), config(short_side=short_side)
     image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
     text = clip.encode_text(["cat", "dog", "sea"])
     with torch.inference_mode():
-        scores, _ = eval_seg.segment(cfg, clip, [image, image.flip(1)], text)
+        scores, _ = eval_seg.score_images(cfg, clip, [image, image.flip(1)], text)
         rows = list(scores.of_pixels(most=3 * size[1] * 7))
-        torch.testing.assert_close(torch.cat(rows, dim=1), slow_logits(cfg, clip, image, text), rtol=0, atol=2e-6)
+        torch.testing.assert_close(torch.cat(rows, dim=1), slow_logits(cfg, clip, image, text),
+                                   rtol=0, atol=2e-6)
     assert len(rows) == -(-size[0] // 7)        # in strips that need not divide the height
 
 
 def test_synonyms_and_background():
-    """A class has its best synonym's probability; an unsure pixel is background, but only where there is one."""
+    """A class has its best synonym's probability; an unsure pixel is background, but only where
+    there is one."""
     classes = make_classes(["background, sky", "cat, kitten", "dog"])
-    logits = torch.tensor([[0.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0], [0, 0, 9, 0.1]])[:, None]
+    logits = torch.tensor([[0.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0],
+                           [0, 0, 9, 0.1]])[:, None]
     assert eval_seg.decide(logits, classes, 1.0, None).tolist() == [[1, 0, 2, 2]]
     assert eval_seg.decide(logits, classes, 1.0, 0.5).tolist() == [[1, 0, 2, 0]]
 
@@ -118,11 +138,13 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_path):
-    """From a checkpoint with no argument about the model, both benchmarks, on labels that the scenes were drawn from."""
+    """From a checkpoint with no argument about the model, both benchmarks, on labels that the
+    scenes were drawn from."""
     result = eval_seg.main(options(**OF_CHECKPOINT, ckpt=checkpoint, data=voc, out=tmp_path))
     clip = DeCLIP("tiny-eva", checkpoint)
     assert (clip.context, clip.scale) == ("qk", 0.5)
-    for name, table in (("voc20", [VOID, 2, 5]), ("voc21", [0, 3, 6])):     # ground, disc (bird), box (bus)
+    # ground, disc (bird), box (bus)
+    for name, table in (("voc20", [VOID, 2, 5]), ("voc21", [0, 3, 6])):
         classes = data.read_classes(f"classes/{name}.txt")
         text = clip.encode_text(classes.prompts, ["a {}."])
         labels, predictions = [], []
@@ -144,59 +166,68 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
 def test_ranks_share_the_images(voc, checkpoint, tmp_path):
     given = OF_CHECKPOINT | {"benchmarks": "voc21"}
     alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
-    succeeds(torchrun("tests/tiny.py", "eval_seg", *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
+    succeeds(torchrun("tests/tiny.py", "eval_seg",
+                      *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
     together = json.loads((tmp_path / "two" / "seg.json").read_text())["benchmarks"]
     assert together["voc21"]["mIoU"] == pytest.approx(alone["voc21"]["mIoU"], abs=0.1)
-    assert together["voc21"]["pixels"] == alone["voc21"]["pixels"]      # five images over two ranks, each once
-    assert together["voc21"]["pixel accuracy"] == pytest.approx(alone["voc21"]["pixel accuracy"], abs=0.1)
+    # five images over two ranks, each once
+    assert together["voc21"]["pixels"] == alone["voc21"]["pixels"]
+    assert together["voc21"]["pixel accuracy"] == pytest.approx(alone["voc21"]["pixel accuracy"],
+                                                                abs=0.1)
 
 
 @pytest.mark.parametrize("attention", ["clip", "maskclip", "sclip", "clearclip"])
 def test_baselines_need_no_checkpoint(attention):
     """The attention asked for is the one computed, and the result has a file of its own."""
     cfg, clip = config(attention=attention), DeCLIP("tiny-eva")
-    assert evaluation.open_model(cfg).context == "q"
+    assert open_model(cfg).context == "q"
     image, text = torch.randint(0, 256, (3, 32, 32)).byte(), clip.encode_text(["cat", "dog"])
     with torch.inference_mode():
         logits = pixels(config(attention=attention, short_side=32), clip, image, text)
         windows = data.normalize(image[None] / 255, clip.mean, clip.std)
         features = F.normalize(clip.encode_dense(windows, attention)[0], dim=1)
-        expected = F.interpolate(torch.einsum("nchw,pc->nphw", features, text), 32, mode="bilinear")[0]
+        expected = F.interpolate(torch.einsum("nchw,pc->nphw", features, text), 32,
+                                 mode="bilinear")[0]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         change = (logits - pixels(config(short_side=32), clip, image, text)).abs().max()
-    assert (change > 1e-4) == (attention != "clearclip")        # which is DeCLIP's block before training
+    # which is DeCLIP's block before training
+    assert (change > 1e-4) == (attention != "clearclip")
 
 
 def test_published_checkpoint_must_name_its_attention(voc, tmp_path):
     """A file that does not describe itself is not evaluated with a guess."""
     torch.manual_seed(1)        # not the weights that a random model begins with
     clip = DeCLIP("tiny-eva", context="qk", scale=1.0)
-    torch.save({"state_dict": clip.clip.visual.state_dict(prefix="visual.")}, tmp_path / "published.pt")
+    torch.save({"state_dict": clip.visual.trunk.state_dict(prefix="visual.")},
+               tmp_path / "published.pt")
     given = options(**TINY | {"data": voc, "out": tmp_path, "ckpt": tmp_path / "published.pt"})
     for missing in ([], ["--context", "qk"], ["--scale", "1"]):
         with pytest.raises(SystemExit, match="does not say which model and attention"):
             eval_seg.main([*given, *missing])
     cfg = config(ckpt=tmp_path / "published.pt", context="qk", scale=1)
-    loaded = evaluation.open_model(cfg)
-    assert (loaded.context, loaded.scale) == ("qk", 1.0) and loaded.has_text
-    assert torch.equal(loaded.visual.blocks[0].attn.q_proj.weight, clip.visual.blocks[0].attn.q_proj.weight)
-    assert evaluation.title(cfg, loaded) == f"tiny-eva, attention qk, scale 1.0, {tmp_path / 'published.pt'}"
+    loaded = open_model(cfg)
+    assert (loaded.context, loaded.scale) == ("qk", 1.0) and loaded.text is not None
+    assert torch.equal(loaded.visual.trunk.blocks[0].attn.q_proj.weight,
+                       clip.visual.trunk.blocks[0].attn.q_proj.weight)
+    weights = tmp_path / "published.pt"
+    assert title(cfg, loaded) == f"tiny-eva, attention qk, scale 1.0, {weights}"
 
 
 def test_a_checkpoint_is_not_evaluated_as_another(checkpoint, tmp_path):
-    for given in ({"context": "q"}, {"scale": "sqrt_d"}, {"scale": 2}, {"model": "tiny-vit"}):
+    for given in ({"context": "q"}, {"scale": 0.25}, {"scale": 2}, {"model": "tiny-vit"}):
         with pytest.raises(ValueError, match="was trained with|does not fit"):
-            evaluation.open_model(settings.parse(options(ckpt=checkpoint, **given), eval_seg, evaluation))
+            open_model(settings.parse(options(ckpt=checkpoint, **given), eval_seg))
 
 
 def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_path):
     broken = shutil.copytree(voc, tmp_path / "data")
     (broken / "VOCdevkit/VOC2012/JPEGImages/s_1.jpg").write_text("no picture")
-    given = OF_CHECKPOINT | {"workers": 1}
+    given = OF_CHECKPOINT | {"num_workers": 1}
     with pytest.raises(SystemExit) as error:
         eval_seg.main(options(**given, ckpt=checkpoint, data=broken, out=tmp_path))
-    assert str(error.value).startswith("eval_seg.py: ") and "s_1.jpg can't be read as an image" in str(error.value)
-    assert "\n" not in str(error.value)
+    sentence = str(error.value)
+    assert sentence.startswith("eval_seg.py: ") and "\n" not in sentence
+    assert "s_1.jpg can't be read as an image" in sentence
 
 
 @pytest.mark.parametrize("given, sentence", [
@@ -206,14 +237,44 @@ def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_p
     ({"stride": 33}, "STRIDE is 33; it must be from 1 to WINDOW, 32"),
     ({"classes": "classes/voc20.txt", "benchmarks": "voc21"}, "has 20 classes, but voc21 has 21"),
     ({"ckpt": "no.safetensors"}, "There is no checkpoint no.safetensors"),
-    ({"scale": "half"}, "SCALE is 'half'; it must be auto, sqrt_d or a number"),
     ({"attention": "csa"}, "ATTENTION is 'csa'; it must be one of clip"),
     ({"window_batch": 0}, "WINDOW_BATCH is 0; it must be at least 1"),
     ({"threshold": 5}, "THRESHOLD is 5.0; it is a probability"),
-    ({"template": "{} and {}"}, "TEMPLATE is"),
-    ({"template": "photo"}, "TEMPLATE is 'photo'; it must be imagenet, simple or a sentence with {}"),
+    ({"templates": "{} and {}"}, "TEMPLATES is"),
+    ({"templates": "photo"},
+     "TEMPLATES is 'photo'; it must be imagenet, simple or a template with {}"),
 ])
 def test_refusals_say_what_to_do(voc, tmp_path, given, sentence):
     with pytest.raises(SystemExit) as error:
         eval_seg.main(options(**TINY | {"data": voc, "out": tmp_path} | given))
-    assert str(error.value).startswith("eval_seg.py: ") and sentence in str(error.value) and "\n" not in str(error.value)
+    found = str(error.value)
+    assert found.startswith("eval_seg.py: ") and sentence in found and "\n" not in found
+
+
+@pytest.mark.parametrize("precision, dtype", [
+    ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32),
+    ("auto", torch.float32)])
+def test_precision_is_that_of_the_tower_alone(precision, dtype, monkeypatch):
+    """Cosines are float32 again; the heading of a table says whether the tower was rounded."""
+    seen, clip, project = [], DeCLIP("tiny-eva"), VisionTower.project
+    monkeypatch.setattr(VisionTower, "project", lambda self, tokens:
+                        seen.append(project(self, tokens)) or seen[-1])
+    cfg = config(precision=precision, attention="sclip")
+    with torch.inference_mode():
+        scores = eval_seg.window_scores(cfg, clip, torch.randn(1, 3, 32, 32), torch.ones(2, 32))
+    assert seen[0].dtype == dtype
+    assert scores.dtype == torch.float32 and scores.shape == (1, 2, 4, 4)
+    assert (precision in title(cfg, clip)) == (precision in ("bf16", "fp16"))
+
+
+def test_any_segmenter_is_scored(voc):
+    """evaluate() takes a function from images to classes: here, of two constants."""
+    dataset = eval_seg.SegmentationImages(eval_seg.KNOWN_BENCHMARKS["voc21"], voc)
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    for chosen in (0, 3):
+        confusion = eval_seg.evaluate(
+            config(), lambda images, k=chosen: [torch.full(image.shape[1:], k) for image in images],
+            dataset, 21, ranks, "constant")
+        assert confusion[:, chosen].sum() == confusion.sum() > 0
+        labels = torch.cat([label[label != VOID] for _, label in dataset])
+        assert torch.equal(confusion[:, chosen], labels.long().bincount(minlength=21))

@@ -1,4 +1,5 @@
-"""model.py: agreement with the published implementation, the rows of the attention table, losses, checkpoints."""
+"""model.py: agreement with the published implementation, the rows of the attention table, losses,
+checkpoints."""
 
 import json
 import math
@@ -15,7 +16,18 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import VisionTransformer
 
 import model
-from model import ATTENTIONS, DeCLIP, content_loss, context_loss, load_vfm, mask_features, region_features
+from data import make_classes
+from model import (
+    ATTENTIONS,
+    DeCLIP,
+    content_loss,
+    context_loss,
+    load_vfm,
+    mask_features,
+    region_features,
+)
+from util.towers import is_usable, projection, timm_trunk
+from util.weights import read_record
 
 TOWERS = ("tiny-eva", "tiny-vit", "tiny-vit-quickgelu")
 
@@ -25,10 +37,12 @@ def images(height: int, width: int, count: int = 2, seed: int = 0) -> torch.Tens
 
 
 def randomize(clip: DeCLIP, seed: int = 0) -> DeCLIP:
-    """All vision weights drawn anew, biases and norms too, so that none of them can be forgotten unnoticed."""
+    """All vision weights drawn anew, biases and norms too, so that none of them can be forgotten
+    unnoticed."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in clip.visual.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.ndim > 1 else 0.5)
+    for parameter in clip.visual.trunk.parameters():
+        parameter.data = torch.randn(parameter.shape,
+                                     generator=generator) * (0.2 if parameter.ndim > 1 else 0.5)
     return clip
 
 
@@ -37,7 +51,7 @@ def clip(request) -> DeCLIP:
     return randomize(DeCLIP(request.param))
 
 
-# ------------------------------------------------------------------------- agreement with the published implementation
+# ------------------------------------------------------ agreement with the published implementation
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
@@ -49,9 +63,12 @@ def golden_weights(golden) -> dict[str, torch.Tensor]:
     """The recipe's seeded weights under EVA-CLIP's names."""
     out = {}
     for name, shape in golden["shapes"].items():
-        generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) + golden["seed"]) % 2**31)
+        generator = torch.Generator().manual_seed((zlib.crc32(name.encode())
+                                                   + golden["seed"]) % 2**31)
         draw = torch.randn(shape, generator=generator)
-        is_norm = name.endswith("norm.weight") or any(part in name for part in ("norm1.weight", "norm2.weight", "ln.weight"))
+        is_norm = name.endswith("norm.weight") or any(part in name
+                                                      for part in ("norm1.weight", "norm2.weight",
+                                                                   "ln.weight"))
         out[name] = 1 + 0.1 * draw if is_norm else draw * (0.1 if draw.ndim <= 1 else 0.05)
     return out
 
@@ -59,7 +76,8 @@ def golden_weights(golden) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def published(golden_weights, tmp_path_factory) -> DeCLIP:
     path = tmp_path_factory.mktemp("published") / "declip.pt"
-    torch.save({"epoch": 6, "state_dict": {f"module.{name}": value for name, value in golden_weights.items()}}, path)
+    torch.save({"epoch": 6, "state_dict": {f"module.{name}": value for name,
+                                           value in golden_weights.items()}}, path)
     return DeCLIP("EVA02-B-16", pretrained=str(path))
 
 
@@ -78,37 +96,45 @@ def test_published_implementation(golden, published, case):
     size = case["size"]
     x = images(size, size, seed=1000 + size)
     near = {"rtol": 0, "atol": 1e-4}
-    rows = {"vanilla": ("clip", None), "maskclip": ("maskclip", None), "qq": ("q", 1.0), "kk": ("k", 1.0),
-            "csa": ("qk", 1.0), "qq/sqrt_d": ("q", None), "kk/sqrt_d": ("k", None), "csa/sqrt_d": ("qk", None)}
-    crops = F.normalize(torch.randn(6, 512, generator=torch.Generator().manual_seed(78 + size)), dim=-1)
-    vfm_tokens = torch.randn(2, (size // 16) ** 2, 32, generator=torch.Generator().manual_seed(77 + size))
+    rows = {"vanilla": ("clip", None), "maskclip": ("maskclip", None), "qq": ("q", 1.0),
+            "kk": ("k", 1.0),
+            "csa": ("qk", 1.0), "qq/sqrt_d": ("q", None), "kk/sqrt_d": ("k", None),
+            "csa/sqrt_d": ("qk", None)}
+    crops = F.normalize(torch.randn(6, 512, generator=torch.Generator().manual_seed(78 + size)),
+                        dim=-1)
+    vfm_tokens = torch.randn(2, (size // 16) ** 2, 32,
+                             generator=torch.Generator().manual_seed(77 + size))
     with torch.inference_mode():
         torch.testing.assert_close(published.encode_image(x), case["cls"], **near)
-        for name, (attention, published.scale) in rows.items():
+        for name, (attention, published.visual.scale) in rows.items():
             content, context = published.encode_dense(x, attention)
             expected = case["modes"][name]
             regions = region_features(content, case["boxes"])
             tokens = content.flatten(2).transpose(1, 2)[:, case["positions"]]
             torch.testing.assert_close(tokens, expected["tokens"], **near)
             torch.testing.assert_close(regions, expected["roi"], **near)
-            torch.testing.assert_close(mask_features(content, case["masks"]), expected["mask"], **near)
+            torch.testing.assert_close(mask_features(content, case["masks"]), expected["mask"],
+                                       **near)
             torch.testing.assert_close(context[:, case["positions"]], case["context_q"], **near)
-            torch.testing.assert_close(context_loss(context, vfm_tokens), case["loss_context"], **near)
+            torch.testing.assert_close(context_loss(context, vfm_tokens), case["loss_context"],
+                                       **near)
             if f"loss_content/{name}" in case:
-                torch.testing.assert_close(content_loss(regions, crops), case[f"loss_content/{name}"], **near)
+                torch.testing.assert_close(content_loss(regions, crops),
+                                           case[f"loss_content/{name}"], **near)
 
 
-# ------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 
 def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Tensor:
     """The table of the last block, written out with full matrices, one head at a time."""
-    block = clip.visual.blocks[-1]
+    block = clip.visual.trunk.blocks[-1]
     attn, normed = block.attn, block.norm1(x)
     d = normed.shape[-1] // attn.num_heads
     is_decoupled = attention in model.DECOUPLED
-    q, k, v = (model.projection(attn, name)(normed).split(d, dim=-1) for name in "qkv")
+    q, k, v = (projection(attn, name)(normed).split(d, dim=-1) for name in "qkv")
     scale = clip.scale if clip.scale is not None and is_decoupled else 1 / math.sqrt(d)
-    pairs = {"maskclip": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k], "qk": [q, k]}[attention]
+    pairs = {"maskclip": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k],
+             "qk": [q, k]}[attention]
     heads = []
     for head in range(attn.num_heads):
         weights = sum((a[head] @ a[head].mT * scale).softmax(-1) for a in pairs) if pairs else None
@@ -124,12 +150,12 @@ def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Te
 @pytest.mark.parametrize("size", [(32, 32), (48, 80)], ids=["native", "larger, not square"])
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_attention_rows(clip, attention, size, scale):
-    clip.scale = scale
+    clip.visual.scale = scale
     with torch.inference_mode():
-        x, extra, (h, w) = clip.embed(images(*size))
-        for block in clip.visual.blocks[:-1]:
+        x, extra, (h, w) = clip.visual.embed(images(*size))
+        for block in clip.visual.trunk.blocks[:-1]:
             x = block(x, **extra)
-        expected = clip.project(direct_last_block(clip, x, attention))[:, 1:]
+        expected = clip.visual.project(direct_last_block(clip, x, attention))[:, 1:]
         content, _ = clip.encode_dense(images(*size), attention)
     assert content.shape == (2, 32, size[0] // 8, size[1] // 8)
     torch.testing.assert_close(content.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
@@ -152,18 +178,23 @@ def resample_positions(own: torch.nn.Module, size: tuple[int, int]) -> None:
     own.positional_embedding = torch.nn.Parameter(torch.cat([cls, grid[0].flatten(1).T]))
 
 
-def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale: float | None) -> torch.Tensor:
-    """Patch features of a row of the table, written out from the weights of open_clip's own tower."""
+def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale: float
+                   | None) -> torch.Tensor:
+    """Patch features of a row of the table, written out from the weights of open_clip's own
+    tower."""
     x = own.conv1(x).flatten(2).mT
-    x = own.ln_pre(torch.cat([own.class_embedding.expand(len(x), 1, -1), x], dim=1) + own.positional_embedding)
+    x = own.ln_pre(torch.cat([own.class_embedding.expand(len(x), 1, -1), x], dim=1)
+                   + own.positional_embedding)
     *before, last = own.transformer.resblocks
     for block in before:
         x = block(x)
     d = x.shape[-1] // last.attn.num_heads
-    q, k, v = F.linear(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias).chunk(3, dim=-1)
+    q, k, v = F.linear(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias).chunk(3,
+                                                                                             dim=-1)
     q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in (q, k, v))
     factor = scale if scale is not None and attention in model.DECOUPLED else d**-0.5
-    pairs = {"clip": [(q, k)], "maskclip": [], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)], "q": [(q, q)], "k": [(k, k)],
+    pairs = {"clip": [(q, k)], "maskclip": [], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)],
+             "q": [(q, q)], "k": [(k, k)],
              "qk": [(q, q), (k, k)]}[attention]
     y = sum((a @ b.mT * factor).softmax(-1) @ v for a, b in pairs) if pairs else v
     y = last.attn.out_proj(y.transpose(1, 2).flatten(2))
@@ -176,15 +207,17 @@ def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale:
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-vit-quickgelu"])
 @pytest.mark.parametrize("size", [(32, 32), (48, 80)], ids=["native", "larger, not square"])
 def test_openai_style_towers_are_open_clips_own(name, size):
-    """As a timm trunk: [CLS] of open_clip's forward, and every row of the table computed from open_clip's weights."""
+    """As a timm trunk: [CLS] of open_clip's forward, and every row of the table computed from
+    open_clip's weights."""
     own = open_clip_tower(name)
     clip = DeCLIP(name, scale=1.0)
-    clip.clip.visual = model.timm_trunk(own, name)
+    clip.visual.trunk = timm_trunk(own, name)
     resample_positions(own, size)
     with torch.inference_mode():
         cls, tokens = own(images(*size))
         torch.testing.assert_close(clip.encode_image(images(*size)), cls, rtol=0, atol=1e-4)
-        torch.testing.assert_close(tokens @ own.proj, open_clip_rows(own, images(*size), "clip", None), rtol=0, atol=1e-4)
+        torch.testing.assert_close(tokens @ own.proj, open_clip_rows(own, images(*size), "clip",
+                                                                     None), rtol=0, atol=1e-4)
         for attention in ATTENTIONS:
             content, _ = clip.encode_dense(images(*size), attention)
             expected = open_clip_rows(own, images(*size), attention, 1.0)
@@ -201,29 +234,99 @@ def test_context_does_not_depend_on_attention(clip):
 
 def test_context_qk_is_the_mean_of_two_similarities(clip):
     def similarity(context: str) -> torch.Tensor:
-        clip.context = context
+        clip.visual.context = context
         tokens = F.normalize(clip.encode_dense(images(32, 48))[1], dim=-1)
         return tokens @ tokens.mT
     with torch.inference_mode():
-        torch.testing.assert_close(similarity("qk"), (similarity("q") + similarity("k")) / 2, rtol=0, atol=1e-6)
+        torch.testing.assert_close(similarity("qk"), (similarity("q") + similarity("k")) / 2,
+                                   rtol=0, atol=1e-6)
 
 
 def test_tokens_are_row_major():
-    """A change in one patch, at row 1 and column 3 of 4 x 6, shows most at that place of the feature map."""
+    """A change in one patch, at row 1 and column 3 of 4 x 6, shows most at that place of the
+    feature map."""
     clip = DeCLIP("tiny-eva")
     before, after = images(32, 48, 1), images(32, 48, 1)
     after[:, :, 8:16, 24:32] += 3
     with torch.inference_mode():
         change = (clip.encode_dense(after)[0] - clip.encode_dense(before)[0]).norm(dim=1)[0]
-        change_of_context = (clip.encode_dense(after)[1] - clip.encode_dense(before)[1]).norm(dim=2)[0]
+        contexts = [clip.encode_dense(x)[1] for x in (after, before)]
+    change_of_context = (contexts[0] - contexts[1]).norm(dim=2)[0]
     assert change.shape == (4, 6)
     assert change_of_context.argmax() == 1 * 6 + 3
 
 
+@pytest.mark.parametrize("attention", [None, *ATTENTIONS])
+@torch.inference_mode()
+def test_layers_are_the_outputs_of_blocks(clip, attention):
+    """Blocks' outputs without [CLS]; the last one, normed and projected, is the content."""
+    outputs, x = [], images(48, 80)
+    handles = [block.register_forward_hook(lambda _, given, out: outputs.append(out))
+               for block in clip.visual.trunk.blocks]
+    clip.encode_image(x)
+    for handle in handles:
+        handle.remove()
+    last, first = clip.encode_layers(x, [2, 0], attention)
+    assert first.shape == last.shape == (2, 48, 6, 10)
+    torch.testing.assert_close(first.flatten(2).mT, outputs[0][:, 1:])
+    content = clip.visual.project(last.flatten(2).mT).mT.unflatten(2, (6, 10))
+    torch.testing.assert_close(content, clip.encode_dense(x, attention)[0])
+    with pytest.raises(ValueError, match="There is no layer 3 in tiny-.*; choose from 0 to 2"):
+        clip.encode_layers(x, [3])
+
+
+@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
+@torch.inference_mode()
+def test_attention_maps_are_what_the_blocks_compute(name):
+    """Where all heads have one V, a map times V is the mean of the fused block's heads."""
+    clip, x, seen = DeCLIP(name), images(48, 80), []
+    attn = clip.visual.trunk.blocks[-1].attn
+    v = projection(attn, "v")
+    v.weight.copy_(v.weight[:16].repeat(3, 1))
+    v.bias.copy_(v.bias[:16].repeat(3))
+    handles = [module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+               for module in (attn, attn.norm)]
+    before = clip.encode_image(x)
+    for handle in handles:
+        handle.remove()
+    normed, heads = seen
+    maps = clip.visual.attention_maps(x, "clip")
+    assert len(maps) == 3
+    for rows in maps:
+        assert rows.shape == (2, 61, 61)
+        torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 61))
+    torch.testing.assert_close(maps[-1] @ clip.visual.heads("v", normed)[:, 0],
+                               heads.unflatten(2, (3, 16)).mean(dim=2), rtol=1e-4, atol=1e-5)
+    # Afterwards the tower is as it was.
+    assert torch.equal(clip.encode_image(x), before)
+    assert all(block.attn.fused_attn for block in clip.visual.trunk.blocks)
+
+
+@pytest.mark.parametrize("attention", ["maskclip", "clearclip", "q", "k", "qk"])
+@torch.inference_mode()
+def test_attention_maps_of_the_last_block_give_the_content(attention):
+    """Times V, projected, they are what encode_dense returns (of qk their mean, not the sum)."""
+    clip, x = DeCLIP("tiny-vit", scale=0.5), images(48, 80)
+    block = clip.visual.trunk.blocks[-1]
+    block.attn.num_heads, block.attn.head_dim, block.attn.scale = 1, 48, 48**-0.5
+    rows = clip.visual.attention_maps(x, attention)[-1]
+    y, extra, _ = clip.visual.embed(x)
+    for each in clip.visual.trunk.blocks[:-1]:
+        y = each(y)
+    value = rows @ clip.visual.heads("v", block.norm1(y))[:, 0]
+    out = block.attn.proj(2 * value if attention == "qk" else value)
+    if attention == "maskclip":
+        out = y + out
+        out = out + block.mlp(block.norm2(out))
+    content = clip.visual.project(out)[:, 1:].mT.unflatten(2, (6, 10))
+    torch.testing.assert_close(content, clip.encode_dense(x, attention)[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("context", model.UNDECOUPLED)
 def test_without_decoupling_one_output_is_content_and_context(clip, context):
-    """X_dense of Table 1's first rows is the block's ordinary output, whatever baseline's content is asked for."""
-    clip.context = context
+    """X_dense of Table 1's first rows is the block's ordinary output, whatever baseline's content
+    is asked for."""
+    clip.visual.context = context
     with torch.inference_mode():
         ordinary, _ = clip.encode_dense(images(32, 48), context)
         for attention in (None, context, "clearclip"):
@@ -232,25 +335,31 @@ def test_without_decoupling_one_output_is_content_and_context(clip, context):
             assert torch.equal(content, ordinary) == (attention != "clearclip")
 
 
-USED = {"q": "q", "k": "k", "qk": "qk", "clip": "qk", "maskclip": ""}      # of Q and K of the last block
+# of Q and K of the last block
+USED = {"q": "q", "k": "k", "qk": "qk", "clip": "qk", "maskclip": ""}
 
 
 @pytest.mark.parametrize("context", model.CONTEXTS)
 def test_freeze(clip, context):
-    """Trained: attention blocks, less what the last one leaves out; and every one of them gets a gradient."""
-    clip.context = context
-    clip.freeze(2)
-    trained = {name for name, parameter in clip.named_parameters() if parameter.requires_grad}
-    assert all(name.startswith(("clip.visual.blocks.1.", "clip.visual.blocks.2.")) for name in trained)
+    """Trained: attention blocks, less what the last one leaves out; and every one of them gets a
+    gradient."""
+    clip.visual.context = context
+    clip.visual.freeze(2)
+    trained = {name for name, parameter in clip.visual.named_parameters()
+               if parameter.requires_grad}
+    assert all(name.startswith(("trunk.blocks.1.", "trunk.blocks.2."))
+               for name in trained)
     for part in (".blocks.2.norm2.", ".blocks.2.mlp."):
         assert any(part in name for name in trained) == (context in model.UNDECOUPLED)
     assert any(".blocks.1.mlp." in name for name in trained)
     for name in "qk":
-        last = [key for key in trained if ".blocks.2." in key and (f"{name}_proj" in key or f"qkv.{name}." in key)]
+        last = [key for key in trained if ".blocks.2." in key
+                and (f"{name}_proj" in key or f"qkv.{name}." in key)]
         assert bool(last) == (name in USED[context])
-    regions, tokens = clip(images(32, 48), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])] * 2)
+    regions, tokens = clip.visual(images(32, 48), [torch.tensor([[0.0, 0.0, 0.5, 1.0]])] * 2)
     (regions.sum() + tokens.square().sum()).backward()
-    assert {name for name, parameter in clip.named_parameters() if parameter.grad is not None} == trained
+    assert {name for name, parameter in clip.visual.named_parameters()
+            if parameter.grad is not None} == trained
 
 
 def test_text_embeddings_are_means_over_templates():
@@ -261,11 +370,12 @@ def test_text_embeddings_are_means_over_templates():
     torch.testing.assert_close(both, F.normalize(sum(parts), dim=-1))
 
 
-# ------------------------------------------------------------------------------------------------ regions and losses
+# ------------------------------------------------------------------------------- regions and losses
 
 def test_region_features_of_whole_patches_are_their_mean():
     content = images(4, 6, count=1)
-    whole, part = region_features(content, [torch.tensor([[0, 0, 1, 1], [1 / 3, 1 / 4, 2 / 3, 3 / 4]])])
+    whole, part = region_features(content,
+                                  [torch.tensor([[0, 0, 1, 1], [1 / 3, 1 / 4, 2 / 3, 3 / 4]])])
     torch.testing.assert_close(whole, content[0].mean(dim=(1, 2)))
     torch.testing.assert_close(part, content[0, :, 1:3, 2:4].mean(dim=(1, 2)))
 
@@ -282,7 +392,8 @@ def test_content_loss_is_equation_7():
     f_s, f_t = torch.randn(5, 8), torch.randn(5, 8)
     each = [1 - f_t[i] @ f_s[i] / (f_t[i].norm() * f_s[i].norm()) for i in range(5)]
     torch.testing.assert_close(content_loss(f_s, f_t), sum(each) / 5)
-    per_image = (sum(each[:4]) / 4 + each[4]) / 2       # k is 4 for the first image, 1 for the second
+    # k is 4 for the first image, 1 for the second
+    per_image = (sum(each[:4]) / 4 + each[4]) / 2
     torch.testing.assert_close(content_loss(f_s, f_t, [4, 1]), per_image)
 
 
@@ -314,7 +425,8 @@ def test_losses_are_float32_under_autocast():
     x, y = torch.randn(1, 20, 64), torch.randn(1, 20, 32)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(context_loss(x, y), context_loss(x.double().float(), y))
-        assert context_loss(x.bfloat16(), y).dtype == content_loss(x[0].bfloat16(), x[0]).dtype == torch.float32
+        assert context_loss(x.bfloat16(), y).dtype == content_loss(x[0].bfloat16(),
+                                                                   x[0]).dtype == torch.float32
         rounded = (F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).mT)
     assert rounded.dtype == torch.bfloat16      # autocast would have taken the products down
     torch.testing.assert_close(context_loss(x, y), direct_context_loss(x, y))
@@ -327,7 +439,7 @@ def test_equal_correlations_have_no_loss_and_no_nan():
     assert loss < 1e-5 and x.grad.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------ the VFM
+# ------------------------------------------------------------------------------------------ the VFM
 
 def test_vfm_gives_patch_tokens_row_major():
     vfm = load_vfm("tiny_vfm", pretrained=False)
@@ -341,7 +453,24 @@ def test_vfm_gives_patch_tokens_row_major():
     assert not any(parameter.requires_grad for parameter in vfm.parameters())
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+@torch.inference_mode()
+def test_vfm_layers_and_attention_maps():
+    """The last layer, normed, is what the VFM returns; maps have registers and rows that sum to
+    1."""
+    vfm, x = load_vfm("tiny_vfm", pretrained=False), images(28, 42, 2)
+    first, last = vfm.encode_layers(x, [0, 1])
+    assert first.shape == last.shape == (2, 40, 4, 6) and not torch.equal(first, last)
+    torch.testing.assert_close(vfm.trunk.norm(last.flatten(2).mT), vfm(x))
+    maps = vfm.attention_maps(x)
+    assert (len(maps), vfm.num_layers, vfm.num_prefix_tokens) == (2, 2, 3)
+    for rows in maps:
+        assert rows.shape == (2, 3 + 24, 3 + 24)
+        torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 27))
+    with pytest.raises(ValueError, match="There is no layer 2 in tiny_vfm; choose from 0 to 1"):
+        vfm.encode_layers(x, [2])
+
+
+# -------------------------------------------------------------------------------------- checkpoints
 
 def test_checkpoint_describes_itself(tmp_path):
     path = tmp_path / "declip.safetensors"
@@ -349,9 +478,10 @@ def test_checkpoint_describes_itself(tmp_path):
     clip.save(path, {"LR": 1e-5})
     loaded = DeCLIP(pretrained=str(path))
     assert loaded.model_name == "tiny-vit"
-    assert (loaded.context, loaded.scale, loaded.mean, loaded.std) == ("qk", 0.7, clip.mean, clip.std)
-    assert model.read_record(path)["settings"] == {"LR": 1e-5}
-    for own, other in zip(clip.clip.state_dict().values(), loaded.clip.state_dict().values()):
+    assert (loaded.context, loaded.scale, loaded.mean, loaded.std) == ("qk", 0.7, clip.mean,
+                                                                       clip.std)
+    assert read_record(path)["settings"] == {"LR": 1e-5}
+    for own, other in zip(clip.state().values(), loaded.state().values()):
         assert torch.equal(own, other)
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["declip"])["model"] == "tiny-vit"
@@ -362,43 +492,49 @@ def test_checkpoint_describes_itself(tmp_path):
 def test_checkpoint_refuses_what_it_was_not_trained_with(tmp_path, given, named):
     DeCLIP("tiny-vit", context="qk", scale=0.7).save(tmp_path / "declip.safetensors")
     with pytest.raises(ValueError, match=f"trained with {named}"):
-        DeCLIP(**{"model_name": "tiny-vit", "pretrained": str(tmp_path / "declip.safetensors")} | given)
+        DeCLIP(**{"model_name": "tiny-vit", "pretrained": str(tmp_path / "declip.safetensors")}
+               | given)
 
 
 def test_ensemble_is_saved_not_kept(tmp_path):
     original, student = randomize(DeCLIP("tiny-eva"), 0), randomize(DeCLIP("tiny-eva"), 1)
-    before = student.visual.norm.weight.clone()
-    student.save(tmp_path / "declip.safetensors", original=original, share=0.7)
-    saved = DeCLIP("tiny-eva", str(tmp_path / "declip.safetensors")).visual.norm.weight
-    torch.testing.assert_close(saved, 0.7 * before + 0.3 * original.visual.norm.weight)
-    assert torch.equal(student.visual.norm.weight, before)
+    before = student.visual.trunk.norm.weight.clone()
+    student.save(tmp_path / "declip.safetensors", original=original.visual, share=0.7)
+    saved = DeCLIP("tiny-eva", str(tmp_path / "declip.safetensors")).visual.trunk.norm.weight
+    torch.testing.assert_close(saved, 0.7 * before + 0.3 * original.visual.trunk.norm.weight)
+    assert torch.equal(student.visual.trunk.norm.weight, before)
 
 
 def eva_layout(clip: DeCLIP) -> dict[str, torch.Tensor]:
     """A tiny-eva's weights under EVA-CLIP's names."""
-    swaps = [("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.w3"), ("mlp.norm", "mlp.ffn_ln"),
-             ("attn.norm", "attn.inner_attn_ln"), ("q_proj.bias", "q_bias"), ("v_proj.bias", "v_bias")]
+    swaps = [("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.w3"),
+             ("mlp.norm", "mlp.ffn_ln"),
+             ("attn.norm", "attn.inner_attn_ln"), ("q_proj.bias", "q_bias"),
+             ("v_proj.bias", "v_bias")]
     out = {}
-    for key, value in clip.clip.state_dict().items():
+    for key, value in clip.state().items():
         for ours, theirs in swaps if key.startswith("visual.") else ():
             key = key.replace(ours, theirs)
         out[key] = value
     return out | {"visual.rope.freqs_cos": torch.zeros(16, 16)}
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 1}],
+@pytest.mark.parametrize("wrap",
+                         [lambda s: s, lambda s: {"state_dict": {f"module.{k}": v for k,
+                                                                 v in s.items()}, "epoch": 1}],
                          ids=["plain", "wrapped"])
 def test_eva_clip_layout(tmp_path, wrap):
     clip = randomize(DeCLIP("tiny-eva"))
     torch.save(wrap(eva_layout(clip)), tmp_path / "eva.pt")
     loaded = DeCLIP("tiny-eva", str(tmp_path / "eva.pt"), scale=1.0)
     assert loaded.scale == 1.0
-    for own, other in zip(clip.clip.state_dict().values(), loaded.clip.state_dict().values()):
+    for own, other in zip(clip.state().values(), loaded.state().values()):
         assert torch.equal(own, other)
 
 
 def test_file_without_text_tower_cannot_name_classes(tmp_path):
-    vision = {key: value for key, value in eva_layout(DeCLIP("tiny-eva")).items() if key.startswith("visual.")}
+    vision = {key: value for key, value in eva_layout(DeCLIP("tiny-eva")).items()
+              if key.startswith("visual.")}
     torch.save(vision, tmp_path / "eva.pt")
     with pytest.raises(ValueError, match="no text tower"):
         DeCLIP("tiny-eva", str(tmp_path / "eva.pt")).encode_text(["cat"])
@@ -413,9 +549,11 @@ def test_open_clip_layout(tmp_path, name):
     torch.save(own.state_dict(), tmp_path / "open_clip.pt")
     clip = DeCLIP(name, str(tmp_path / "open_clip.pt"))
     with torch.inference_mode():
-        torch.testing.assert_close(clip.encode_image(images(32, 32)), own.encode_image(images(32, 32)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(clip.encode_image(images(32, 32)),
+                                   own.encode_image(images(32, 32)), rtol=0, atol=1e-5)
         tokens = open_clip.get_tokenizer(name)(["cat"])
-        torch.testing.assert_close(clip.encode_text(["cat"]), own.encode_text(tokens, normalize=True))
+        torch.testing.assert_close(clip.encode_text(["cat"]),
+                                   own.encode_text(tokens, normalize=True))
 
 
 def test_a_checkpoint_over_another_attention_is_refused(tmp_path):
@@ -447,45 +585,123 @@ def test_pickles_are_not_executed(tmp_path, monkeypatch):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "file"
-    model.write_whole(path, lambda name: Path(name).write_text("old"))
+    model.atomic_write(path, lambda name: Path(name).write_text("old"))
     with pytest.raises(OSError):
-        model.write_whole(path, lambda name: (Path(name).write_text("half"), (_ for _ in ()).throw(OSError("disk full"))))
+        model.atomic_write(path, lambda name: (Path(name).write_text("half"),
+                                               (_ for _ in ()).throw(OSError("disk full"))))
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
 def test_towers_with_other_blocks_are_refused():
-    """A fused qkv without key bias (EVA01), blocks with norms after them (EVA02-E), patches of another kind (MobileCLIP)."""
-    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=32, global_pool="token")
+    """A fused qkv without key bias (EVA01), blocks with norms after them (EVA02-E), patches of
+    another kind (MobileCLIP)."""
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=32,
+                 global_pool="token")
     normed_after = Eva(**shape, qkv_fused=False)
     normed_after.blocks[-1] = EvaBlockPostNorm(48, 3, qkv_fused=False)
     alien = [Eva(**shape), normed_after, Eva(**shape, qkv_fused=False, init_values=0.1),
              VisionTransformer(**shape, reg_tokens=2), VisionTransformer(**shape, init_values=0.1),
              VisionTransformer(**shape | {"num_classes": 0})]
-    assert not any(map(model.is_usable, alien))
-    assert model.is_usable(Eva(**shape, qkv_fused=False)) and model.is_usable(VisionTransformer(**shape))
+    assert not any(map(is_usable, alien))
+    assert is_usable(Eva(**shape,
+                               qkv_fused=False)) and is_usable(VisionTransformer(**shape))
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ---------------------------------------------------------------------------- embeddings of classes
+
+@pytest.fixture
+def encode(tmp_path, monkeypatch):
+    """Encodes names with a cache -> (embeddings, whether they were computed)."""
+    computed = []
+    monkeypatch.setattr(DeCLIP, "encode_text", lambda *given,
+                        whole=DeCLIP.encode_text: computed.append(1) or whole(*given))
+
+    def run(clip: DeCLIP, lines: list[str], template: str = "a {}.") -> tuple[torch.Tensor, bool]:
+        before = len(computed)
+        cache = str(tmp_path / "cache")
+        return model.encode_classes(clip, make_classes(lines), template,
+                                    cache), len(computed) > before
+    return run
+
+
+def test_embeddings_are_computed_once(encode):
+    clip = DeCLIP("tiny-eva")
+    first, was_computed = encode(clip, ["cat", "dog, puppy"])
+    again, was_computed_again = encode(clip, ["cat", "dog, puppy"])
+    assert was_computed and not was_computed_again
+    assert torch.equal(first, again) and torch.equal(first, clip.encode_text(["cat", "dog",
+                                                                              "puppy"], ["a {}."]))
+
+
+def test_whatever_changes_is_computed_anew(encode):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat", "dog"])
+    for changed in (lambda: encode(clip, ["cat", "hound"]), lambda: encode(clip, ["dog", "cat"]),
+                    lambda: encode(clip, ["cat", "dog"], "the {}."),
+                    lambda: encode(clip, ["cat", "dog"], "simple")):
+        text, was_computed = changed()
+        assert was_computed and not torch.equal(text, first)
+    with torch.no_grad():
+        # a tower that differs in a single weight
+        clip.text.text.positional_embedding[3, 0] += 0.5
+    text, was_computed = encode(clip, ["cat", "dog"])
+    assert was_computed and not torch.equal(text, first)
+
+
+def test_the_activation_is_part_of_the_tower(encode):
+    """The same weights under a model name with another activation give other embeddings."""
+    exact, quick = DeCLIP("tiny-vit"), DeCLIP("tiny-vit-quickgelu")
+    quick.visual.load_state_dict(exact.visual.state_dict())
+    quick.text.load_state_dict(exact.text.state_dict())
+    text, _ = encode(exact, ["cat"])
+    other, was_computed = encode(quick, ["cat"])
+    assert was_computed and not torch.equal(text, other)
+
+
+def test_where_the_name_stands_is_part_of_the_sentence(encode):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat"], "{}the ")
+    other, was_computed = encode(clip, ["cat"], "the {}")
+    assert was_computed and not torch.equal(first, other)
+
+
+def test_two_models_share_what_their_text_towers_share(encode):
+    """Training leaves the text tower as it is, so a checkpoint's classes are those of its CLIP."""
+    clip = DeCLIP("tiny-eva")
+    encode(clip, ["cat"])
+    with torch.no_grad():
+        clip.visual.trunk.blocks[0].attn.q_proj.weight.add_(1)
+    assert not encode(clip, ["cat"])[1]
+
+
+# ----------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("make, sentence", [
     (lambda: DeCLIP("EVA03-B-16"), "open_clip has no model named 'EVA03-B-16'"),
-    (lambda: DeCLIP("tiny-eva", "merged2b"), "'merged2b' is neither a file nor one of open_clip's weights for tiny-eva"),
+    (lambda: DeCLIP("tiny-eva", "merged2b"),
+     "'merged2b' is neither a file nor one of open_clip's weights for tiny-eva"),
     (lambda: DeCLIP("ViT-B-16", "openai"), "use the model ViT-B-16-quickgelu"),
     (lambda: DeCLIP("RN50"), "vision tower of RN50 is not a transformer with a projected"),
-    (lambda: DeCLIP("convnext_base"), "vision tower of convnext_base is not a transformer with a projected"),
-    (lambda: DeCLIP("ViT-B-16-SigLIP"), "vision tower of ViT-B-16-SigLIP is not a transformer with a projected"),
+    (lambda: DeCLIP("convnext_base"),
+     "vision tower of convnext_base is not a transformer with a projected"),
+    (lambda: DeCLIP("ViT-B-16-SigLIP"),
+     "vision tower of ViT-B-16-SigLIP is not a transformer with a projected"),
     (lambda: load_vfm("tiny_vfm", pretrained=False)(torch.zeros(1, 3, 30, 42)),
      "is 30x42, but its patch size is 7; the nearest size that works is 28x42"),
     (lambda: DeCLIP("tiny-eva", "absent.pt"), "There is no weights file absent.pt"),
     (lambda: DeCLIP("tiny-eva", "README.md"), "README.md is not a plain file of tensors"),
     (lambda: load_vfm("resnet18", pretrained=False), "resnet18 is no plain ViT"),
-    (lambda: load_vfm("swin_tiny_patch4_window7_224", pretrained=False), "swin_tiny_patch4_window7_224 is no plain ViT"),
+    (lambda: load_vfm("swin_tiny_patch4_window7_224", pretrained=False),
+     "swin_tiny_patch4_window7_224 is no plain ViT"),
     (lambda: DeCLIP("tiny-eva").encode_text("cat"), "give a list of names"),
-    (lambda: DeCLIP("tiny-eva").encode_text(["cat"], ["a photo"]), "and sentences with {}"),
+    (lambda: DeCLIP("tiny-eva").encode_text(["cat"], ["a photo"]), "and templates with {}"),
     (lambda: DeCLIP("tiny-eva", context="v"), "context is 'v'; it must be one of q, k, qk"),
-    (lambda: DeCLIP("tiny-eva").freeze(4), "4 blocks were to be unlocked, but tiny-eva has 3"),
-    (lambda: DeCLIP("tiny-eva").encode_dense(images(30, 32)), "image is 30x32, but tiny-eva needs sides divisible"),
-    (lambda: DeCLIP("tiny-eva").encode_dense(images(32, 32), "csa"), "attention is 'csa'; it must be one of clip"),
+    (lambda: DeCLIP("tiny-eva").visual.freeze(4),
+     "4 blocks were to be unlocked, but tiny-eva has 3"),
+    (lambda: DeCLIP("tiny-eva").encode_dense(images(30, 32)),
+     "image is 30x32, but tiny-eva needs sides divisible"),
+    (lambda: DeCLIP("tiny-eva").encode_dense(images(32, 32), "csa"),
+     "attention is 'csa'; it must be one of clip"),
     (lambda: context_loss(torch.randn(1, 4, 8), torch.randn(1, 9, 8)), "the student's token grid"),
     (lambda: load_vfm("dinov5"), "timm has no model named 'dinov5'"),
 ])

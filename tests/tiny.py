@@ -1,4 +1,5 @@
-"""Tiny random models under names that open_clip and timm know, for tests that need no download and take no time.
+"""Tiny random models under names that open_clip and timm know, for tests that need no download and
+take no time.
 
 Importing this registers them. As a script it runs one of the repository's scripts with them:
 `python tests/tiny.py train --model tiny-eva --pretrained none ...`, under torchrun too.
@@ -20,9 +21,12 @@ ROOT = Path(__file__).parent.parent
 @register_model
 def tiny_eva02_clip(pretrained: bool = False, **options) -> Eva:
     """EVA02-CLIP's block (unfused qkv, SwiGLU, inner norms, rotary embedding) at width 48."""
-    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2, ref_feat_shape=(4, 4))
-    block = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True)
-    return named(Eva(**shape | block | {"global_pool": "token"} | known(options)), "tiny_eva02_clip")
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, mlp_ratio=2,
+                 ref_feat_shape=(4, 4))
+    block = dict(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True,
+                 use_rot_pos_emb=True)
+    return named(Eva(**shape | block | {"global_pool": "token"} | known(options)),
+                 "tiny_eva02_clip")
 
 
 @register_model
@@ -40,7 +44,8 @@ def known(options: dict) -> dict:
 
 def named(model, architecture: str):
     statistics = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
-    model.pretrained_cfg = model.default_cfg = {"architecture": architecture, "input_size": (3, 28, 28)} | statistics
+    model.pretrained_cfg = model.default_cfg = {"architecture": architecture,
+                                                "input_size": (3, 28, 28)} | statistics
     return model
 
 
@@ -50,4 +55,5 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     sys.argv = [sys.argv[1], *sys.argv[2:]]
     # RANK in an option stands for the rank, for what each machine has for itself.
-    importlib.import_module(sys.argv[0]).main([word.replace("RANK", os.environ.get("RANK", "0")) for word in sys.argv[1:]])
+    importlib.import_module(sys.argv[0]).main([word.replace("RANK", os.environ.get("RANK", "0"))
+                                               for word in sys.argv[1:]])

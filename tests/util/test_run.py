@@ -1,4 +1,5 @@
-"""No run is lost, no bad file stops one: kills, signals, damaged images, full disks, numbers that are none."""
+"""No run is lost, no bad file stops one: kills, signals, damaged images, full disks, numbers that
+are none."""
 
 import contextlib
 import errno
@@ -24,16 +25,21 @@ from test_train import TINY, run
 import data
 import train
 from model import DeCLIP
+from util.run import resume_files
 
-LONG = TINY | {"epochs": 60, "save_every": 7, "workers": 1}      # 120 steps, a checkpoint every 2 and every 7
+# 120 steps, a checkpoint every 2 and every 7
+LONG = TINY | {"epochs": 60, "save_every": 7, "num_workers": 1}
 
 
 def start(out: Path, images: Path, ranks: int, **given) -> subprocess.Popen:
     """A training in processes of its own, which print into `out`.printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "tests/tiny.py", "train", *options(**LONG | given | {"images": images, "out": out})]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "tests/tiny.py", "train",
+               *options(**LONG | given | {"images": images, "out": out})]
     with open(f"{out}.printed", "w") as printed:
-        return subprocess.Popen(command, cwd=tiny.ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+        return subprocess.Popen(command, cwd=tiny.ROOT, stdout=printed, stderr=subprocess.STDOUT,
+                                start_new_session=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -68,7 +74,8 @@ def outcome(out: Path) -> tuple[list, dict]:
     """What must not depend on interruptions: the losses of each step, and the weights."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     keep = ("step", "epoch", "loss", "content", "context", "lr")
-    return [[line[key] for key in keep] for line in lines], DeCLIP(pretrained=str(out / "declip.safetensors")).state_dict()
+    return [[line[key] for key in keep]
+            for line in lines], DeCLIP(pretrained=str(out / "declip.safetensors")).state_dict()
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -77,20 +84,22 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
-# ----------------------------------------------------------------------------------------------------- kills, signals
+# ----------------------------------------------------------------------------------- kills, signals
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_moments(images, tmp_path, ranks, request):
-    """SIGKILL, again and again; in the end losses and weights are those of a run that was never interrupted, bit for bit."""
-    kills, draw = request.config.getoption("--kills") if ranks == 1 else 2, random.Random(0)
-    given = {"epochs": max(60, 10 * kills)}     # an epoch is two steps, and a run advances by 12 steps from kill to kill
+    """SIGKILL, again and again; in the end losses and weights are those of a run that was never
+    interrupted, bit for bit."""
+    kills, rng = request.config.getoption("--kills") if ranks == 1 else 2, random.Random(0)
+    # an epoch is two steps, and a run advances by 12 steps from kill to kill
+    given = {"epochs": max(60, 10 * kills)}
     assert start(tmp_path / "whole", images, ranks, **given).wait(300) == 0
     killed = 0
     while killed < kills:
         process = start(tmp_path / "parts", images, ranks, resume="true", **given)
-        if not wait_for_steps(process, tmp_path / "parts" / "log.jsonl", draw.randint(0, 24)):
+        if not wait_for_steps(process, tmp_path / "parts" / "log.jsonl", rng.randint(0, 24)):
             break
-        time.sleep(draw.random() * 0.05)
+        time.sleep(rng.random() * 0.05)
         kill_tree(process)
         killed += 1
     assert killed == kills, "the training ended before it was killed that often"
@@ -102,7 +111,8 @@ def test_killed_at_random_moments(images, tmp_path, ranks, request):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_leave(images, tmp_path, number, code):
-    """The whole group of processes gets it, as from a scheduler or a terminal; the code says what it was."""
+    """The whole group of processes gets it, as from a scheduler or a terminal; the code says what
+    it was."""
     whole = run(images, tmp_path / "whole", epochs=60)
     process = start(tmp_path / "parts", images, 1)
     assert wait_for_steps(process, tmp_path / "parts" / "log.jsonl", 5)
@@ -113,7 +123,8 @@ def test_signals_save_and_leave(images, tmp_path, number, code):
     printed = (tmp_path / "parts.printed").read_text()
     assert process.returncode == code, printed
     step = json.loads((tmp_path / "parts" / "log.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"stopped by {number.name} after step {step}, which is saved; go on with --resume" in printed
+    assert (f"stopped by {number.name} after step {step}, which is saved; go on with --resume"
+            in printed)
     assert "Traceback" not in printed
     parts = run(images, tmp_path / "parts", epochs=60, resume="true")
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
@@ -128,7 +139,7 @@ def test_a_signal_to_one_rank_stops_both(images, tmp_path):
     printed = (tmp_path / "run.printed").read_text()
     assert process.returncode != 0 and "stopped by SIGTERM after step" in printed, printed
     step = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
-    assert train.resume_files(SimpleNamespace(OUT=out))[0].name == f"resume-{step:08}.pt"
+    assert resume_files(out)[0].name == f"resume-{step:08}.pt"
 
 
 def test_workers_that_torchrun_restarts_go_on(images, tmp_path, monkeypatch):
@@ -136,7 +147,8 @@ def test_workers_that_torchrun_restarts_go_on(images, tmp_path, monkeypatch):
     whole = run(images, tmp_path / "whole", epochs=3)
     run(images, tmp_path / "parts", epochs=3, steps=3)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert [line["loss"] for line in run(images, tmp_path / "parts", epochs=3)] == [line["loss"] for line in whole]
+    assert [line["loss"] for line in run(images, tmp_path / "parts",
+                                         epochs=3)] == [line["loss"] for line in whole]
 
 
 def test_two_runs_do_not_write_into_one_folder(images, tmp_path):
@@ -144,44 +156,52 @@ def test_two_runs_do_not_write_into_one_folder(images, tmp_path):
     process = start(tmp_path / "run", images, 1, epochs=2000)
     assert wait_for_steps(process, tmp_path / "run" / "log.jsonl", 3)
     with pytest.raises(SystemExit, match="Another process is training into"):
-        run(images, tmp_path / "run", epochs=2000, save_every=7, workers=1, resume="true")
+        run(images, tmp_path / "run", epochs=2000, save_every=7, num_workers=1, resume="true")
     kill_tree(process)
-    run(images, tmp_path / "run", epochs=2000, steps=1, resume="true")      # the lock went with the process
+    # the lock went with the process
+    run(images, tmp_path / "run", epochs=2000, steps=1, resume="true")
 
 
 def test_a_run_goes_on_with_other_ranks(images, tmp_path):
-    """Begun by one process, stopped in the middle of an epoch, ended by two: the order of images is kept."""
+    """Begun by one process, stopped in the middle of an epoch, ended by two: the order of images is
+    kept."""
     run(images, tmp_path / "one", epochs=4, batch_size=4)
     run(images, tmp_path / "both", epochs=4, batch_size=4, steps=2)
-    succeeds(torchrun("tests/tiny.py", "train", *options(**TINY | {"images": images, "out": tmp_path / "both", "epochs": 4,
-                                                                   "batch_size": 4, "resume": "true"})))
-    (losses, weights), (other_losses, other_weights) = outcome(tmp_path / "one"), outcome(tmp_path / "both")
+    succeeds(torchrun("tests/tiny.py", "train",
+                      *options(**TINY | {"images": images, "out": tmp_path / "both", "epochs": 4,
+                                                                   "batch_size": 4,
+                                         "resume": "true"})))
+    (losses, weights), (other_losses,
+                        other_weights) = outcome(tmp_path / "one"), outcome(tmp_path / "both")
     np.testing.assert_allclose(np.array(losses), np.array(other_losses), rtol=1e-4)
     for name in weights:
         torch.testing.assert_close(weights[name], other_weights[name], rtol=0, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_passed_over(images, tmp_path, capsys):
     whole = run(images, tmp_path / "whole", epochs=3)
     run(images, tmp_path / "parts", epochs=3, steps=4, save_every=1)
-    newest, before = train.resume_files(SimpleNamespace(OUT=tmp_path / "parts"))
+    newest, before = resume_files(tmp_path / "parts")
     assert (newest.name, before.name) == ("resume-00000004.pt", "resume-00000003.pt")
     newest.write_bytes(newest.read_bytes()[:5000])
     parts = run(images, tmp_path / "parts", epochs=3, save_every=1, resume="true")
     printed = capsys.readouterr().out
-    assert "resume-00000004.pt is damaged, so the one before it is taken" in printed and "going on at step 3" in printed
+    assert "resume-00000004.pt is damaged, so the one before it is taken" in printed
+    assert "going on at step 3" in printed
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
-    for path in train.resume_files(SimpleNamespace(OUT=tmp_path / "parts")):
+    for path in resume_files(tmp_path / "parts"):
         path.write_bytes(b"")
     with pytest.raises(SystemExit, match="All checkpoints in .* are damaged"):
         run(images, tmp_path / "parts", epochs=3, save_every=1, resume="true")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   RuntimeError("file write failed")])
 def test_a_full_disk(images, tmp_path, capsys, monkeypatch, error):
-    """It is said, the last good checkpoint stays, the run goes on; and if the end can't be written, the script fails."""
+    """It is said, the last good checkpoint stays, the run goes on; and if the end can't be written,
+    the script fails."""
     save = torch.save
 
     def full(state, file):
@@ -190,23 +210,27 @@ def test_a_full_disk(images, tmp_path, capsys, monkeypatch, error):
             raise error
         save(state, file)
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="The last checkpoint could not be written .*; make room, and repeat the end with"):
+    with pytest.raises(SystemExit, match="The last checkpoint could not be written .*; make room, "
+                                         "and repeat the end with"):
         run(images, tmp_path / "full", epochs=3, save_every=1)
     assert "the checkpoint of step 3 could not be written" in capsys.readouterr().out
     names = sorted(path.name for path in (tmp_path / "full").glob("[!.]*"))
     assert names == ["declip.safetensors", "log.jsonl", "resume-00000001.pt", "resume-00000002.pt"]
     monkeypatch.undo()
     parts = run(images, tmp_path / "full", epochs=3, resume="true")
-    assert [line["loss"] for line in parts] == [line["loss"] for line in run(images, tmp_path / "whole", epochs=3)]
+    assert [line["loss"] for line in parts] == [line["loss"]
+                                                for line in run(images, tmp_path / "whole",
+                                                                epochs=3)]
 
 
 def test_too_small_a_disk_is_said_before_training(images, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
-    with pytest.raises(SystemExit, match="has 0.0 GB free, but the run's checkpoints take 0.0 GB; make room"):
+    with pytest.raises(SystemExit,
+                       match="has 0.0 GB free, but the run's checkpoints take 0.0 GB; make room"):
         run(images, tmp_path, epochs=1)
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 def spoiled(images: Path, folder: Path) -> Path:
     """The five scenes and six files that look like images."""
@@ -224,35 +248,43 @@ def spoiled(images: Path, folder: Path) -> Path:
 
 def test_bad_images_are_skipped_counted_and_listed(images, tmp_path):
     folder = spoiled(images, tmp_path / "images")
-    lines = run(folder, tmp_path / "out", epochs=3, max_bad_files=0.5, workers=1)
+    lines = run(folder, tmp_path / "out", epochs=3, max_bad_files=0.5, num_workers=1)
     assert lines[-1]["bad_files"] == 4 and len(lines) == 18
-    listed = dict(line.split("\t") for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines())
-    assert {Path(path).name for path in listed} == {"empty.jpg", "text.png", "truncated.png", "bomb.png"}
-    assert "20000 x 20000" in listed[str(folder / "bomb.png")] and "truncated" in listed[str(folder / "truncated.png")]
+    listed = dict(line.split("\t")
+                  for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines())
+    assert {Path(path).name for path in listed} == {"empty.jpg", "text.png", "truncated.png",
+                                                    "bomb.png"}
+    assert "20000 x 20000" in listed[str(folder / "bomb.png")]
+    assert "truncated" in listed[str(folder / "truncated.png")]
 
 
 def test_too_many_bad_images_stop_the_run(images, tmp_path):
     folder = spoiled(images, tmp_path / "images")
-    with pytest.raises(SystemExit, match=r"of 12 image files can't be read, more than MAX_BAD_FILES, 1.00%; they are listed"):
+    with pytest.raises(SystemExit, match=r"of 12 image files can't be read, more than "
+                                         r"MAX_BAD_FILES, 1.00%; they are listed"):
         run(folder, tmp_path / "out", epochs=3)
     assert (tmp_path / "out" / "skipped.txt").exists()
     (tmp_path / "none").mkdir()
     for index in range(3):
         (tmp_path / "none" / f"{index}.jpg").write_bytes(b"")
-    with pytest.raises(SystemExit, match="3 files in a row can't be read; the last sentence about them: "):
+    with pytest.raises(SystemExit,
+                       match="3 files in a row can't be read; the last sentence about them: "):
         run(tmp_path / "none", tmp_path / "out2", epochs=1)
 
 
 def test_ranks_stay_in_step_with_a_bad_image_on_one(images, tmp_path):
-    """One bad file among twelve: both ranks end the epoch with equal weights, those of one process, and one list."""
+    """One bad file among twelve: both ranks end the epoch with equal weights, those of one process,
+    and one list."""
     folder = shutil.copytree(images, tmp_path / "images")
     for index in range(6):
         shutil.copy(folder / "1.png", folder / f"copy{index}.png")
     (folder / "bad.png").write_bytes(b"")
     given = options(**TINY | {"images": folder, "epochs": 1, "batch_size": 4, "max_bad_files": 0.5})
-    succeeds(torchrun("tests/keep_weights.py", str(tmp_path / "weights"), *given, "--out", str(tmp_path / "two")))
+    succeeds(torchrun("tests/keep_weights.py", str(tmp_path / "weights"), *given, "--out",
+                      str(tmp_path / "two")))
     train.main([*given, "--out", str(tmp_path / "one")])
-    first, second = (torch.load(tmp_path / f"weights.{rank}", weights_only=True) for rank in range(2))
+    first, second = (torch.load(tmp_path / f"weights.{rank}", weights_only=True)
+                     for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = DeCLIP(pretrained=str(tmp_path / "one" / "declip.safetensors")).state_dict()
     for name in first:
@@ -260,32 +292,32 @@ def test_ranks_stay_in_step_with_a_bad_image_on_one(images, tmp_path):
     assert (tmp_path / "two" / "skipped.txt").read_text().count("bad.png\t") == 1
 
 
-def mutate(good: bytes, other: bytes, draw: random.Random) -> bytes:
+def mutate(good: bytes, other: bytes, rng: random.Random) -> bytes:
     """A file with bits flipped, cut off, or spliced with another."""
     out = bytearray(good)
-    kind = draw.choice(("flip", "cut", "splice"))
+    kind = rng.choice(("flip", "cut", "splice"))
     if kind == "flip":
-        for _ in range(draw.choice((1, 10, 100))):
-            out[draw.randrange(len(out))] ^= 1 << draw.randrange(8)
+        for _ in range(rng.choice((1, 10, 100))):
+            out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
     elif kind == "cut":
-        out = out[:draw.randrange(len(out))]
+        out = out[:rng.randrange(len(out))]
     else:
-        place = draw.randrange(len(out))
-        out[place:] = other[draw.randrange(len(other)):]
+        place = rng.randrange(len(out))
+        out[place:] = other[rng.randrange(len(other)):]
     return bytes(out)
 
 
 def test_2000_mutated_images_neither_crash_nor_hang(scenes, tmp_path):
     """Each is read as an image or refused with one sentence that names it."""
-    draw, goods, counts = random.Random(0), [], {"read": 0, "refused": 0}
+    rng, goods, counts = random.Random(0), [], {"read": 0, "refused": 0}
     for suffix in ("jpg", "png", "webp", "bmp", "tiff"):
         Image.fromarray(scenes[0][0]).save(tmp_path / f"good.{suffix}")
         goods.append((suffix, (tmp_path / f"good.{suffix}").read_bytes()))
     begin = time.perf_counter()
     for index in range(2000):
-        suffix, good = draw.choice(goods)
+        suffix, good = rng.choice(goods)
         path = tmp_path / f"x{index}.{suffix}"
-        path.write_bytes(mutate(good, draw.choice(goods)[1], draw))
+        path.write_bytes(mutate(good, rng.choice(goods)[1], rng))
         try:
             image = data.read_image(path, upright=True)
             assert image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
@@ -297,7 +329,7 @@ def test_2000_mutated_images_neither_crash_nor_hang(scenes, tmp_path):
     assert counts["read"] > 200 and counts["refused"] > 200
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 def poisoned(monkeypatch, steps: set[int]) -> None:
     """Makes the content loss of some steps no number; steps are counted from 1."""
@@ -307,13 +339,17 @@ def poisoned(monkeypatch, steps: set[int]) -> None:
 
 
 def test_a_step_that_is_no_number_is_left_out(images, tmp_path, monkeypatch):
-    """Weights, moments and the count of steps stay as they were; the step is logged with its images."""
+    """Weights, moments and the count of steps stay as they were; the step is logged with its
+    images."""
     cfg = {"epochs": 3, "save_every": 1, "keep": 9, "lr": 1e-2}
     poisoned(monkeypatch, {3})
     lines = run(images, tmp_path, **cfg)
-    before, after = (torch.load(tmp_path / f"resume-0000000{step}.pt", weights_only=True) for step in (2, 3))
-    assert all(torch.equal(before["student"][name], after["student"][name]) for name in before["student"])
-    for one, other in zip(before["optimizer"]["state"].values(), after["optimizer"]["state"].values()):
+    before, after = (torch.load(tmp_path / f"resume-0000000{step}.pt", weights_only=True)
+                     for step in (2, 3))
+    assert all(torch.equal(before["model"][name], after["model"][name])
+               for name in before["model"])
+    for one, other in zip(before["optimizer"]["state"].values(),
+                          after["optimizer"]["state"].values()):
         assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     assert [line["bad_steps"] for line in lines] == [0, 0, 1, 1, 1, 1] and lines[2]["loss"] is None
     assert all(line["loss"] < 10 for line in lines if line["step"] != 3)
@@ -324,8 +360,10 @@ def test_a_step_that_is_no_number_is_left_out(images, tmp_path, monkeypatch):
 
 def test_too_many_such_steps_stop_the_run(images, tmp_path, monkeypatch):
     poisoned(monkeypatch, {2, 4, 5, 6})
-    with pytest.raises(SystemExit, match="The gradient was not finite in 3 steps in a row, up to step 6; lower LR"):
+    with pytest.raises(SystemExit, match="The gradient was not finite in 3 steps in a row, up to "
+                                         "step 6; lower LR"):
         run(images, tmp_path, epochs=10, max_bad_steps=3)
-    state = torch.load(train.resume_files(SimpleNamespace(OUT=tmp_path))[0], weights_only=True)
-    assert all(weight.isfinite().all() for weight in state["student"].values())
-    assert all(weight.isfinite().all() for weight in DeCLIP(pretrained=str(tmp_path / "declip.safetensors")).parameters())
+    state = torch.load(resume_files(tmp_path)[0], weights_only=True)
+    assert all(weight.isfinite().all() for weight in state["model"].values())
+    assert all(weight.isfinite().all()
+               for weight in DeCLIP(pretrained=str(tmp_path / "declip.safetensors")).parameters())

@@ -2,12 +2,12 @@
 # The whole method in the toy world, in about two minutes on two cores, without a network: these are the commands that
 # you would type. With real data they are the same ones, without the @presets.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 
 run() { printf '\n$ python %s\n' "$*"; python "$@"; }
 
 # 1. Scenes: 1,024 images without labels to train with, 200 with labels to evaluate with.
-run toy.py --dev 0
+run -m toy.world --dev 0
 
 # 2. Plain CLIP: its dense features name neither regions nor pixels.
 run eval_region.py @presets/toy_region.txt --out out/toy --attention clip
@@ -25,5 +25,5 @@ run train.py @presets/toy.txt --out out/toy/declip
 run eval_region.py @presets/toy_region.txt --ckpt out/toy/declip/declip.safetensors
 run eval_seg.py @presets/toy_seg.txt --ckpt out/toy/declip/declip.safetensors
 
-# 6. One table and one picture.
-run demo.py
+# 6. One table and one figure.
+run -m toy.demo

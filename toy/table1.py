@@ -1,11 +1,12 @@
-"""Table 1 in the toy world: what self-distillation does alone, with a VFM, and with a VFM and decoupling.
+"""Table 1 in the toy world: what self-distillation does alone, with a VFM, and decoupled.
 
-    python toy.py                       # the scenes, first
-    python table1.py --search           # a grid of LR and λ for each row, judged on the dev scenes: 21 runs
-    python table1.py                    # each row with the settings in presets/, three seeds, on the val scenes: 9 runs
+    python -m toy.world                 # the scenes, first
+    python -m toy.table1 --search       # LR and λ of each row, judged on the dev scenes: 21 runs
+    python -m toy.table1                # each row with the settings in presets/, three seeds: 9
+    runs
 
-A run takes about a minute on a core. A row's settings are judged by the mean of its five figures. A run that is in OUT
-already is not made again.
+A run takes about a minute on a core. A row's settings are judged by the mean of its five figures. A
+run that is in OUT already is not repeated.
 """
 
 import contextlib
@@ -20,15 +21,16 @@ from tqdm import tqdm
 
 import eval_region
 import eval_seg
-import settings
 import train
-from settings import UserError
+from util import UserError, settings
 
 OUT = "out/table1"                  # folder of the runs, one below it for each
-SEARCH = False                      # try the grid below on the dev scenes, one seed; else the presets' settings on val
+# try the grid below on the dev scenes, one seed; else the presets' settings on val
+SEARCH = False
 LRS = (3e-4, 1e-3, 3e-3)            # learning rates of the grid
 LAMBDAS = (0.01, 0.03, 0.1)         # weights of the context loss, for rows that have one
-SEEDS = (0, 1, 2)                   # of the order of images and of their crops, for the reported runs
+# of the order of images and of their crops, for the reported runs
+SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,30 +42,37 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"table1.py: {error}") from None
 
 
-ROWS = {"self-distillation": ["@presets/toy_self.txt"], "self + VFM": ["@presets/toy_undecoupled.txt"],
+ROWS = {"self-distillation": ["@presets/toy_self.txt"],
+        "self + VFM": ["@presets/toy_undecoupled.txt"],
         "self + VFM + decoupled (DeCLIP)": []}
 FIGURES = ("box thing", "box stuff", "mask thing", "mask stuff", "mIoU")
 
 
 def search(cfg: SimpleNamespace) -> str:
-    """Every LR and λ of the grid for every row, on the dev scenes -> a table, the best of each row marked."""
+    """Every LR and λ of the grid for every row, on the dev scenes -> a table, the best of each row
+    marked."""
     runs = [(name, lr, weight) for name in ROWS for lr, weight in product(cfg.LRS, cfg.LAMBDAS)
             if name != "self-distillation" or weight == cfg.LAMBDAS[0]]
     judged = {}
     for name, lr, weight in tqdm(runs, desc="search", unit="run"):
-        options = ["--lr", str(lr), *(["--lambda", str(weight)] if name != "self-distillation" else [])]
+        options = ["--lr", str(lr),
+                   *(["--lambda", str(weight)] if name != "self-distillation" else [])]
         judged[name, lr, weight] = figures(cfg, name, options, 0, "dev")
-    lines = [f"{'dev scenes, %':34}{'LR':>8}{'λ':>6}" + "".join(f"{figure:>12}" for figure in FIGURES) + f"{'mean':>8}"]
+    lines = [f"{'dev scenes, %':34}{'LR':>8}{'λ':>6}"
+             + "".join(f"{figure:>12}" for figure in FIGURES) + f"{'mean':>8}"]
     for (name, lr, weight), found in judged.items():
         best = max(mean(other.values()) for (arm, *_), other in judged.items() if arm == name)
         shown = "-" if name == "self-distillation" else f"{weight:g}"
-        lines.append(f"{name:34}{lr:>8g}{shown:>6}" + "".join(f"{found[figure]:12.1f}" for figure in FIGURES)
-                     + f"{mean(found.values()):8.1f}" + ("  best" if mean(found.values()) == best else ""))
+        lines.append(f"{name:34}{lr:>8g}{shown:>6}"
+                     + "".join(f"{found[figure]:12.1f}" for figure in FIGURES)
+                     + f"{mean(found.values()):8.1f}"
+                     + ("  best" if mean(found.values()) == best else ""))
     return "\n".join(lines)
 
 
 def report(cfg: SimpleNamespace) -> str:
-    """Each row with the settings of its preset and every seed, on the val scenes -> mean and standard deviation."""
+    """Each row with the settings of its preset and every seed, on the val scenes -> mean and
+    standard deviation."""
     found = {name: [] for name in ROWS}
     for name, seed in tqdm(list(product(ROWS, cfg.SEEDS)), desc="report", unit="run"):
         found[name].append(figures(cfg, name, [], seed, "val"))
@@ -71,11 +80,13 @@ def report(cfg: SimpleNamespace) -> str:
     for name, runs in found.items():
         columns = [[run[figure] for run in runs] for figure in FIGURES]
         spread = [stdev(each) if len(each) > 1 else 0 for each in columns]
-        lines.append(f"{name:34}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}" for each, wide in zip(columns, spread)))
+        lines.append(f"{name:34}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}" for each,
+                                            wide in zip(columns, spread)))
     return "\n".join(lines)
 
 
-def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int, scenes: str) -> dict[str, float]:
+def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int,
+            scenes: str) -> dict[str, float]:
     """Trains and evaluates one run, unless it is there -> its five FIGURES in per cent."""
     run = ["@presets/toy.txt", *ROWS[name], *options, "--seed", str(seed)]
     chosen = settings.parse(run, train)
@@ -83,17 +94,22 @@ def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int, scen
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = ["--ckpt", str(folder / "declip.safetensors")]
     root = f"data/toy/{scenes}"
-    with open(folder / "output.txt", "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with open(folder / "output.txt",
+              "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         if not (folder / "trained").exists():
             train.main([*run, "--out", str(folder), "--resume"])
             (folder / "trained").touch()
         result = folder / f"{scenes}.json"
         if not result.exists():
-            places = ["--annotations", f"{root}/panoptic.json", "--pngs", f"{root}/panoptic", "--images", f"{root}/images"]
-            of_regions = eval_region.main(["@presets/toy_region.txt", *checkpoint, *places])["128"]["mAcc"]
+            places = ["--annotations", f"{root}/panoptic.json", "--pngs", f"{root}/panoptic",
+                      "--images", f"{root}/images"]
+            of_regions = eval_region.main(["@presets/toy_region.txt", *checkpoint,
+                                           *places])["128"]["mAcc"]
             benchmark = "toy_dev" if scenes == "dev" else "toy"
-            of_pixels = eval_seg.main(["@presets/toy_seg.txt", *checkpoint, "--benchmarks", benchmark])[benchmark]
-            found = {figure: of_regions[figure]["top1"] for figure in FIGURES[:-1]} | {"mIoU": of_pixels["mIoU"]}
+            of_pixels = eval_seg.main(["@presets/toy_seg.txt", *checkpoint, "--benchmarks",
+                                       benchmark])[benchmark]
+            found = {figure: of_regions[figure]["top1"]
+                     for figure in FIGURES[:-1]} | {"mIoU": of_pixels["mIoU"]}
             result.write_text(json.dumps(found))
     return json.loads(result.read_text())
 

@@ -1,0 +1,128 @@
+"""util/settings.py: constants of a script as its options."""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+from tiny import ROOT
+
+from util import settings
+
+SCRIPT = '''"""Does something useful."""
+LR = 1e-5                   # peak learning rate, 100 % of it
+STEPS: int | None = None    # how many
+NAME = "a b"                # of the run
+FAST = False                # or slow
+GRID = (1, 6)               # range
+BATCH_SIZE = 2 * 8          # images
+TABLE = {"x": 1}            # no setting
+_PRIVATE = 3
+def main(): pass
+LATER = 1
+'''
+
+
+@pytest.fixture
+def script(tmp_path) -> ModuleType:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    spec = importlib.util.spec_from_file_location("script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_defaults_are_the_constants(script):
+    assert vars(settings.parse([], script)) == {"LR": 1e-5, "STEPS": None, "NAME": "a b",
+                                                "FAST": False, "GRID": (1, 6),
+                                                "BATCH_SIZE": 16}
+
+
+def test_options_have_the_types_of_the_defaults(script):
+    given = "--lr 2e-4 --steps 7 --name x --fast --grid 2 3 --batch-size 4".split()
+    assert vars(settings.parse(given, script)) == {"LR": 2e-4, "STEPS": 7, "NAME": "x",
+                                                   "FAST": True, "GRID": (2, 3),
+                                                   "BATCH_SIZE": 4}
+    assert settings.parse(["--steps", "none", "--fast", "false", "--batch_size", "5"],
+                          script).STEPS is None
+
+
+def test_later_options_win_over_an_argument_file(script, tmp_path):
+    (tmp_path / "bad.txt").write_text("--name don't")
+    with pytest.raises(SystemExit):
+        settings.parse([f"@{tmp_path / 'bad.txt'}"], script)
+    (tmp_path / "x.txt").write_text('# a preset\n--lr 1  --grid 2 4   # two options\n\n--name "c '
+                                    'd"\n')
+    chosen = settings.parse([f"@{tmp_path / 'x.txt'}", "--lr", "3"], script)
+    assert (chosen.LR, chosen.GRID, chosen.NAME) == (3, (2, 4), "c d")
+
+
+def test_help_shows_comments(script, capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--help"], script)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Does something useful" in shown and "peak learning rate, 100 % of it [1e-05]" in shown
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ("--lrr 3", "script.py: no option --lrr; did you mean --lr?"),
+    ("--zzzzz", "script.py: no option --zzzzz; --help lists them all"),
+    ("--lr fast", "script.py: argument --lr: 'fast' is not of type float"),
+    ("--steps 1.5", "script.py: argument --steps: '1.5' is not None or of type int"),
+    ("--fast maybe", "script.py: argument --fast: 'maybe' is not of type bool"),
+    ("stray", "script.py: unrecognized arguments: stray"),
+    ("@absent.txt", "script.py: [Errno 2] No such file or directory: 'absent.txt'"),
+])
+def test_errors_are_one_line(script, capsys, given, sentence):
+    with pytest.raises(SystemExit) as error:
+        settings.parse(given.split(), script)
+    assert error.value.code == 2 and capsys.readouterr().err == sentence + "\n"
+
+
+OTHER = '''"""Uses a setting of the first script."""
+from script import GRID, LR, TABLE, main
+LR = 3.0    # its own
+'''
+
+
+def test_an_imported_constant_is_a_setting_of_both_scripts(script, tmp_path, monkeypatch):
+    """Its default, type and comment are those of the script that says it; a script's own win."""
+    monkeypatch.setitem(sys.modules, "script", script)
+    monkeypatch.setattr(script, "GRID", (2, 5))
+    (tmp_path / "other.py").write_text(OTHER)
+    spec = importlib.util.spec_from_file_location("other", tmp_path / "other.py")
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert vars(settings.parse([], other)) == {"LR": 3.0, "GRID": (2, 5)}
+    assert settings.parse(["--grid", "3", "4"], other).GRID == (3, 4)
+    assert settings.constants(other)["GRID"].comment == "range"
+    monkeypatch.delattr(script, "main")     # constants of modules that are no scripts stay out
+    assert vars(settings.parse([], other)) == {"LR": 3.0}
+
+
+SCRIPTS = ["train", "eval_region", "eval_seg", "tools.segment", "tools.visualize", "tools.export",
+           "tools.bench", "toy.world", "toy.pretrain", "toy.demo", "toy.table1"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_setting_of_the_repository_is_explained(name):
+    found = settings.constants(importlib.import_module(name))
+    assert found
+    for constant, setting in found.items():
+        assert len(setting.comment) > 5, constant
+
+
+def test_both_evaluations_ask_for_the_model_in_the_same_words():
+    region, seg = (settings.constants(importlib.import_module(name))
+                   for name in ("eval_region", "eval_seg"))
+    shared = ["CKPT", "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION", "TEMPLATES",
+              "PRECISION", "NUM_WORKERS", "CACHE", "OUT"]
+    assert [region[name] for name in shared] == [seg[name] for name in shared]
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.txt")), ids=lambda p: p.stem)
+def test_presets_name_options_that_exist(preset):
+    kind = preset.stem.split("_")[-1]
+    script = {"region": "eval_region", "seg": "eval_seg"}.get(kind, "train")
+    settings.parse([f"@{preset}"], importlib.import_module(script))

@@ -1,0 +1,1 @@
+"""The toy world: drawn scenes and nano models, with which everything runs offline in minutes."""

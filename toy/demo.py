@@ -1,0 +1,164 @@
+"""The end of `make demo`: a table of what its evaluations found, and a figure of what changed.
+
+    toy/demo.sh                         # everything; `make demo` sets up the environment first
+    python -m toy.demo                  # the table and the figure again
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps, patches
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from data import Classes, read_classes, student_image
+from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
+from model import DeCLIP, encode_classes
+from tools.segment import deepest
+from tools.visualize import token_of
+from toy.world import THINGS
+from util import UserError, settings
+
+# folder of the evaluations' json, the trained model's in declip/ below it
+RESULTS = "out/toy"
+DATA = "data"                       # folder that holds toy/
+CKPT = "out/toy/declip/declip.safetensors"      # the trained model
+SCENES = (5, 0, 9)                  # scenes of data/toy/val that the figure shows
+FIGURE = "out/toy/demo.png"         # where the figure goes
+
+METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json",
+           "DeCLIP": "declip/{}.json"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table and draws the figure, as the command line (or `argv`) says."""
+    cfg = settings.parse(argv, sys.modules[__name__])
+    try:
+        print(table(read_results(cfg)))
+        draw(cfg)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"demo.py: {error}") from None
+    print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
+          "README.md "
+          "says, then\ntorchrun --nproc_per_node 8 train.py")
+
+
+def read_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
+    """For each method what eval_region.py and eval_seg.py wrote."""
+    results = {}
+    for method, pattern in METHODS.items():
+        files = {name: Path(cfg.RESULTS) / pattern.format(name) for name in ("region", "seg")}
+        missing = next((file for file in files.values() if not file.is_file()), None)
+        if missing:
+            raise UserError(f"There is no {missing}; run toy/demo.sh, which evaluates first.")
+        results[method] = {name: json.loads(file.read_text()) for name, file in files.items()}
+    return results
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """The comparison for a screen, in per cent."""
+    def of_regions(method: str, way: str) -> str:
+        means = results[method]["region"]["sizes"]["128"]["mAcc"]
+        return "".join(f"{means[f'{way} {kind}']['top1']:8.1f}" for kind in ("thing", "stuff"))
+
+    lines = ["", f"{'':36}{'mAcc by box':>16}{'mAcc by mask':>16}",
+             f"{'%':36}{'thing   stuff   thing   stuff    mIoU':>40}"]
+    for method, result in results.items():
+        miou = result["seg"]["benchmarks"]["toy"]["mIoU"]
+        lines.append(f"{method:36}{of_regions(method, 'box')}{of_regions(method, 'mask')}{miou:8.1f}")
+    return "\n".join([*lines,
+                      f"{'CLIP on crops cut out of the scenes':36}{of_regions('CLIP', 'crop')}"])
+
+
+# ----------------------------------------------------------------------------------- the figure
+
+TITLES = ("scene and anchor", "ground truth", "CLIP", "DeCLIP", "CLIP's attention",
+          "DeCLIP's attention")
+# Things are strong, stuff is pale.
+PALETTE = np.concatenate([colormaps["tab10"].colors, colormaps["Set2"].colors])
+
+
+@torch.inference_mode()
+def draw(cfg: SimpleNamespace) -> None:
+    """A row for each scene: ground truth, segmentation and attention before and after training."""
+    after = DeCLIP(pretrained=cfg.CKPT)
+    before = DeCLIP(after.model_name, "own")
+    classes = read_classes("classes/toy.txt")
+    text = encode_classes(before, classes, "imagenet", None)
+    scenes = SegmentationImages(KNOWN_BENCHMARKS["toy"], cfg.DATA)
+    matplotlib.use("agg")
+    shape = len(cfg.SCENES), len(TITLES)
+    size = 2 * shape[1], 2.1 * shape[0] + 0.9
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    seen = set()
+    for row, number in zip(axes, cfg.SCENES):
+        image, label = scenes[number]
+        found = [segment_scene(clip, image, attention, text)
+                 for clip, attention in ((before, "clip"), (after, None))]
+        anchor = find_anchor(label)
+        maps = [attention_of(clip, image, attention, anchor)
+                for clip, attention in ((before, "clip"), (after, None))]
+        draw_row(row, image, [label, *found], maps, anchor)
+        seen.update(*(each.unique().tolist() for each in (label, *found)))
+    for axis, title in zip(axes[0], TITLES):
+        axis.set_title(title, fontsize=11)
+    add_legend(figure, classes, seen)
+    Path(cfg.FIGURE).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(cfg.FIGURE, dpi=110)
+    plt.close(figure)
+
+
+def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],
+             anchor: tuple[int, int]) -> None:
+    """A scene (3, H, W) with its anchor, classes of its pixels (H, W), and attention (H, W)."""
+    row[0].imshow(image.permute(1, 2, 0))
+    for axis, label in zip(row[1:], labels):
+        axis.imshow(PALETTE[label], interpolation="nearest")
+    for axis, values in zip(row[-len(maps):], maps):
+        axis.imshow(values, cmap="magma", vmin=0, vmax=max(float(each.max()) for each in maps))
+    for axis in (row[0], *row[-len(maps):]):
+        axis.plot(*anchor, "P", color="white", markeredgecolor="black", markersize=9)
+    for axis in row:
+        axis.set_axis_off()
+
+
+def add_legend(figure: plt.Figure, classes: Classes, seen: set[int]) -> None:
+    """The colours of the classes that were seen, below all rows."""
+    handles = [patches.Patch(color=PALETTE[index], label=classes.names[index])
+               for index in sorted(seen)]
+    figure.legend(handles=handles, loc="lower center", ncols=9, frameon=False, fontsize=10)
+    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 1, 1), pad=0.5)
+
+
+def find_anchor(label: Tensor) -> tuple[int, int]:
+    """The pixel (x, y) that is deepest inside a thing, or the middle of a scene without one."""
+    x, y, _ = deepest(label < len(THINGS))
+    return int(x), int(y)
+
+
+def segment_scene(clip: DeCLIP, image: Tensor, attention: str | None, text: Tensor) -> Tensor:
+    """uint8 (3, H, W) and text (K, C) -> the nearest class of each pixel, (H, W)."""
+    inputs = student_image(image, 128, clip.mean, clip.std)[None]
+    content = clip.encode_dense(inputs, attention)[0][0]
+    scores = torch.einsum("chw,kc->khw", F.normalize(content, dim=0), text)
+    return F.interpolate(scores[None], image.shape[-2:], mode="bilinear")[0].argmax(dim=0)
+
+
+def attention_of(clip: DeCLIP, image: Tensor, attention: str | None, anchor: tuple[int, int]
+                 ) -> Tensor:
+    """What the anchor's patch attends to in the last block, on the pixels of the scene, (H, W)."""
+    inputs = student_image(image, 128, clip.mean, clip.std)[None]
+    grid = tuple(side // clip.patch_size for side in inputs.shape[-2:])
+    rows = clip.visual.attention_maps(inputs, attention)[-1][0, 1:, 1:]
+    values = rows[token_of(anchor, image, grid)].view(1, 1, *grid)
+    return F.interpolate(values, image.shape[-2:], mode="nearest")[0, 0]
+
+
+if __name__ == "__main__":
+    main()

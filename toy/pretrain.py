@@ -1,0 +1,354 @@
+"""Trains the toy world's nano models anew: a CLIP and a vision foundation model.
+
+    python -m toy.pretrain clip         # into toy/clip
+    python -m toy.pretrain vfm          # into toy/vfm
+
+Both are plain timm towers with a config.json beside their weights, so nothing of ours must be
+imported to load them: open_clip knows the CLIP as local-dir:toy/clip, timm the VFM as
+local-dir:toy/vfm, both as seen from the repository's folder.
+"""
+
+import copy
+import gzip
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+from tqdm import tqdm
+
+from data import normalize
+from toy.world import FIRST_SCENE, NAMES, STUFF, THINGS, check_number, describe, draw_scene
+from util import UserError, settings
+
+MODELS = "toy"                      # folder that clip/ or vfm/ is written into
+SCENES = 8000                       # scenes drawn to learn from, at 128 px
+STEPS: int | None = None            # optimiser steps; None: 2500 for clip, 1500 for vfm
+BATCH_SIZE: int | None = None       # None: 128 crops for clip, 16 scenes for vfm
+SEED = 0                            # of the first weights and of what is sampled
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains the model that the command line (or `argv`) names."""
+    cfg = settings.parse(argv, sys.modules[__name__], positional="KIND")
+    try:
+        run(cfg)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"pretrain.py: {error}") from None
+
+
+def run(cfg: SimpleNamespace) -> None:
+    """Trains and writes one model."""
+    settings.check_least(cfg, SCENES=1, STEPS=1, BATCH_SIZE=1, SEED=0)
+    check_number(cfg.SCENES)
+    if len(cfg.KIND) != 1 or cfg.KIND[0] not in PRETRAINERS:
+        raise UserError(f"{' '.join(cfg.KIND)!r} is no model to train; name one of "
+                        f"{', '.join(PRETRAINERS)}.")
+    kind, = cfg.KIND
+    torch.manual_seed(cfg.SEED)
+    folder = Path(cfg.MODELS) / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = draw_scenes(FIRST_SCENE[kind], cfg.SCENES)
+    model, file = PRETRAINERS[kind](cfg, folder, scenes)
+    # Half precision halves what the repository holds; it is computed in float32.
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / file)
+    count = sum(value.numel() for value in model.parameters()) / 1e6
+    print(f"{folder / file} holds {count:.2f} million weights")
+
+
+# ----------------------------------------------------------------------------- the nano models
+
+STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+# timm's config.json. EVA02-CLIP's vision tower at width 128 ...
+CLIP_TOWER = {
+    "architecture": "eva02_base_patch16_clip_224",
+    "num_classes": 128,
+    "model_args": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4,
+                   "mlp_ratio": 2, "ref_feat_shape": [8, 8], "dynamic_img_size": True},
+    "pretrained_cfg": {"input_size": [3, 64, 64], "fixed_input_size": False, **STATISTICS},
+}
+# ... and a plain ViT of width 96: the toy world's DINO or SAM.
+VFM_TOWER = {
+    "architecture": "vit_base_patch16_224",
+    "num_classes": 0,
+    "model_args": {"img_size": 128, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3,
+                   "class_token": False, "global_pool": "avg", "dynamic_img_size": True},
+    "pretrained_cfg": {"input_size": [3, 128, 128], "fixed_input_size": False, **STATISTICS},
+}
+# open_clip's open_clip_config.json, whose paths are completed by write_clip_config
+CLIP_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 128, "custom_text": True,
+        "vision_cfg": {"image_size": 64, "timm_model_name": "", "timm_model_pretrained": False,
+                       "timm_pool": "token", "timm_proj": None},
+        "text_cfg": {"context_length": 32, "vocab_size": 0, "width": 64, "heads": 2, "layers": 2,
+                     "tokenizer_kwargs": {"bpe_path": ""}}},
+    "preprocess_cfg": STATISTICS | {"interpolation": "bicubic", "resize_mode": "squash"},
+}
+
+
+def write_clip_config(folder: Path) -> None:
+    """The CLIP's configurations, and merges of a tokenizer that knows ImageNet's templates and the
+    world's names."""
+    templates = [template("") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    words = re.findall("[a-z]+", " ".join([*templates, *NAMES, "and on"]).lower())
+    merges = byte_pairs(words)
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.GzipFile(folder / "merges.txt.gz", "wb", mtime=0) as file:
+        file.write("\n".join(["#version: 0.2", *map(" ".join, merges)]).encode())
+    config = copy.deepcopy(CLIP_CONFIG)
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
+    config["model_cfg"]["text_cfg"] |= {
+        "vocab_size": 2 * 256 + len(merges) + 2,        # bytes, inside and at the end of words
+        "tokenizer_kwargs": {"bpe_path": str(folder / "merges.txt.gz")}}
+    write_config(folder / "open_clip_config.json", config)
+    write_config(folder / "config.json", CLIP_TOWER)
+
+
+def write_config(path: Path, config: dict) -> None:
+    """Writes a configuration as json."""
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding: the most frequent pair of neighbours is merged, until every word is one
+    token -> the merges."""
+    spelled, merges = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
+    while pairs := Counter(pair for parts in spelled.values() for pair in zip(parts, parts[1:])):
+        merges.append(max(sorted(pairs), key=pairs.get))
+        for parts in spelled.values():
+            for place in range(len(parts) - 1, 0, -1):
+                if tuple(parts[place - 1:place + 1]) == merges[-1]:
+                    parts[place - 1:place + 1] = ["".join(merges[-1])]
+    return merges
+
+
+# ------------------------------------------------------------------------- what is learned from
+
+class SceneTensors(NamedTuple):
+    """Many scenes as tensors; S is the most regions that a scene has."""
+    images: Tensor      # uint8 (n, 3, size, size)
+    regions: Tensor     # uint8 (n, size, size)
+    classes: Tensor     # (n, S), -1 where a scene has no such region
+    boxes: Tensor       # (n, S, 4) x0 y0 x1 y1 in pixels
+
+
+def draw_scenes(first: int, count: int, size: int = 128) -> SceneTensors:
+    """Scenes `first`, `first` + 1, ... drawn in several processes."""
+    with ProcessPoolExecutor() as pool:
+        drawn = pool.map(partial(draw_scene, size=size), range(first, first + count), chunksize=64)
+        scenes = list(tqdm(drawn, desc="draw", total=count, unit="scene"))
+    most = max(len(scene.classes) for scene in scenes)
+    classes, boxes = torch.full((count, most), -1), torch.zeros(count, most, 4)
+    for index, scene in enumerate(scenes):
+        for region, kind in enumerate(scene.classes):
+            x, y, width, height = describe(scene, region)["bbox"]
+            classes[index, region], boxes[index, region] = kind, torch.tensor([x, y, x + width, y
+                                                                               + height])
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1,
+                                                                                   2).contiguous()
+    return SceneTensors(images, torch.from_numpy(np.stack([scene.regions for scene in scenes])),
+                        classes, boxes)
+
+
+def sample_boxes(source: SceneTensors, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Crops to learn from -> scenes (count,) and boxes (count, 4).
+
+    Half are around things, a fifth around zones, the rest anywhere.
+    """
+    size = source.images.shape[-1]
+    scenes = torch.randint(len(source.images), (count,), generator=rng)
+    way = torch.rand(count, generator=rng)
+    is_thing = (source.classes[scenes] >= 0) & (source.classes[scenes] < len(THINGS))
+    is_wanted = torch.where(way[:, None] < 0.5, is_thing, source.classes[scenes] >= len(THINGS))
+    is_wanted[:, 0] |= ~is_wanted.any(dim=1)        # a scene without things shows its first zone
+    chosen = torch.multinomial(is_wanted.float(), 1, generator=rng)[:, 0]
+    x0, y0, x1, y1 = source.boxes[scenes, chosen].unbind(dim=1)
+
+    def random(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng) * (high - low) + low
+
+    sides = torch.stack([x1 - x0, y1 - y0], dim=1)
+    centres = torch.stack([x0 + x1, y0 + y1], dim=1) / 2 + sides * random(-0.1, 0.1, count, 2)
+    sides = sides * random(0.9, 1.5, count, 1)
+    anywhere = way > 0.7
+    sides = torch.where(anywhere[:, None], random(size / 6, size, count, 2), sides).clamp(8, size)
+    centres = torch.where(anywhere[:, None], random(0, size, count, 2), centres)
+    centres = centres.clamp(sides / 2, size - sides / 2)
+    return scenes, torch.cat([centres - sides / 2, centres + sides / 2], dim=1)
+
+
+def cut(source: SceneTensors, scenes: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops as float [0, 1] (n, 3, size, size)."""
+    images, places = scenes.unique(return_inverse=True)
+    return roi_align(source.images[images].float() / 255,
+                     torch.cat([places[:, None], boxes], dim=1), size, sampling_ratio=2)
+
+
+def region_shares(source: SceneTensors, scenes: Tensor, boxes: Tensor, points: int = 24) -> Tensor:
+    """The share of each region in each crop, (n, S), from a grid of points."""
+    steps = (torch.arange(points) + 0.5) / points
+    x = (boxes[:, 0, None] + steps * (boxes[:, 2] - boxes[:, 0])[:, None]).long()
+    y = (boxes[:, 1, None] + steps * (boxes[:, 3] - boxes[:, 1])[:, None]).long()
+    seen = source.regions[scenes[:, None, None], y[:, :, None], x[:, None, :]].flatten(1).long()
+    return F.one_hot(seen, source.classes.shape[1]).float().mean(dim=1)
+
+
+def caption(classes: Sequence[int], shares: Sequence[float], only_first: bool) -> str:
+    """What one would say of a crop: what stands out first, or all that is well visible.
+
+    For example `star and ring on dots`.
+    """
+    salience = [share * (2 if kind < len(THINGS) else 1) for kind, share in zip(classes, shares)]
+    order = sorted(range(len(classes)), key=lambda region: -salience[region])
+    if only_first:
+        return NAMES[classes[order[0]]]
+    things = list(dict.fromkeys(NAMES[classes[s]] for s in order if 0 <= classes[s] < len(THINGS)
+                                and shares[s] > 0.06))
+    stuff = [NAMES[classes[s]] for s in order if classes[s] >= len(THINGS) and shares[s] > 0.15]
+    return " on ".join(" and ".join(names) for names in (things, stuff) if names)
+
+
+def contrast(image: Tensor, text: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss for images (n, C) that share captions (u, C): image i has owner[i]."""
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    to_image = logits.T.log_softmax(dim=-1)[owner, torch.arange(len(owner))]
+    # Every caption counts once, however many images it has.
+    each = 1 / owner.bincount(minlength=len(text))[owner]
+    return (F.cross_entropy(logits, owner) - (to_image * each).sum() / each.sum()) / 2
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks, AdamW for the rest: several times faster than AdamW."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters()
+               if parameter.requires_grad]
+    in_blocks = [parameter for name, parameter in trained if "blocks." in name and parameter.ndim
+                 == 2]
+    others = [parameter for name, parameter in trained if "blocks." not in name
+              or parameter.ndim != 2]
+    return [torch.optim.Muon(in_blocks, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=1.2e-3, weight_decay=0.01, betas=(0.9, 0.98))]
+
+
+def optimize(model: nn.Module, steps: int, log: Path,
+             loss_of_step: Callable[[], tuple[Tensor, Callable]]) -> None:
+    """Minimises loss_of_step() -> (loss, a function that returns figures to log).
+
+    Linear warm-up, then linear to 0; a line of json every 50 steps.
+    """
+    chosen = optimizers(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each,
+                                                   lambda s: min((s + 1) / 100,
+                                                                 (steps - s) / steps))
+                 for each in chosen]
+    start, lines = time.perf_counter(), []
+    for done in tqdm(range(1, steps + 1), desc="pretrain", unit="step"):
+        loss, figures = loss_of_step()
+        loss.backward()
+        for each, schedule in zip(chosen, schedules):
+            each.step()
+            schedule.step()
+            each.zero_grad(set_to_none=True)
+        if done % 50 == 0 or done == steps:
+            lines.append({"step": done, "loss": loss.item(), **figures(),
+                          "seconds": round(time.perf_counter() - start)})
+            tqdm.write(json.dumps(lines[-1]))
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors) -> tuple[nn.Module,
+                                                                                     str]:
+    """Contrast of crops with captions, no other supervision -> the model and its file's name.
+
+    Logs the accuracy of naming what stands out in fresh crops.
+    """
+    write_clip_config(folder)
+    name = f"local-dir:{folder}"
+    model, tokenizer = open_clip.create_model(name,
+                                              load_weights=False), open_clip.get_tokenizer(name)
+    rng = torch.Generator().manual_seed(cfg.SEED)
+    fresh = draw_scenes(FIRST_SCENE["clip"] + cfg.SCENES, 200)
+
+    def encode(captions: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(captions))
+
+    def sample(source: SceneTensors, count: int, only_first: bool) -> tuple[Tensor, list[str]]:
+        scenes, boxes = sample_boxes(source, count, rng)
+        shares = region_shares(source, scenes, boxes)
+        captions = [caption(*pair, only_first)
+                    for pair in zip(source.classes[scenes].tolist(), shares.tolist())]
+        return normalize(cut(source, scenes, boxes, 64), **STATISTICS), captions
+
+    def loss_of_step():
+        template = open_clip.OPENAI_IMAGENET_TEMPLATES[torch.randint(80, (), generator=rng)]
+        images, captions = sample(source, cfg.BATCH_SIZE or 128,
+                                  torch.rand((), generator=rng) < 0.6)
+        unique = list(dict.fromkeys(captions))
+        owner = torch.tensor([unique.index(each) for each in captions])
+        scale = model.logit_scale.exp().clamp(max=100)
+        loss = contrast(model.encode_image(images), encode([template(each) for each in unique]),
+                        owner, scale)
+        return loss, figures
+
+    @torch.no_grad()
+    def figures() -> dict[str, float]:
+        images, captions = sample(fresh, 400, True)
+        model.eval()
+        text = F.normalize(encode([f"a photo of a {each}." for each in NAMES]), dim=-1)
+        found = [NAMES[index] for index in (model.encode_image(images) @ text.T).argmax(dim=1)]
+        model.train()
+        right = {kind: [a == b for a, b in zip(found, captions) if b in kind]
+                 for kind in (THINGS, STUFF)}
+        return {"thing": np.mean(right[THINGS]).round(3), "stuff": np.mean(right[STUFF]).round(3)}
+
+    optimize(model, cfg.STEPS or 2500, folder / "log.jsonl", loss_of_step)
+    return model, "open_clip_model.safetensors"
+
+
+def pretrain_vfm(cfg: SimpleNamespace, folder: Path, source: SceneTensors) -> tuple[nn.Module, str]:
+    """Like SAM, from regions without classes -> the model and its file's name.
+
+    Cosines of patches are fitted to those of the regions that they cover.
+    """
+    write_config(folder / "config.json", VFM_TOWER)
+    model = timm.create_model(f"local-dir:{folder}")
+    rng = torch.Generator().manual_seed(cfg.SEED)
+
+    def loss_of_step():
+        scenes = torch.randint(len(source.images), (cfg.BATCH_SIZE or 16,), generator=rng)
+        images = normalize(source.images[scenes].float() / 255, **STATISTICS)
+        tokens, = model.forward_intermediates(images, indices=1, norm=True,
+                                              intermediates_only=True)
+        tokens = F.normalize(tokens.flatten(2).mT, dim=-1)
+        shares = F.one_hot(source.regions[scenes].long(),
+                           source.classes.shape[1]).permute(0, 3, 1, 2).float()
+        shares = F.normalize(F.avg_pool2d(shares, 8).flatten(2).mT, dim=-1)
+        found, wanted = tokens @ tokens.mT, shares @ shares.mT
+        agreement = ((found > 0.5) == (wanted > 0.5)).float().mean()
+        return F.mse_loss(found, wanted), lambda: {"pairs": round(agreement.item(), 4)}
+
+    optimize(model, cfg.STEPS or 1500, folder / "log.jsonl", loss_of_step)
+    return model, "model.safetensors"
+
+
+PRETRAINERS = {"clip": pretrain_clip, "vfm": pretrain_vfm}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""One process or many: torchrun's environment, and the few exchanges between ranks."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util import UserError
+
+
+class Ranks(NamedTuple):
+    """This process among the `world_size` processes of a run, and the device it computes on."""
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Joins the process group if torchrun started this process; picks a GPU, or the CPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise SystemExit(f"torchrun started more processes on this machine than it has GPUs, "
+                         f"{count}; set --nproc_per_node to {count} or less.")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
+def session(script: str) -> Iterator[Ranks]:
+    """Joins the process group for a script's run and leaves it at the end.
+
+    A UserError ends the script with its sentence alone, and so do errors that users meet often.
+    """
+    ranks, name = start(), Path(script).name
+    try:
+        yield ranks
+    except UserError as error:
+        # An error in a worker of a DataLoader brings the worker's traceback along.
+        sentence = str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1]
+        raise SystemExit(f"{name}: {sentence}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        found = str(error).split(". ")[0]
+        raise SystemExit(f"{name}: the GPU's memory ran out ({found}); lower the number of images "
+                         "or windows of a forward pass, or their size (in training also: "
+                         "--checkpointing).") from None
+    except OSError as error:
+        # Libraries raise OSErrors without a number, mostly when a download fails.
+        advice = "make room or choose another path" if error.errno else (
+            "if weights were to be downloaded, check the network, name a local file, or try the "
+            "toy world of README.md")
+        raise SystemExit(f"{name}: {str(error).strip().rstrip('.')}; {advice}.") from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def divide_batch(batch_size: int, micro_batch: int, world_size: int) -> tuple[int, int]:
+    """BATCH_SIZE over all ranks -> (images of one forward pass of a rank, forward passes a step).
+
+    Raises UserError if BATCH_SIZE is no multiple of the number of ranks.
+    """
+    if batch_size % world_size:
+        fits = -(-batch_size // world_size) * world_size
+        raise UserError(f"BATCH_SIZE {batch_size} can't be divided over {world_size} processes; "
+                        f"set it to {fits}, or choose another --nproc_per_node.")
+    share = batch_size // world_size
+    fitting = [size for size in range(1, min(share, micro_batch) + 1) if share % size == 0]
+    return max(fitting), share // max(fitting)
+
+
+def wrap(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """The module under DDP, whose forward every training step must call; itself in one process."""
+    if ranks.world_size == 1:
+        return module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def all_equal(number: int, device: torch.device) -> bool:
+    """Whether every rank has the same number."""
+    extremes = max_over_ranks(torch.tensor([number, -number], device=device))
+    return bool(extremes[0] == -extremes[1])
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The largest of `tensor` over all ranks, element by element, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def fetch(tensor: Tensor) -> Callable[[], list]:
+    """Starts to copy a tensor to the host -> a function that returns its numbers.
+
+    On a GPU that function waits for the copy alone, not for work that was sent there later.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or copy.tolist()
+
+
+def gather(thing: object) -> list:
+    """The `thing` of every rank, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()

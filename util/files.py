@@ -1,0 +1,80 @@
+"""Files that are written whole or not at all, and json files that say what is wrong with them."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from safetensors import SafetensorError
+
+from util import UserError
+
+
+def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
+    """Calls `write` with a temporary name, flushes that file to the disk and renames it to `path`.
+
+    So `path` is always whole: the new file, or the old one. Raises OSError if the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode     # safetensors would make it readable by its owner only
+        write(str(temporary))
+        temporary.chmod(mode)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (SafetensorError, RuntimeError) as error:
+        # A full disk raises these in safetensors and torch.save.
+        raise OSError(f"{path} could not be written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes `content` as indented json."""
+    text = json.dumps(content, indent=2)
+    atomic_write(path, lambda file: Path(file).write_text(text + "\n"))
+
+
+def write_result(cfg: SimpleNamespace, name: str, content: dict) -> Path:
+    """Writes an evaluation's result and settings beside the checkpoint or into OUT -> the path.
+
+    The file is `name`.json, or `name`.ATTENTION.json for a baseline, so that a baseline does not
+    replace the result of the model itself.
+    """
+    folder = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out"))
+    path = folder / (f"{name}.{cfg.ATTENTION}.json" if cfg.ATTENTION else f"{name}.json")
+    write_json(path, content | {"settings": vars(cfg)})
+    print(f"written to {path}")
+    return path
+
+
+def read_json(path: str | Path, *fields: str) -> dict:
+    """A json file that must have `fields`; UserError otherwise."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}; set the option that names it, or put the "
+                        "annotations there.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not json ({error}); download it again.") from None
+    missing = [field for field in fields if not isinstance(content, dict) or field not in content]
+    if missing:
+        raise UserError(f"{path} has no field {missing[0]!r}; a COCO-style file with "
+                        f"{', '.join(fields)} is expected.")
+    return content
+
+
+@contextmanager
+def fields_of(path: str | Path) -> Iterator[None]:
+    """Within it, entries of the json `path` are read: a missing field raises a UserError."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} has an entry without the field {error}; download it again."
+                        ) from None

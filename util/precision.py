@@ -1,0 +1,38 @@
+"""The numeric precision that models compute in: fp32, bf16, fp16, or what suits the device."""
+
+import torch
+
+from util import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}     # autocast's
+PRECISIONS = ("auto", *DTYPES)
+
+
+def check_precision(name: str) -> None:
+    """Raises UserError if PRECISION is unknown."""
+    if name not in PRECISIONS:
+        raise UserError(f"PRECISION is {name!r}; it must be one of {', '.join(PRECISIONS)}.")
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """A key of DTYPES. `auto` is bf16 on a GPU that has it, fp16 on other GPUs, fp32 on a CPU."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    # V100 and T4 only emulate bf16.
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp16"
+
+
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The context in which models compute in a precision of PRECISIONS."""
+    dtype = DTYPES[find_precision(name, device)]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def grad_scaler(name: str, device: torch.device) -> torch.amp.GradScaler:
+    """A GradScaler that leaves out steps whose gradient is not finite; only in fp16 it scales."""
+    is_fp16 = find_precision(name, device) == "fp16"
+    rules = {} if is_fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+    return torch.amp.GradScaler(device.type, **rules)

@@ -1,0 +1,160 @@
+"""The upper-case constants at the top of a script become its command-line options.
+
+    LR = 1e-5  # peak learning rate
+
+gives `--lr 2e-5`. The type is that of the default (or of an annotation such as `float | None`), the
+comment is its help. A constant imported from another script, `from eval_seg import WINDOW`, is an
+option of both: its default, type and help are said once. `@presets/published.txt` reads options
+from a file: any number a line, `#` starts a comment. Of two values for an option the later wins.
+"""
+
+import argparse
+import ast
+import difflib
+import io
+import re
+import shlex
+import sys
+import tokenize
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+from util import UserError
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+KINDS = {"bool": lambda text: BOOLEANS[text.lower()], "int": int, "float": float, "str": str}
+
+
+class Constant(NamedTuple):
+    """A setting as its script writes it."""
+    default: object
+    kind: str           # bool, int, float or str; of the elements, for a tuple
+    many: bool          # a tuple
+    optional: bool      # may be None
+    comment: str
+
+
+def constants(module: ModuleType) -> dict[str, Constant]:
+    """The settings of a script: its own, then those imported from other scripts.
+
+    A setting is an upper-case constant above the script's first function or class. Tables and
+    other objects are no settings, nor is what comes from a module without a `main`.
+    """
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens
+                if token.type == tokenize.COMMENT}
+    own, imported = {}, {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            break
+        if isinstance(node, ast.ImportFrom):
+            imported |= imported_constants(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+            if re.fullmatch("[A-Z][A-Z0-9_]*", name):
+                own[name] = constant(getattr(module, name), node, comments)
+    found = own | {name: setting for name, setting in imported.items() if name not in own}
+    return {name: setting for name, setting in found.items() if setting}
+
+
+def constant(default: object, node: ast.stmt, comments: dict[int, str]) -> Constant | None:
+    """The setting of one assignment; None if its type is none that an option can have."""
+    sample = default[0] if isinstance(default, tuple) else default
+    is_annotated = isinstance(node, ast.AnnAssign)
+    annotation = ast.unparse(node.annotation) if is_annotated else type(sample).__name__
+    kind = annotation.split(" |")[0]
+    if kind not in KINDS:
+        return None
+    return Constant(default, kind, isinstance(default, tuple), "None" in annotation,
+                    comments.get(node.end_lineno, ""))
+
+
+def imported_constants(node: ast.ImportFrom) -> dict[str, Constant]:
+    """The settings that `from script import …` shares with that script."""
+    source = sys.modules.get(node.module)
+    if not hasattr(source, "main"):
+        return {}
+    theirs = constants(source)
+    return {alias.name: theirs[alias.name] for alias in node.names if alias.name in theirs}
+
+
+def converter(kind: str, optional: bool) -> Callable[[str], object]:
+    """A function from an option's text to its value; argparse reports a text that does not fit."""
+    def convert(text: str) -> object:
+        try:
+            return None if optional and text.lower() == "none" else KINDS[kind](text)
+        except (ValueError, KeyError):
+            expected = f"{'None or ' if optional else ''}of type {kind}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and argument files of any layout."""
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"an argument file has a line that can't be split ({error}): {line}")
+
+    def error(self, message: str) -> None:
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            advice = f"; did you mean {near[0]}?" if near else "; --help lists them all"
+            message = f"no option {unknown[1]}{advice}"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(argv: list[str] | None, script: ModuleType, positional: str | None = None
+          ) -> SimpleNamespace:
+    """The settings of `script`, changed by `argv` (None: the command line), by NAME.
+
+    positional: a name for the words of the command line that follow no option; a tuple of them.
+    Exits with status 2 and one line on an unknown option, a value of the wrong type or a missing
+    argument file.
+    """
+    parser = Parser(prog=Path(script.__file__).name, description=script.__doc__,
+                    fromfile_prefix_chars="@", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, setting in constants(script).items():
+        add_option(parser, name, setting)
+    if positional:
+        parser.add_argument(positional, nargs="+", metavar=positional.lower())
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
+    return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
+                              for name, value in vars(given).items()})
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, setting: Constant) -> None:
+    """`--image_size`, also spelled `--image-size`, for IMAGE_SIZE."""
+    spellings = dict.fromkeys([f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"])
+    shown = " ".join(map(str, setting.default)) if setting.many else setting.default
+    extra = {}
+    if setting.many:
+        extra = {"nargs": "+"}
+    elif setting.kind == "bool":
+        extra = {"nargs": "?", "const": True}
+    parser.add_argument(*spellings, dest=name, default=setting.default,
+                        metavar=setting.kind.upper(),
+                        type=converter(setting.kind, setting.optional),
+                        help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
+
+
+def show(settings: SimpleNamespace) -> str:
+    """The settings as a block of `NAME = value` lines, printed when a script starts."""
+    width = max(map(len, vars(settings)))
+    return "\n".join(f"{name:{width}} = {value!r}" for name, value in vars(settings).items())
+
+
+def check_least(cfg: SimpleNamespace, **least: float) -> None:
+    """Raises UserError on a setting below its least value."""
+    for name, limit in least.items():
+        value = getattr(cfg, name)
+        if value is not None and not value >= limit:
+            raise UserError(f"{name} is {value}; it must be at least {limit}.")

@@ -1,0 +1,152 @@
+"""open_clip's models by name, and their vision towers as timm trunks: one code path serves all."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import QuickGELU
+from open_clip.transformer import VisionTransformer as OpenClipViT
+from timm.layers import PatchEmbed
+from timm.models import eva, vision_transformer
+from torch import Tensor, nn
+
+from util import UserError
+
+TIMM_VITS = eva.Eva | vision_transformer.VisionTransformer
+
+
+def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
+    """open_clip's model with its text tower as `.text`.
+
+    A model in a folder, `local-dir:FOLDER`, or on the Hugging Face hub brings its own weights; tag
+    None leaves them out. Raises UserError for an unknown model or tag.
+    """
+    schema = model_name.partition(":")[0]
+    if schema == "local-dir":
+        check_folder(model_name, "open_clip_config.json", "open_clip")
+    elif schema != "hf-hub":
+        check_tag(model_name, tag)
+    with silenced():        # open_clip would warn of missing weights
+        return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
+                                      force_custom_text=True)
+
+
+def check_folder(name: str, file: str, library: str) -> None:
+    """Raises UserError unless the folder of a `local-dir:` name has the library's `file`."""
+    if not (Path(name.removeprefix("local-dir:")) / file).is_file():
+        raise UserError(f"{name} has no {file}; name a folder that holds a model in {library}'s "
+                        "format, relative to the folder that you are in.")
+
+
+def check_tag(model_name: str, tag: str | None) -> None:
+    """Raises UserError unless open_clip has weights of that tag for this model and activation."""
+    if model_name not in open_clip.list_models():
+        raise UserError(f"open_clip has no model named {model_name!r}; see "
+                        "open_clip.list_models().")
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if tag and tag not in tags:
+        raise UserError(f"{tag!r} is neither a file nor one of open_clip's weights for "
+                        f"{model_name}: {', '.join(tags) or 'it has none'}.")
+    is_quick = open_clip.get_model_config(model_name).get("quick_gelu", False)
+    config = open_clip.get_pretrained_cfg(model_name, tag) if tag else {}
+    if tag and config.get("quick_gelu", False) != is_quick:
+        other = model_name.removesuffix("-quickgelu") + ("" if is_quick else "-quickgelu")
+        raise UserError(f"The weights {tag!r} need the other activation; use the model {other}.")
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Without log messages below errors."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:
+    """open_clip's vision tower as a timm trunk with the same weights, for images of any size.
+
+    Raises UserError if the method can't use it.
+    """
+    try:
+        is_timm = isinstance(visual, TimmModel)
+        trunk = with_dynamic_size(visual.trunk) if is_timm else convert_vit(visual)
+    except (AttributeError, RuntimeError):     # a transformer with parts that timm's does not have
+        trunk = None
+    if not isinstance(trunk, TIMM_VITS) or not is_usable(trunk):
+        raise UserError(f"The vision tower of {model_name} is not a transformer with a projected "
+                        "[CLS] token, which the method distils from; use an EVA02 or OpenAI-style "
+                        "ViT such as EVA02-B-16 or ViT-B-16.")
+    attn = trunk.blocks[-1].attn
+    if attn.qkv is not None:
+        attn.qkv = SplitQKV(attn.qkv)
+    return trunk
+
+
+def is_usable(trunk: nn.Module) -> bool:
+    """Whether a trunk has a projected [CLS], plain patches, and blocks like `_last_block` needs."""
+    block = trunk.blocks[-1]
+    fused = block.attn.qkv
+    has_plain_block = (
+        type(block) in (eva.EvaBlock, vision_transformer.Block)
+        and (fused is None or fused.bias is not None) and getattr(block, "gamma_1", None) is None
+        and isinstance(getattr(block, "ls1", None), nn.Identity | type(None)))
+    return (has_plain_block and trunk.global_pool == "token" and isinstance(trunk.head, nn.Linear)
+            and trunk.num_prefix_tokens == 1 and trunk.pos_embed is not None
+            and type(trunk.patch_embed) is PatchEmbed)
+
+
+def with_dynamic_size(trunk: nn.Module) -> nn.Module:
+    """The same timm model for images of any size; otherwise its rotary embedding fits one size."""
+    if not isinstance(trunk, TIMM_VITS) or trunk.dynamic_img_size:
+        return trunk
+    anew = timm.create_model(trunk.pretrained_cfg["architecture"], dynamic_img_size=True,
+                             img_size=trunk.patch_embed.img_size, num_classes=trunk.num_classes,
+                             global_pool=trunk.global_pool)
+    anew.load_state_dict(trunk.state_dict())
+    return anew
+
+
+def convert_vit(visual: OpenClipViT) -> vision_transformer.VisionTransformer:
+    """open_clip's own VisionTransformer as timm's; [CLS] agrees to 3e-7."""
+    block = visual.transformer.resblocks[0]
+    if visual.attn_pool is not None or visual.pool_type != "tok":
+        raise AttributeError("no [CLS] projection")
+    width = block.mlp.c_fc.in_features
+    trunk = vision_transformer.VisionTransformer(
+        img_size=visual.image_size, patch_size=visual.patch_size, embed_dim=width,
+        num_heads=block.attn.num_heads, depth=len(visual.transformer.resblocks),
+        mlp_ratio=block.mlp.c_fc.out_features / width, num_classes=visual.output_dim,
+        global_pool="token", pre_norm=True,
+        norm_layer=partial(nn.LayerNorm, eps=visual.ln_post.eps),
+        act_layer="quick_gelu" if isinstance(block.mlp.gelu, QuickGELU) else "gelu")
+    state = {f"visual.{name}": value for name, value in visual.state_dict().items()}
+    trunk.load_state_dict(vision_transformer.checkpoint_filter_fn(state, trunk))
+    return trunk
+
+
+class SplitQKV(nn.Module):
+    """timm's fused qkv as three projections, so that each can be frozen alone."""
+
+    def __init__(self, qkv: nn.Linear):
+        super().__init__()
+        for name, weight, bias in zip("qkv", qkv.weight.chunk(3), qkv.bias.chunk(3)):
+            linear = nn.Linear(qkv.in_features, len(weight))
+            linear.load_state_dict({"weight": weight, "bias": bias})
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+def projection(attn: nn.Module, name: str) -> nn.Linear:
+    """Proj_q, Proj_k or Proj_v of a last block's attention."""
+    is_split = isinstance(attn.qkv, SplitQKV)
+    return getattr(attn.qkv, name) if is_split else getattr(attn, f"{name}_proj")

@@ -1,0 +1,167 @@
+"""Weight files in every layout, in and out.
+
+A state has this project's own names: visual.* (the timm trunk), text.* and logit_scale (open_clip's
+CustomTextCLIP). A record is what a `declip.safetensors` says of itself.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from open_clip.model import convert_to_custom_text_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import eva, vision_transformer
+from torch import Tensor, nn
+
+from util import UserError
+from util.files import atomic_write
+
+# timm's names of an EVA02 tower and EVA-CLIP's. The key has no bias in either.
+EVA_NAMES = (("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.w3"),
+             ("mlp.norm", "mlp.ffn_ln"), ("attn.norm", "attn.inner_attn_ln"),
+             ("q_proj.bias", "q_bias"), ("v_proj.bias", "v_bias"))
+# timm's names of an OpenAI-style tower and open_clip's.
+VIT_NAMES = ((r"^patch_embed\.proj", "conv1"), (r"^norm_pre", "ln_pre"), (r"^norm\.", "ln_post."),
+             (r"\.norm(?=[12]\.)", ".ln_"), (r"^blocks", "transformer.resblocks"),
+             (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj", "attn.out_proj"),
+             (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"))
+
+
+# ------------------------------------------------------------------------------------------- in
+
+def read_record(path: str | Path) -> dict:
+    """What a `declip.safetensors` says of itself: model, context, scale, mean, std, settings.
+
+    {} for other files. Raises UserError for a damaged safetensors file.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("declip", "{}"))
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); write or download it "
+                        "again.") from None
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """A weights file -> (its state dict without wrapping, its record). Executes nothing it reads.
+
+    Raises UserError if there is no such file, or if it holds anything but tensors by name.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
+                        "tag, or none.")
+    if Path(path).suffix == ".safetensors":
+        record = read_record(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, record
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:       # not written by torch.save, or more than tensors
+        raise UserError(f"{path} is not a plain file of tensors, and nothing else is read; save "
+                        "its state dict with torch.save, or convert it to safetensors.") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name; give a file "
+                        "with a state dict.")
+    for wrapper in ("state_dict", "model", "module"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    return {name.removeprefix("module."): value for name, value in state.items()
+            if isinstance(value, Tensor)}, {}
+
+
+def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
+    """Weights under EVA-CLIP's or open_clip's names -> a state, for a timm trunk.
+
+    Position embeddings of another image size are resampled without antialiasing.
+    """
+    state = convert_to_custom_text_state_dict(state)
+    to_timm = eva if isinstance(trunk, eva.Eva) else vision_transformer
+    # Without vision weights under a known name the filter would return the text tower's.
+    known = {name: value for name, value in state.items() if name.startswith("visual.")}
+    vision = split_last_qkv(to_timm.checkpoint_filter_fn(known, trunk, antialias=False))
+    out = {f"visual.{name}": value for name, value in vision.items()}
+    out |= {name: value for name, value in state.items()
+            if name.startswith("text.") and name != "text.attn_mask"}
+    if "logit_scale" in state:
+        out["logit_scale"] = state["logit_scale"].reshape(())
+    return out
+
+
+def split_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Splits the last block's fused qkv, if it has one, into q, k and v (towers.SplitQKV)."""
+    last = max((int(name.split(".")[1]) for name in vision if name.startswith("blocks.")),
+               default=0)
+    fused = f"blocks.{last}.attn.qkv."
+    out = {name: value for name, value in vision.items() if not name.startswith(fused)}
+    for kind in ("weight", "bias"):
+        if fused + kind in vision:
+            parts = vision[fused + kind].chunk(3)
+            out |= {f"{fused}{name}.{kind}": part for name, part in zip("qkv", parts)}
+    return out
+
+
+# ------------------------------------------------------------------------------------------ out
+
+def write_checkpoint(path: str | Path, state: dict[str, Tensor], record: dict) -> None:
+    """Writes a safetensors file that has `record` as its metadata."""
+    metadata = {"declip": json.dumps(record)}
+    atomic_write(path, lambda file: save_file(state, file, metadata))
+
+
+def eva_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state with an EVA02 tower -> EVA-CLIP's names."""
+    out = {}
+    for name, value in state.items():
+        for ours, theirs in EVA_NAMES if name.startswith("visual.") else ():
+            name = name.replace(ours, theirs)
+        out[name] = value
+    return out
+
+
+def open_clip_layout(state: dict[str, Tensor], is_eva: bool) -> dict[str, Tensor]:
+    """A state -> the names of open_clip's CustomTextCLIP. is_eva: with an EVA02 tower."""
+    vision = fuse_last_qkv({name.removeprefix("visual."): value for name, value in state.items()
+                            if name.startswith("visual.")})
+    if is_eva:
+        vision = {f"trunk.{name}": value for name, value in vision.items()}
+    else:
+        # timm's head has a bias, which is 0 and never trained.
+        vision = {vit_name(name): vit_value(name, value) for name, value in vision.items()
+                  if name != "head.bias"}
+    others = {name: value for name, value in state.items() if not name.startswith("visual.")}
+    return {f"visual.{name}": value for name, value in vision.items()} | others
+
+
+def fuse_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of split_last_qkv."""
+    out = {}
+    for name, value in vision.items():
+        part = re.fullmatch(r"(.*\.qkv\.)([qkv])\.(weight|bias)", name)
+        if not part:
+            out[name] = value
+        elif part[2] == "q":
+            out[part[1] + part[3]] = torch.cat([vision[f"{part[1]}{letter}.{part[3]}"]
+                                                for letter in "qkv"])
+    return out
+
+
+def vit_name(name: str) -> str:
+    """timm's name of a weight of an OpenAI-style tower -> open_clip's."""
+    ends = {"cls_token": "class_embedding", "pos_embed": "positional_embedding",
+            "head.weight": "proj"}
+    name = ends.get(name, name)
+    for ours, theirs in VIT_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def vit_value(name: str, value: Tensor) -> Tensor:
+    """The weight as open_clip shapes it."""
+    if name == "head.weight":
+        return value.T
+    if name == "cls_token":
+        return value[0, 0]
+    return value[0] if name == "pos_embed" else value
