@@ -1,12 +1,14 @@
-"""Where the time goes on this machine: reading images, a training step, segmentation; and how near its limit that is.
+"""Where the time goes on this machine, and how near its limit that is.
 
-    python bench.py                                             # the defaults of train.py
-    python bench.py --baseline                                  # by turns with a plain version (plain.py); ratio: times better
-    python bench.py --image_size 1024 --micro_batch 4 --compile --parts train
+    python -m tools.bench                                       # the defaults of train.py
+    python -m tools.bench --baseline                            # beside the plain forms
+    python -m tools.bench --image_size 1024 --micro_batch 4 --compile --parts train
 
-Nothing is downloaded: pictures are drawn, weights random. A time is the median of REPEATS measurements after a warm-up,
-the CPU time of input that of several images; a GPU is waited for before a clock is read. On a CPU sizes are small,
-unless they are given. A step is that of one micro batch, without the log.
+Measures reading images, a training step, and segmentation. --baseline measures tools/reference.py
+by turns; a ratio above 1 is in favour of this code. Nothing is downloaded: images are made up,
+weights random. A time is the median of REPEATS measurements after a warm-up; a GPU is waited for
+before a clock is read. On a CPU sizes are small, unless they are given. A step is that of one micro
+batch, without the log.
 """
 
 import copy
@@ -33,45 +35,54 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-import distributed
 import eval_seg
-import evaluation
-import plain
-import settings
 import train
-from data import TrainingImages, grid_boxes, make_classes, read_image, student_image, workers
-from model import DTYPES, autocast, context_loss, find_precision
-from settings import UserError
+from data import (
+    Grid,
+    TrainingImages,
+    grid_boxes,
+    grid_crops,
+    make_classes,
+    num_workers,
+    read_image,
+    student_image,
+)
+from eval_seg import STRIDE, WINDOW, WINDOW_BATCH  # noqa: F401 - settings shared with eval_seg.py
+from model import VFM, VisionTower, context_loss
+from tools import reference
+from train import (  # noqa: F401 - settings shared with train.py
+    CHECKPOINTING,
+    COMPILE,
+    CONTEXT,
+    CROP_SIZE,
+    MODEL,
+    PRECISION,
+    VFM_MODEL,
+)
+from util import UserError, distributed, settings
+from util.precision import DTYPES, autocast, find_precision
 
-MODEL = train.MODEL                 # open_clip model that is student and teacher
-VFM_MODEL = train.VFM_MODEL         # any timm ViT
-CONTEXT = train.CONTEXT             # q, k, qk, clip or maskclip
-IMAGE_SIZE: int | None = None       # student's picture; None: train.py's on a GPU, 448 on a CPU
-CROP_SIZE = train.CROP_SIZE         # side of a crop as the teacher sees it
+IMAGE_SIZE: int | None = None       # of the student; None: train.py's on a GPU, 448 on a CPU
 CROPS = 12                          # crops of an image; the mean of the paper's grids is 12.25
-MICRO_BATCH: int | None = None      # images of one forward pass; None: train.py's on a GPU, 1 on a CPU
-PRECISION = "auto"                  # bf16, fp16, fp32, or auto: as in train.py; of the segmentation too
-COMPILE = False                     # torch.compile of every block
-CHECKPOINTING = False               # compute blocks again in backward
+MICRO_BATCH: int | None = None      # images of a forward pass; None: train.py's on a GPU, else 1
 SHORT_SIDE = 448                    # of the image in segmentation
-WINDOW = eval_seg.WINDOW            # side of a window
-STRIDE = eval_seg.STRIDE            # from window to window
 PROMPTS = 171                       # of the segmentation; COCO-Stuff has 171 classes
-SEGMENT_BATCH: int | None = None    # images that segmentation takes together; None: eval_seg.py's on a GPU, 2 on a CPU
-WINDOW_BATCH = eval_seg.WINDOW_BATCH                    # windows of one forward pass
-WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the machine's cores
-IMAGES: str | None = None           # folder of photographs to read; None: drawn ones of 640x480
+SEGMENT_BATCH: int | None = None    # images segmented together; None: eval_seg.py's, 2 on a CPU
+WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the cores
+IMAGES: str | None = None           # folder of photographs to read; None: made-up ones of 640x480
 PARTS = ("input", "operations", "train", "context", "segment")         # what to measure
-BASELINE = False                    # the plain version too
-REPEATS: int | None = None          # measurements of which the median is printed; None: 10 on a GPU, 3 on a CPU
+BASELINE = False                    # the plain forms too
+REPEATS: int | None = None          # measurements of each time; None: 10 on a GPU, 3 on a CPU
 
 
 def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
-    """Measures what the command line (or `argv`) asks for, prints a table, and returns its rows by part."""
+    """Measures what the command line (or `argv`) asks for, prints a table, and returns its rows by
+    part."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks, tempfile.TemporaryDirectory() as folder:
-        if ranks.world > 1:
-            raise UserError(f"torchrun started {ranks.world} processes, which would disturb each other; start one, by python.")
+        if ranks.world_size > 1:
+            raise UserError(f"torchrun started {ranks.world_size} processes, which would disturb "
+                            "each other; start one, by python.")
         return run(cfg, ranks.device, Path(folder))
 
 
@@ -80,22 +91,24 @@ def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, l
     check(cfg)
     for name, size in (SMALL if device.type == "cpu" else LARGE).items():
         setattr(cfg, name, size if getattr(cfg, name) is None else getattr(cfg, name))
-    world = World(cfg, device, TrainingImages(cfg.IMAGES or draw_photos(folder, 16)))
-    print(describe(world))
+    bench = Bench(cfg, device, TrainingImages(cfg.IMAGES or make_photos(folder, 16)))
+    print(describe(bench))
     rows = {}
     for part in cfg.PARTS:
         title, measure = MEASURES[part]
-        rows[part] = list(measure(world))
+        rows[part] = list(measure(bench))
         is_compared = any(row.ratio is not None for row in rows[part])
         heads = ("this code", "plain", "ratio") if is_compared else ("this code",)
-        title = title.format(**vars(cfg) | {"PRECISION": world.precision})
+        title = title.format(**vars(cfg) | {"PRECISION": bench.precision})
         print(f"\n{title:{WIDTH}}" + "".join(f"{head:>12}" for head in heads))
         print("\n".join(map(str, rows[part])), flush=True)
     return rows
 
 
-# Sizes where none are given: those of train.py and eval_seg.py on a GPU, and such that a CPU needs some minutes.
-LARGE = {"IMAGE_SIZE": train.IMAGE_SIZE, "MICRO_BATCH": train.MICRO_BATCH, "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10}
+# Sizes where none are given: those of train.py and eval_seg.py on a GPU, and such that a CPU needs
+# some minutes.
+LARGE = {"IMAGE_SIZE": train.IMAGE_SIZE, "MICRO_BATCH": train.MICRO_BATCH,
+         "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10}
 SMALL = {"IMAGE_SIZE": 448, "MICRO_BATCH": 1, "SEGMENT_BATCH": 2, "REPEATS": 3}
 WIDTH = 56      # of the table's first column
 
@@ -105,9 +118,11 @@ def check(cfg: SimpleNamespace) -> None:
     settings.check_least(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1)
     unknown = [part for part in cfg.PARTS if part not in MEASURES]
     if unknown:
-        raise UserError(f"There is no part {unknown[0]!r} to measure; choose among {', '.join(MEASURES)}.")
+        raise UserError(f"There is no part {unknown[0]!r} to measure; choose among "
+                        f"{', '.join(MEASURES)}.")
     if min(cfg.WORKER_COUNTS) < 1:
-        raise UserError(f"WORKER_COUNTS has {min(cfg.WORKER_COUNTS)}; it must be numbers of processes, at least 1.")
+        raise UserError(f"WORKER_COUNTS has {min(cfg.WORKER_COUNTS)}; it must be numbers of "
+                        "processes, at least 1.")
 
 
 class Row(NamedTuple):
@@ -126,34 +141,45 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         numbers = [*self.values.values(), *([] if self.ratio is None else [self.ratio])]
-        return f"  {self.name:{WIDTH - 2}}" + "".join(f"{f'{x:,.0f}' if x >= 100 else f'{x:.3g}':>12}" for x in numbers)
+        shown = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers)
+        return f"  {self.name:{WIDTH - 2}}" + "".join(f"{number:>12}" for number in shown)
 
 
-class World:
-    """What is measured: settings as the scripts take them, models with random weights, images, and the crops of each."""
+class Bench:
+    """What is measured: settings as the scripts take them, random models, images, their grids."""
 
     def __init__(self, cfg: SimpleNamespace, device: torch.device, dataset: TrainingImages):
         own = vars(cfg) | {"PRETRAINED": None, "VFM_PRETRAINED": False}
         self.training = SimpleNamespace(**vars(settings.parse([], train)) | own)
-        of_evaluation = SimpleNamespace(**vars(settings.parse([], eval_seg, evaluation)) | own)
-        self.evaluation = eval_seg.protocol(of_evaluation, "coco_stuff")
+        of_evaluation = SimpleNamespace(**vars(settings.parse([], eval_seg)) | own)
+        self.evaluation = eval_seg.protocol(of_evaluation, cfg.SHORT_SIDE,
+                                            eval_seg.Benchmark.logit_scale, None)
         train.check(self.training)
         eval_seg.check_windows(self.evaluation)
         self.cfg, self.device, self.dataset = cfg, device, dataset
         self.precision = find_precision(cfg.PRECISION, device)
-        self.models = self.student, self.teacher, self.vfm = train.build(self.training, device)
-        eval_seg.check_patches(self.evaluation, self.student)
-        # Images of the first epoch whose grids have the wanted number of cells.
-        drawn = ((index, train.crop_grid(self.training, 0, index)) for index in range(10_000))
-        chosen = list(islice(((index, grid) for index, grid in drawn if len(grid.cells) == cfg.CROPS), cfg.MICRO_BATCH))
+        self.clip, self.teacher, self.vfm = train.build(self.training, device)
+        self.student = self.clip.visual
+        self.models = self.student, self.teacher, self.vfm
+        eval_seg.check_patches(self.evaluation, self.clip)
+        self.grids = self.find_grids()
+
+    def find_grids(self) -> list[Grid]:
+        """Grids of the first epoch that have the wanted number of cells, one for each image."""
+        grids = (grid for index in range(10_000)
+                 for grid in train.sample_grids(self.training, 0, [index]))
+        chosen = list(islice((grid for grid in grids if len(grid.cells) == self.cfg.CROPS),
+                             self.cfg.MICRO_BATCH))
         if not chosen:
-            raise UserError(f"CROPS is {cfg.CROPS}, but no grid of {self.training.GRID[0]} to {self.training.GRID[1]} rows and "
-                            "columns has as many cells; take a product of two such numbers, such as 12.")
-        self.indices, self.grids = map(list, zip(*islice(cycle(chosen), cfg.MICRO_BATCH)))
+            raise UserError(f"CROPS is {self.cfg.CROPS}, but no grid of {self.training.GRID[0]} to "
+                            f"{self.training.GRID[1]} rows and columns has as many cells; take a "
+                            "product of two such numbers, such as 12.")
+        return list(islice(cycle(chosen), self.cfg.MICRO_BATCH))
 
     def files(self) -> list[str]:
         """An image file for each image of a step."""
-        return [self.dataset.paths[place % len(self.dataset)] for place in range(self.cfg.MICRO_BATCH)]
+        return [self.dataset.paths[place % len(self.dataset)]
+                for place in range(self.cfg.MICRO_BATCH)]
 
     def versions(self, ours: object, others: Callable[[], object]) -> dict[str, object]:
         """What is compared; the plain version's is made only with BASELINE."""
@@ -161,7 +187,7 @@ class World:
 
     def around(self, version: str) -> AbstractContextManager:
         """In which a version works."""
-        return plain.whole_attention(*self.models) if version == "plain" else nullcontext()
+        return reference.whole_attention(*self.models) if version == "plain" else nullcontext()
 
     def seconds(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
         """The median time of each version's work, in turns."""
@@ -174,7 +200,8 @@ class World:
                     work()
                     wait(self.device)
                     times[version].append(time.perf_counter() - start)
-        return {version: statistics.median(each[1:]) for version, each in times.items()}      # the first is the warm-up
+        # the first is the warm-up
+        return {version: statistics.median(each[1:]) for version, each in times.items()}
 
     def peaks(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
         """The memory that each version's work takes beyond what is there before it, in MB."""
@@ -192,7 +219,8 @@ def wait(device: torch.device) -> None:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that the tensors made by `work` take at once; what was there before it does not count."""
+    """The most memory that the tensors made by `work` take at once; what was there before it does
+    not count."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -205,7 +233,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, as long as any tensor shares them: a CPU has no such count."""
+    """Counts the bytes of tensors that operations make, as long as any tensor shares them: a CPU
+    has no such count."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +242,8 @@ class TensorMemory(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):      # one that was there before, if it is met for the first time
+        # one that was there before, if it is met for the first time
+        for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self.note(tensor.untyped_storage(), 0)
         out = operation(*args, **(kwargs or {}))
@@ -235,46 +265,54 @@ class TensorMemory(TorchDispatchMode):
         self.now -= size
 
 
-def describe(world: World) -> str:
+def describe(bench: Bench) -> str:
     """What is measured, and on what."""
-    cfg, device = world.cfg, world.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
+    cfg, device = bench.cfg, bench.device
+    place = f"a CPU with {torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else place
     extras = [name.lower() for name in ("COMPILE", "CHECKPOINTING") if getattr(cfg, name)]
     lines = [f"{cfg.MODEL}, context {cfg.CONTEXT}, and {cfg.VFM_MODEL}, random weights",
-             f"{', '.join([world.precision, *extras])} on {place}, torch {torch.__version__}"]
-    if device.type == "cpu" and (cfg.IMAGE_SIZE, cfg.MICRO_BATCH) == (SMALL["IMAGE_SIZE"], SMALL["MICRO_BATCH"]):
+             f"{', '.join([bench.precision, *extras])} on {place}, torch {torch.__version__}"]
+    if device.type == "cpu" and (cfg.IMAGE_SIZE, cfg.MICRO_BATCH) == (SMALL["IMAGE_SIZE"],
+                                                                      SMALL["MICRO_BATCH"]):
         lines.append("Sizes are small, for a CPU: train.py's are larger.")
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------- the input
+# ---------------------------------------------------------------------------------------- the input
 
-def draw_photos(folder: Path, count: int) -> Path:
-    """JPEG files of 640x480 with the spectrum of photographs, each of about 170 KB as COCO's are; returns the folder."""
+def make_photos(folder: Path, count: int) -> Path:
+    """JPEG files of 640x480 with the spectrum of photographs, each of about 170 KB as COCO's are;
+    returns the folder."""
     across, down = np.fft.rfftfreq(640)[None], np.fft.fftfreq(480)[:, None]
     frequency = np.hypot(down, across).clip(1 / 640)
     for index in range(count):
-        draw = np.random.default_rng(index)
-        noise = np.fft.rfft2(draw.standard_normal((4, 480, 640)))
+        rng = np.random.default_rng(index)
+        noise = np.fft.rfft2(rng.standard_normal((4, 480, 640)))
         layers = np.fft.irfft2(noise / frequency ** np.array([1, 1.5, 1.5, 1.5])[:, None, None])
         grey, *colours = (layer / layer.std() for layer in layers)
         image = 128 + 45 * grey[..., None] + 20 * np.stack(colours, axis=-1)
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03}.jpg", quality=90)
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{index:03}.jpg",
+                                                                  quality=90)
     return folder
 
 
-def measure_input(world: World) -> Iterator[Row]:
+def measure_input(bench: Bench) -> Iterator[Row]:
     """Reading images: CPU time and bytes of each, and images a second by the number of workers."""
-    paths = world.dataset.paths[:32]
-    grids = [world.grids[place % len(world.grids)] for place in range(len(paths))]
-    data = world.versions(Subset(world.dataset, range(len(paths))),
-                          lambda: plain.Samples(paths, grids, world.training, world.teacher, world.vfm))
+    paths = bench.dataset.paths[:32]
+    grids = [bench.grids[place % len(bench.grids)] for place in range(len(paths))]
+    data = bench.versions(Subset(bench.dataset, range(len(paths))),
+                          lambda: reference.Samples(paths, grids, bench.training, bench.teacher,
+                                                    bench.vfm))
     yield Row("CPU time, ms", {version: 1e3 * cpu_seconds(each) for version, each in data.items()})
-    yield Row("to the device, MB", {version: sent_bytes(each) / 1e6 for version, each in data.items()})
-    for count in sorted({workers(wanted) for wanted in world.cfg.WORKER_COUNTS}):
-        speeds = {version: statistics.median(images_per_second(each, count) for _ in range(world.cfg.REPEATS))
+    yield Row("to the device, MB",
+              {version: sent_bytes(each) / 1e6 for version, each in data.items()})
+    for count in sorted({num_workers(wanted) for wanted in bench.cfg.WORKER_COUNTS}):
+        speeds = {version: statistics.median(images_per_second(each, count)
+                                             for _ in range(bench.cfg.REPEATS))
                   for version, each in data.items()}
-        yield Row(f"images/s with {count} worker{'s' if count > 1 else ''}", speeds, more_is_better=True)
+        yield Row(f"images/s with {count} worker{'s' if count > 1 else ''}", speeds,
+                  more_is_better=True)
 
 
 def cpu_seconds(dataset: Dataset) -> float:
@@ -296,7 +334,8 @@ def sent_bytes(dataset: Dataset) -> float:
 
 
 def images_per_second(dataset: Dataset, count: int) -> float:
-    """What `count` workers deliver, after the images that they have ready when the first one comes."""
+    """What `count` workers deliver, after the images that they have ready when the first one
+    comes."""
     ready, images = 3 * count, 64 + 16 * count
     repeated = Subset(dataset, [index % len(dataset) for index in range(ready + images)])
     delivered = iter(DataLoader(repeated, batch_size=None, num_workers=count))
@@ -308,7 +347,7 @@ def images_per_second(dataset: Dataset, count: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-# ------------------------------------------------------------------------------------------------- the training step
+# -------------------------------------------------------------------------------- the training step
 
 class Step(NamedTuple):
     """The parts of a training step, each to be called alone, and all of it."""
@@ -320,50 +359,58 @@ class Step(NamedTuple):
     whole: Callable[[], object]
 
 
-def measure_training(world: World) -> Iterator[Row]:
+def measure_training(bench: Bench) -> Iterator[Row]:
     """A step's parts, its operations as a share of what the device can do, and its memory."""
-    operations, images = sum(count_flops(world).values()), world.cfg.MICRO_BATCH
-    if world.cfg.COMPILE:
-        train.compile_blocks(*world.models)
-    optimizer = train.build_optimizer(world.training, world.student)
-    steps = world.versions(own_step(world, optimizer), lambda: plain_step(world, optimizer))
-    times = {part: world.seconds({version: getattr(step, part) for version, step in steps.items()}) for part in Step._fields}
+    operations, images = sum(count_flops(bench).values()), bench.cfg.MICRO_BATCH
+    if bench.cfg.COMPILE:
+        train.compile_blocks(*bench.models)
+    optimizer = train.build_optimizer(bench.training, bench.student)
+    steps = bench.versions(own_step(bench, optimizer), lambda: plain_step(bench, optimizer))
+    times = {part: bench.seconds({version: getattr(step, part) for version, step in steps.items()})
+             for part in Step._fields}
     forwards = ("crops", "tokens", "forward")
-    times["backward"] = {version: times["gradients"][version] - sum(times[part][version] for part in forwards)
+    times["backward"] = {version: times["gradients"][version] - sum(times[part][version]
+                                                                    for part in forwards)
                          for version in steps}
-    yield Row("images/s", {version: images / seconds for version, seconds in times["whole"].items()}, more_is_better=True)
-    for part, name in {"crops": "crops, by the teacher", "tokens": "VFM", "forward": "student forward",
+    yield Row("images/s", {version: images / seconds for version,
+                           seconds in times["whole"].items()}, more_is_better=True)
+    for part, name in {"crops": "crops, by the teacher", "tokens": "VFM",
+                       "forward": "student forward",
                        "backward": "losses and backward", "update": "optimiser"}.items():
-        yield Row(f"{name}, ms", {version: 1e3 * seconds for version, seconds in times[part].items()})
-    limit = matmul_rate(world)
-    shares = {version: 100 * images * operations / seconds / limit for version, seconds in times["whole"].items()}
-    yield Row(f"a large matrix product in {world.precision}, TFLOP/s", {"this code": limit / 1e12})
+        yield Row(f"{name}, ms",
+                  {version: 1e3 * seconds for version, seconds in times[part].items()})
+    limit = matmul_rate(bench)
+    shares = {version: 100 * images * operations / seconds / limit for version,
+              seconds in times["whole"].items()}
+    yield Row(f"a large matrix product in {bench.precision}, TFLOP/s", {"this code": limit / 1e12})
     yield Row("the step's share of that rate, %", shares, more_is_better=True)
-    held = sum(p.nbytes * (3 if p.requires_grad else 1) for model in world.models for name, p in model.named_parameters()
-               if not name.startswith("clip.text.")) / 1e6
+    held = sum(p.nbytes * (3 if p.requires_grad else 1)
+               for model in bench.models for p in model.parameters()) / 1e6
 
     def gradients(step: Step) -> None:
         step.gradients()
         optimizer.zero_grad(set_to_none=True)       # so that each version finds and leaves the same
 
     optimizer.zero_grad(set_to_none=True)
-    peaks = world.peaks({version: partial(gradients, step) for version, step in steps.items()})
+    peaks = bench.peaks({version: partial(gradients, step) for version, step in steps.items()})
     yield Row("weights and moments, MB", {"this code": held})
-    yield Row("peak memory with these, MB", {version: held + peak for version, peak in peaks.items()})
+    yield Row("peak memory with these, MB",
+              {version: held + peak for version, peak in peaks.items()})
 
 
-def measure_operations(world: World) -> Iterator[Row]:
+def measure_operations(bench: Bench) -> Iterator[Row]:
     """What the towers must compute for an image, which is the same on every machine."""
-    counts = count_flops(world)
+    counts = count_flops(bench)
     for name, count in (counts | {"together": sum(counts.values())}).items():
         yield Row(f"{name}, GFLOP", {"this code": count / 1e9})
 
 
-def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, tokens: Callable, forward: Callable,
-              losses: Callable) -> Step:
-    """A step of either version."""
-    amp = partial(autocast, world.cfg.PRECISION, world.device)
-    scaler = torch.amp.GradScaler(world.device.type, init_scale=1.0)        # with which no step is left out
+def make_step(bench: Bench, optimizer: torch.optim.Optimizer, forwards: dict[str, Callable],
+              distill: Callable[[], dict[str, Tensor]]) -> Step:
+    """A step of either version: its forward passes, and all of it up to the losses."""
+    amp = partial(autocast, bench.cfg.PRECISION, bench.device)
+    # A scaler that leaves no step out
+    scaler = torch.amp.GradScaler(bench.device.type, init_scale=1.0)
 
     def within(work: Callable) -> object:
         with amp():
@@ -371,8 +418,8 @@ def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, t
 
     def gradients() -> None:
         optimizer.zero_grad(set_to_none=True)
-        content, context = within(losses)
-        scaler.scale(content + world.training.LAMBDA * context).backward()
+        # Backward costs the same whatever the weights of the losses are.
+        scaler.scale(sum(within(distill).values())).backward()
 
     def update() -> None:
         scaler.step(optimizer)
@@ -382,52 +429,68 @@ def make_step(world: World, optimizer: torch.optim.Optimizer, crops: Callable, t
         gradients()
         update()
 
-    return Step(partial(within, crops), partial(within, tokens), partial(within, forward), gradients, update, whole)
+    parts = {name: partial(within, work) for name, work in forwards.items()}
+    return Step(**parts, gradients=gradients, update=update, whole=whole)
 
 
-def own_step(world: World, optimizer: torch.optim.Optimizer) -> Step:
-    """A step of train.py, the making of its pictures included."""
-    cfg, (student, teacher, vfm) = world.training, world.models
-    images = [read_image(path, upright=True).to(world.device) for path in world.files()]
-    boxes = [grid_boxes(image, grid, cfg.IMAGE_SIZE) for image, grid in zip(images, world.grids)]
+def own_step(bench: Bench, optimizer: torch.optim.Optimizer) -> Step:
+    """A step of train.py, with the images made for each model."""
+    cfg, grids, (student, teacher, vfm) = bench.training, bench.grids, bench.models
+    images = [read_image(path, upright=True).to(bench.device) for path in bench.files()]
+    boxes = [grid_boxes(image, grid, cfg.IMAGE_SIZE) for image, grid in zip(images, grids)]
+
+    def images_for(model: VisionTower | VFM, size: int) -> Tensor:
+        return torch.stack([student_image(image, size, model.mean, model.std) for image in images])
+
+    @torch.inference_mode()
+    def crops() -> Tensor:
+        return teacher.encode_image(torch.cat([
+            grid_crops(image, grid, cfg.CROP_SIZE, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
+            for image, grid in zip(images, grids)]))
+
+    @torch.inference_mode()
+    def tokens() -> Tensor:
+        return vfm(images_for(vfm, train.vfm_size(cfg.IMAGE_SIZE, teacher, vfm)))
 
     def forward() -> object:
-        inputs = [student_image(image, cfg.IMAGE_SIZE, student.mean, student.std) for image in images]
-        return student(torch.stack(inputs), boxes)
+        return student(images_for(student, cfg.IMAGE_SIZE), boxes)
 
-    return make_step(world, optimizer, partial(train.encode_crops, cfg, teacher, images, world.grids),
-                     partial(train.encode_tokens, cfg, teacher, vfm, images), forward,
-                     partial(train.losses, cfg, student, teacher, vfm, images, world.indices, 0))
+    return make_step(bench, optimizer, {"crops": crops, "tokens": tokens, "forward": forward},
+                     partial(train.distill, cfg, *bench.models, images, grids))
 
 
-def plain_step(world: World, optimizer: torch.optim.Optimizer) -> Step:
-    """A step of plain.py, to which workers have given pictures and crops as they are needed."""
-    student, teacher, vfm = world.models
-    samples = plain.Samples(world.files(), world.grids, world.training, teacher, vfm)
-    samples = [tuple(part.to(world.device) for part in samples[place]) for place in range(len(samples))]
+def plain_step(bench: Bench, optimizer: torch.optim.Optimizer) -> Step:
+    """A step of reference.py, whose workers have made the images and crops."""
+    student, teacher, vfm = bench.models
+    samples = reference.Samples(bench.files(), bench.grids, bench.training, teacher, vfm)
+    samples = [tuple(part.to(bench.device) for part in samples[place])
+               for place in range(len(samples))]
     inputs, vfm_inputs, crops, boxes = zip(*samples)
-    return make_step(world, optimizer, torch.no_grad()(lambda: teacher.encode_image(torch.cat(crops))),
-                     lambda: vfm(torch.stack(vfm_inputs)), lambda: student(torch.stack(inputs), list(boxes)),
-                     partial(plain.losses, student, teacher, vfm, samples))
+    forwards = {"crops": torch.no_grad()(lambda: teacher.encode_image(torch.cat(crops))),
+                "tokens": lambda: vfm(torch.stack(vfm_inputs)),
+                "forward": lambda: student(torch.stack(inputs), list(boxes))}
+    return make_step(bench, optimizer, forwards,
+                     partial(reference.distill, *bench.models, samples))
 
 
-def count_flops(world: World) -> dict[str, float]:
-    """Operations of the towers for one image, two for each multiplication with addition, nothing computed twice."""
-    student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in world.models)
-    size, crop = world.cfg.IMAGE_SIZE, world.cfg.CROP_SIZE
-    of_vfm = train.vfm_size(world.training, student, vfm)
-    counts, picture = {}, partial(torch.empty, device="meta")
+def count_flops(bench: Bench) -> dict[str, float]:
+    """Operations of the towers for one image, two for each multiplication with addition, nothing
+    computed twice."""
+    student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in bench.models)
+    size, crop = bench.cfg.IMAGE_SIZE, bench.cfg.CROP_SIZE
+    of_vfm = train.vfm_size(size, student, vfm)
+    counts, blank = {}, partial(torch.empty, device="meta")
     student.checkpointing = False
     # As whole matrices, because the count of a fused backward has those that it computes again.
-    with plain.whole_attention(student, teacher, vfm):
+    with reference.whole_attention(student, teacher, vfm):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            teacher.encode_image(picture(world.cfg.CROPS, 3, crop, crop))
+            teacher.encode_image(blank(bench.cfg.CROPS, 3, crop, crop))
         counts["crops"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            vfm(picture(1, 3, of_vfm, of_vfm))
+            vfm(blank(1, 3, of_vfm, of_vfm))
         counts["VFM"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            content, context = student.encode_dense(picture(1, 3, size, size))
+            content, context = student.encode_dense(blank(1, 3, size, size))
         counts["student forward"] = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
             (content.sum() + context.sum()).backward()
@@ -435,54 +498,64 @@ def count_flops(world: World) -> dict[str, float]:
     return counts
 
 
-def matmul_rate(world: World) -> float:
+def matmul_rate(bench: Bench) -> float:
     """Operations a second of a large product of random matrices in the precision of the step."""
-    dtype = DTYPES[world.precision] or torch.float32
-    side = 8192 if world.device.type == "cuda" else 2048 if dtype == torch.float32 else 512     # CPUs may be slow with halves
-    a, b = (torch.randn(side, side, device=world.device).to(dtype) for _ in range(2))
-    return 2 * side**3 / world.seconds({"product": lambda: a @ b})["product"]
+    dtype = DTYPES[bench.precision] or torch.float32
+    # CPUs may be slow with halves
+    side = 8192 if bench.device.type == "cuda" else 2048 if dtype == torch.float32 else 512
+    a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+    return 2 * side**3 / bench.seconds({"product": lambda: a @ b})["product"]
 
 
-def measure_context(world: World) -> Iterator[Row]:
+def measure_context(bench: Bench) -> Iterator[Row]:
     """Time and peak memory of the context loss and its gradient, float32 in every precision."""
-    width, wide = world.student.visual.embed_dim, world.vfm.trunk.num_features
-    losses = world.versions(context_loss, lambda: plain.context_loss)
+    width, wide = bench.student.trunk.embed_dim, bench.vfm.trunk.num_features
+    losses = bench.versions(context_loss, lambda: reference.context_loss)
 
     def work(loss: Callable, context: Tensor, of_vfm: Tensor) -> None:
         torch.autograd.grad(loss(context, of_vfm), context)
 
     for tokens in (1024, 2304, 4096):
-        context = torch.randn(1, tokens, width, device=world.device, requires_grad=True)
-        of_vfm = torch.randn(1, tokens, wide, device=world.device)
+        context = torch.randn(1, tokens, width, device=bench.device, requires_grad=True)
+        of_vfm = torch.randn(1, tokens, wide, device=bench.device)
         works = {version: partial(work, loss, context, of_vfm) for version, loss in losses.items()}
-        yield Row(f"{tokens} tokens, ms", {version: 1e3 * seconds for version, seconds in world.seconds(works).items()})
-        yield Row(f"{tokens} tokens, peak memory, MB", world.peaks(works))
+        yield Row(f"{tokens} tokens, ms",
+                  {version: 1e3 * seconds for version, seconds in bench.seconds(works).items()})
+        yield Row(f"{tokens} tokens, peak memory, MB", bench.peaks(works))
 
 
-# ------------------------------------------------------------------------------------------------------ segmentation
+# ------------------------------------------------------------------------------------- segmentation
 
-def measure_segmentation(world: World) -> Iterator[Row]:
+def measure_segmentation(bench: Bench) -> Iterator[Row]:
     """Images a second from the decoded image to each pixel's class."""
-    cfg, clip = world.evaluation, world.student
-    files = [world.dataset.paths[place % len(world.dataset)] for place in range(world.cfg.SEGMENT_BATCH)]
-    images = [read_image(path).to(world.device) for path in files]
-    text = F.normalize(torch.randn(world.cfg.PROMPTS, clip.visual.num_classes, device=world.device), dim=-1)
-    classes = make_classes([f"class {index}" for index in range(world.cfg.PROMPTS)])
+    cfg, clip = bench.evaluation, bench.clip
+    files = [bench.dataset.paths[place % len(bench.dataset)]
+             for place in range(bench.cfg.SEGMENT_BATCH)]
+    images = [read_image(path).to(bench.device) for path in files]
+    width = clip.visual.trunk.num_classes
+    text = F.normalize(torch.randn(bench.cfg.PROMPTS, width, device=bench.device), dim=-1)
+    classes = make_classes([f"class {index}" for index in range(bench.cfg.PROMPTS)])
 
-    works = world.versions(lambda: eval_seg.predict(cfg, clip, images, text, classes),
-                           lambda: lambda: [plain.predict(cfg, clip, image, text, classes) for image in images])
+    def plainly() -> list[Tensor]:
+        return [reference.predict(cfg, clip, classes, text, image) for image in images]
+
+    works = bench.versions(partial(eval_seg.predict, cfg, clip, classes, text, images),
+                           lambda: plainly)
     with torch.compiler.set_stance("force_eager"):      # blocks that the training step compiled
-        speeds = {version: len(images) / seconds for version, seconds in world.seconds(works).items()}
+        speeds = {version: len(images) / seconds for version,
+                  seconds in bench.seconds(works).items()}
         yield Row("images/s", speeds, more_is_better=True)
-        yield Row("peak memory beyond weights, MB", world.peaks(works))
+        yield Row("peak memory beyond weights, MB", bench.peaks(works))
 
 
 MEASURES = {
     "input": ("Input, a photograph for {IMAGE_SIZE} px, {CROPS} crops", measure_input),
     "operations": ("Operations of an image of {IMAGE_SIZE} px, {CROPS} crops", measure_operations),
-    "train": ("Training step, {MICRO_BATCH} x {IMAGE_SIZE} px, {CROPS} crops each", measure_training),
+    "train": ("Training step, {MICRO_BATCH} x {IMAGE_SIZE} px, {CROPS} crops each",
+              measure_training),
     "context": ("Context loss of an image and its gradient", measure_context),
-    "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}", measure_segmentation),
+    "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}",
+                measure_segmentation),
 }
 
 

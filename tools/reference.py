@@ -1,7 +1,7 @@
-"""The method as one would first write it: PIL crops one by one, whole matrices of attention and correlation, single windows.
+"""The method as one would first write it: PIL crops, whole matrices, one window at a time.
 
-Training and evaluation use none of this. It is what their faster forms are held against: by the tests in what they
-return, by `bench.py --baseline` in what they cost.
+Training and evaluation use none of this. Their faster forms are held against it: by the tests in
+what they return, by `tools.bench --baseline` in what they cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,53 +15,58 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-import evaluation
-from data import Classes, Grid, fitted_size, grid_boxes, normalize, padded, resize
-from eval_seg import resized_size, window_starts
-from model import VFM, DeCLIP, content_loss
-from settings import UserError
+from data import Classes, Grid, fitted_size, grid_boxes, normalize, pad_to, resize
+from eval_seg import resized_size, window_scores, window_starts
+from model import VFM, DeCLIP, VisionTower, content_loss
 from train import vfm_size
+from util import UserError
 
-# --------------------------------------------------------------------------------------------------------- the input
+# ----------------------------------------------------------------------------------- the input
 
 def resized(image: Image.Image, height: int, width: int) -> Tensor:
     """A PIL image -> float [0, 1] (3, height, width), by PIL."""
     return pil_to_tensor(image.resize((width, height), Image.Resampling.BICUBIC)).float() / 255
 
 
-def student_image(image: Image.Image, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def student_image(image: Image.Image, size: int, mean: Sequence[float],
+                  std: Sequence[float]) -> Tensor:
     """As data.student_image, of a PIL image."""
     height, width = fitted_size(torch.empty(image.height, image.width, device="meta"), size)
-    return normalize(padded(resized(image, height, width), size, size), mean, std)
+    return normalize(pad_to(resized(image, height, width), size, size), mean, std)
 
 
-def grid_crops(image: Image.Image, grid: Grid, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """As data.grid_crops, each cell cut out of the image, at whole pixels, and resized: (k, 3, size, size)."""
+def grid_crops(image: Image.Image, grid: Grid, size: int, mean: Sequence[float],
+               std: Sequence[float]) -> Tensor:
+    """As data.grid_crops, each cell cut at whole pixels and resized: (k, 3, size, size)."""
     crops = []
     for cell in grid.cells:
         row, column = divmod(cell, grid.columns)
         box = (round(column * image.width / grid.columns), round(row * image.height / grid.rows),
-               round((column + 1) * image.width / grid.columns), round((row + 1) * image.height / grid.rows))
+               round((column + 1) * image.width / grid.columns),
+               round((row + 1) * image.height / grid.rows))
         crops.append(normalize(resized(image.crop(box), size, size), mean, std))
     return torch.stack(crops)
 
 
-def sample(image: Image.Image, grid: Grid, cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM) -> tuple[Tensor, ...]:
-    """All that a step wants of an image: float pictures for student and VFM, crops, and the crops' boxes."""
+def sample(image: Image.Image, grid: Grid, cfg: SimpleNamespace, clip: VisionTower,
+           vfm: VFM) -> tuple[Tensor, ...]:
+    """All that a step needs of an image: float images of student and VFM, crops, boxes."""
     of_clip = clip.mean, clip.std
     return (student_image(image, cfg.IMAGE_SIZE, *of_clip),
-            student_image(image, vfm_size(cfg, clip, vfm), vfm.mean, vfm.std),
+            student_image(image, vfm_size(cfg.IMAGE_SIZE, clip, vfm), vfm.mean, vfm.std),
             grid_crops(image, grid, cfg.CROP_SIZE, *of_clip),
             grid_boxes(torch.empty(3, image.height, image.width), grid, cfg.IMAGE_SIZE))
 
 
 class Samples(Dataset):
-    """Image files with their grids; what a worker makes of each is a `sample`."""
+    """Image files with their grids; workers make a `sample` of each."""
 
-    def __init__(self, paths: Sequence[str], grids: Sequence[Grid], cfg: SimpleNamespace, clip: DeCLIP, vfm: VFM):
+    def __init__(self, paths: Sequence[str], grids: Sequence[Grid], cfg: SimpleNamespace,
+                 clip: VisionTower, vfm: VFM):
         self.paths, self.grids = paths, grids
         # No models go to the workers.
-        about = (SimpleNamespace(mean=model.mean, std=model.std, patch_size=model.patch_size) for model in (clip, vfm))
+        about = (SimpleNamespace(mean=model.mean, std=model.std, patch_size=model.patch_size)
+                 for model in (clip, vfm))
         self.given = cfg, *about
 
     def __len__(self) -> int:
@@ -72,30 +77,32 @@ class Samples(Dataset):
             with Image.open(self.paths[index]) as file:
                 image = file.convert("RGB")
         except OSError as error:
-            raise UserError(f"{self.paths[index]} can't be read as an image ({error}); replace or remove it.") from None
+            raise UserError(f"{self.paths[index]} can't be read as an image ({error}); replace or "
+                            "remove it.") from None
         return sample(image, self.grids[index], *self.given)
 
 
-# ------------------------------------------------------------------------------------------------- the training step
+# --------------------------------------------------------------------------- the training step
 
 @contextmanager
-def whole_attention(*models: DeCLIP | VFM) -> Iterator[None]:
-    """Meanwhile the models compute softmax(QKᵀ)V by its matrix, (B, heads, 1 + N, 1 + N), keep it, and are not compiled."""
-    blocks = [module for model in models for module in model.modules() if getattr(module, "fused_attn", False)]
-    clips = {model: model.checkpointing for model in models if isinstance(model, DeCLIP)}
+def whole_attention(*models: VisionTower | VFM) -> Iterator[None]:
+    """Within it, the models compute attention by its matrix, keep it, and are not compiled."""
+    blocks = [module for model in models for module in model.modules()
+              if getattr(module, "fused_attn", False)]
+    towers = {model: model.checkpointing for model in models if isinstance(model, VisionTower)}
     for module in blocks:
         module.fused_attn = False
-    for clip in clips:
-        clip.self_attention, clip.checkpointing = self_attention, False
+    for tower in towers:
+        tower.self_attention, tower.checkpointing = self_attention, False
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module in blocks:
             module.fused_attn = True
-        for clip, checkpoints in clips.items():
-            clip.checkpointing = checkpoints
-            del clip.self_attention
+        for tower, checkpoints in towers.items():
+            tower.checkpointing = checkpoints
+            del tower.self_attention
 
 
 def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -115,36 +122,47 @@ def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
         return (correlation(context) - correlation(vfm_tokens)).norm(dim=-1).mean()
 
 
-def losses(student: DeCLIP, teacher: DeCLIP, vfm: VFM, samples: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-    """As train.losses, of what `Samples` returns, on the models' device: content and context loss."""
+def distill(student: VisionTower, teacher: VisionTower, vfm: VFM,
+            samples: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """As train.distill, of what `Samples` returns, on the models' device."""
     inputs, vfm_inputs, crops, boxes = zip(*samples)
     regions, context = student(torch.stack(inputs), list(boxes))
     with torch.no_grad():
-        targets = teacher.encode_image(torch.cat(crops))
+        cls = teacher.encode_image(torch.cat(crops))
         tokens = vfm(torch.stack(vfm_inputs))
-    return content_loss(regions, targets, [len(each) for each in boxes]), context_loss(context, tokens)
+    return {"content": content_loss(regions, cls, [len(each) for each in boxes]),
+            "context": context_loss(context, tokens)}
 
 
-# ------------------------------------------------------------------------------------------------------ segmentation
+# -------------------------------------------------------------------------------- segmentation
 
 @torch.inference_mode()
-def segment(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
-    """uint8 (3, H, W) and text (P, C) -> scores of all pixels (P, H, W): windows one by one, summed at the model's size."""
+def score_image(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
+    """uint8 (3, H, W) and text (P, C) -> scores of all pixels (P, H, W), one window at a time.
+
+    They are summed at the size that the model sees.
+    """
     h, w = resized_size(image, cfg.SHORT_SIDE)
-    picture = normalize(padded(resize(image, h, w), max(h, cfg.WINDOW), max(w, cfg.WINDOW)), clip.mean, clip.std)
-    total, count = picture.new_zeros(len(text), *picture.shape[1:]), picture.new_zeros(picture.shape[1:])
-    for y in window_starts(picture.shape[1], cfg.WINDOW, cfg.STRIDE):
-        for x in window_starts(picture.shape[2], cfg.WINDOW, cfg.STRIDE):
+    resized = pad_to(resize(image, h, w), max(h, cfg.WINDOW), max(w, cfg.WINDOW))
+    resized = normalize(resized, clip.mean, clip.std)
+    total = resized.new_zeros(len(text), *resized.shape[1:])
+    count = resized.new_zeros(resized.shape[1:])
+    for y in window_starts(resized.shape[1], cfg.WINDOW, cfg.STRIDE):
+        for x in window_starts(resized.shape[2], cfg.WINDOW, cfg.STRIDE):
             place = (..., slice(y, y + cfg.WINDOW), slice(x, x + cfg.WINDOW))
-            content = evaluation.encode_dense(cfg, clip, picture[place][None])[0]
-            scores = torch.einsum("chw,pc->phw", F.normalize(content, dim=0), text)
-            total[place] += F.interpolate(scores[None], cfg.WINDOW, mode="bilinear")[0]
+            scores = window_scores(cfg, clip, resized[place][None], text)
+            total[place] += F.interpolate(scores, cfg.WINDOW, mode="bilinear")[0]
             count[place] += 1
-    return F.interpolate((total / count)[None, :, :h, :w], image.shape[-2:], mode="bilinear")[0]
+    scores = (total / count)[None, :, :h, :w]
+    return F.interpolate(scores, image.shape[-2:], mode="bilinear")[0]
 
 
 @torch.inference_mode()
-def predict(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor, classes: Classes) -> Tensor:
-    """uint8 (3, H, W) -> class of each pixel (H, W), by the probabilities of all prompts at all pixels."""
-    probability, prediction = classes.best((segment(cfg, clip, image, text) * cfg.LOGIT_SCALE).softmax(dim=0)).max(dim=0)
-    return prediction if cfg.THRESHOLD is None else prediction.masked_fill(probability < cfg.THRESHOLD, 0)
+def predict(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, text: Tensor, image: Tensor
+            ) -> Tensor:
+    """uint8 (3, H, W) -> class of each pixel (H, W), by probabilities of all prompts and pixels."""
+    probabilities = (score_image(cfg, clip, image, text) * cfg.LOGIT_SCALE).softmax(dim=0)
+    probability, prediction = classes.best(probabilities).max(dim=0)
+    if cfg.THRESHOLD is None:
+        return prediction
+    return prediction.masked_fill(probability < cfg.THRESHOLD, 0)

@@ -28,6 +28,7 @@ from torch import Tensor
 from data import fitted_size, normalize, read_image, resize
 from eval_region import PanopticRegions
 from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
+    ATTENTION,
     CACHE,
     CKPT,
     CONTEXT,

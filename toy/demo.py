@@ -71,7 +71,8 @@ def table(results: dict[str, dict[str, dict]]) -> str:
              f"{'%':36}{'thing   stuff   thing   stuff    mIoU':>40}"]
     for method, result in results.items():
         miou = result["seg"]["benchmarks"]["toy"]["mIoU"]
-        lines.append(f"{method:36}{of_regions(method, 'box')}{of_regions(method, 'mask')}{miou:8.1f}")
+        regions = of_regions(method, "box") + of_regions(method, "mask")
+        lines.append(f"{method:36}{regions}{miou:8.1f}")
     return "\n".join([*lines,
                       f"{'CLIP on crops cut out of the scenes':36}{of_regions('CLIP', 'crop')}"])
 

@@ -87,31 +87,33 @@ def report(cfg: SimpleNamespace) -> str:
 
 def figures(cfg: SimpleNamespace, name: str, options: list[str], seed: int,
             scenes: str) -> dict[str, float]:
-    """Trains and evaluates one run, unless it is there -> its five FIGURES in per cent."""
+    """Trains and evaluates one run, unless OUT has it -> its five FIGURES in per cent."""
     run = ["@presets/toy.txt", *ROWS[name], *options, "--seed", str(seed)]
     chosen = settings.parse(run, train)
-    folder = Path(cfg.OUT) / f"{chosen.CONTEXT}-lambda-{chosen.LAMBDA:g}-lr-{chosen.LR:g}-seed-{seed}"
+    folder = Path(cfg.OUT) / (f"{chosen.CONTEXT}-lambda-{chosen.LAMBDA:g}-lr-{chosen.LR:g}"
+                              f"-seed-{seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = ["--ckpt", str(folder / "declip.safetensors")]
-    root = f"data/toy/{scenes}"
-    with open(folder / "output.txt",
-              "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    result = folder / f"{scenes}.json"
+    with (open(folder / "output.txt", "a") as output, contextlib.redirect_stdout(output),
+          contextlib.redirect_stderr(output)):
         if not (folder / "trained").exists():
             train.main([*run, "--out", str(folder), "--resume"])
             (folder / "trained").touch()
-        result = folder / f"{scenes}.json"
         if not result.exists():
-            places = ["--annotations", f"{root}/panoptic.json", "--pngs", f"{root}/panoptic",
-                      "--images", f"{root}/images"]
-            of_regions = eval_region.main(["@presets/toy_region.txt", *checkpoint,
-                                           *places])["128"]["mAcc"]
-            benchmark = "toy_dev" if scenes == "dev" else "toy"
-            of_pixels = eval_seg.main(["@presets/toy_seg.txt", *checkpoint, "--benchmarks",
-                                       benchmark])[benchmark]
-            found = {figure: of_regions[figure]["top1"]
-                     for figure in FIGURES[:-1]} | {"mIoU": of_pixels["mIoU"]}
-            result.write_text(json.dumps(found))
+            result.write_text(json.dumps(evaluate(folder / "declip.safetensors", scenes)))
     return json.loads(result.read_text())
+
+
+def evaluate(checkpoint: Path, scenes: str) -> dict[str, float]:
+    """A checkpoint's five FIGURES in per cent, on the dev or the val scenes."""
+    of_model, root = ["--ckpt", str(checkpoint)], f"data/toy/{scenes}"
+    places = ["--annotations", f"{root}/panoptic.json", "--pngs", f"{root}/panoptic",
+              "--images", f"{root}/images"]
+    regions = eval_region.main(["@presets/toy_region.txt", *of_model, *places])["128"]["mAcc"]
+    benchmark = "toy_dev" if scenes == "dev" else "toy"
+    pixels = eval_seg.main(["@presets/toy_seg.txt", *of_model, "--benchmarks", benchmark])
+    found = {figure: regions[figure]["top1"] for figure in FIGURES[:-1]}
+    return found | {"mIoU": pixels[benchmark]["mIoU"]}
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
 """export.py: what it writes is what the other code expects, and comes back bit for bit."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from conftest import options
+from conftest import options, succeeds
 from test_model import randomize
+from tiny import ROOT
 
-import export
-import toy
 from model import DeCLIP
+from tools import export
+from util.weights import eva_layout
 
-GOLDEN = Path(__file__).parent / "golden_b16.pt"
+GOLDEN = ROOT / "tests/golden_b16.pt"
 
 
 @pytest.fixture
 def trained(tmp_path):
-    """Writes a random model as a checkpoint of train.py: (name, context) -> (the model, the path)."""
+    """Writes a random model as a checkpoint of train.py: (name, context) -> (the model, the
+    path)."""
     def write(name: str, context: str = "qk") -> tuple[DeCLIP, Path]:
         clip = randomize(DeCLIP(name, context=context, scale=0.5))
         if "vit" in name.lower():
-            torch.nn.init.zeros_(clip.visual.head.bias)     # timm's head has one, open_clip's projection has none
+            # timm's head has one, open_clip's projection has none
+            torch.nn.init.zeros_(clip.visual.trunk.head.bias)
         clip.save(tmp_path / "declip.safetensors")
         return clip, tmp_path / "declip.safetensors"
     return write
@@ -29,8 +34,9 @@ def trained(tmp_path):
 
 def same(one: DeCLIP, other: DeCLIP) -> bool:
     """Whether all weights are equal, bit for bit."""
-    state, of_other = one.clip.state_dict(), other.clip.state_dict()
-    return state.keys() == of_other.keys() and all(torch.equal(state[key], of_other[key]) for key in state)
+    state, of_other = one.state(), other.state()
+    return state.keys() == of_other.keys() and all(torch.equal(state[key], of_other[key])
+                                                   for key in state)
 
 
 def test_eva_layout_comes_back(trained, tmp_path, capsys):
@@ -42,36 +48,44 @@ def test_eva_layout_comes_back(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", "tiny-vit-quickgelu"])
 def test_open_clip_layout_comes_back(trained, tmp_path, name):
-    """open_clip's own loader takes the folder strictly; its [CLS] and ours are the same, and so are the weights read again."""
+    """open_clip's own loader takes the folder strictly; its [CLS] and ours are the same, and so are
+    the weights read again."""
     clip, path = trained(name)
     export.main(options(ckpt=path, layout="open_clip", out=tmp_path / "folder"))
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(theirs.eval().encode_image(images), clip.encode_image(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs.eval().encode_image(images), clip.encode_image(images),
+                                   rtol=0, atol=1e-5)
         tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'folder'}")(["a cat"])
-        torch.testing.assert_close(theirs.encode_text(tokens), clip.clip.encode_text(tokens))
+        torch.testing.assert_close(theirs.encode_text(tokens), clip.text.encode_text(tokens))
     again = DeCLIP(f"local-dir:{tmp_path / 'folder'}", "own")
     assert same(clip, again) and (again.mean, again.std) == (clip.mean, clip.std)
 
 
-def test_a_tokenizer_of_its_own_goes_along(trained, tmp_path, monkeypatch):
-    """The toy CLIP's folder is whole wherever it is read from."""
-    monkeypatch.chdir(toy.FOLDER.parent)
-    clip, path = trained("local-dir:toy/clip")
+def test_an_exported_toy_clip_needs_nothing_else(trained, tmp_path):
+    """Its folder has the tower's configuration and the tokenizer: a process that imports open_clip
+    alone loads it, from any folder."""
+    _, path = trained(f"local-dir:{ROOT / 'toy/clip'}")
     export.main(options(ckpt=path, layout="open_clip", out=tmp_path / "folder"))
-    monkeypatch.chdir(tmp_path)
-    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'folder'}")("a star")[0, :2], torch.tensor([743, 320]))
+    program = ("import open_clip; name = 'local-dir:folder'; open_clip.create_model(name);"
+               "print(open_clip.get_tokenizer(name)('a star')[0, :2].tolist())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert succeeds(done).split() == ["[743,", "320]"]
 
 
 def eva_shapes() -> dict[str, tuple]:
-    return {key: tuple(shape) for key, shape in torch.load(GOLDEN, weights_only=True)["shapes"].items()}
+    return {key: tuple(shape) for key,
+            shape in torch.load(GOLDEN, weights_only=True)["shapes"].items()}
 
 
 def test_eva_layout_has_the_published_names():
-    """All vision weights of EVA02-B-16, no more and no fewer, under the names and shapes of EVA-CLIP's files."""
-    state = export.eva_layout(DeCLIP("EVA02-B-16"))
-    assert {key: tuple(value.shape) for key, value in state.items() if key.startswith("visual.")} == eva_shapes()
+    """All vision weights of EVA02-B-16, no more and no fewer, under the names and shapes of
+    EVA-CLIP's files."""
+    state = eva_layout(DeCLIP("EVA02-B-16").state())
+    assert {key: tuple(value.shape) for key, value in state.items()
+            if key.startswith("visual.")} == eva_shapes()
 
 
 @pytest.mark.slow
@@ -80,12 +94,15 @@ def test_full_size_models_come_back(trained, tmp_path, name):
     clip, path = trained(name)
     for layout in ("eva", "open_clip") if "EVA" in name else ("open_clip",):
         export.main(options(ckpt=path, layout=layout, out=tmp_path / layout))
-        again = DeCLIP(name, str(tmp_path / "eva")) if layout == "eva" else DeCLIP(f"local-dir:{tmp_path / layout}", "own")
+        is_eva = layout == "eva"
+        again = (DeCLIP(name, str(tmp_path / "eva")) if is_eva else
+                 DeCLIP(f"local-dir:{tmp_path / layout}", "own"))
         assert same(clip, again)
 
 
 @pytest.mark.parametrize("name, given, words", [
-    ("tiny-vit", {"layout": "eva"}, "EVA-CLIP's layout has no names for the tower of tiny-vit; use --layout open_clip"),
+    ("tiny-vit", {"layout": "eva"},
+     "EVA-CLIP's layout has no names for the tower of tiny-vit; use --layout open_clip"),
     ("tiny-eva", {"layout": "onnx"}, "LAYOUT is 'onnx'; it must be eva or open_clip"),
     ("tiny-eva", {"ckpt": GOLDEN}, "does not say which model it is"),
     ("tiny-eva", {"ckpt": "nothing.safetensors"}, "There is no")])

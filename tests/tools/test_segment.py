@@ -1,4 +1,5 @@
-"""segment.py: classes as a person types them, shares that are the prediction's, pictures of any shape, bad input."""
+"""segment.py: classes as a person types them, shares that are the prediction's, pictures of any
+shape, bad input."""
 
 import json
 
@@ -7,28 +8,30 @@ import pytest
 import torch
 from conftest import options
 from PIL import Image
+from tiny import ROOT
 
-import segment
-import toy
 from data import make_classes
 from model import DeCLIP
+from tools import segment
+from toy.world import NAMES, draw_scene
 
-TOY = {"model": f"local-dir:{toy.FOLDER / 'clip'}", "template": "a photo of a {}.", "short_side": 128, "window": 128,
+TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.",
+       "short_side": 128, "window": 128,
        "stride": 64}
-EVERYTHING = ", ".join(toy.NAMES)
+EVERYTHING = ", ".join(NAMES)
 
 
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch):
     """The toy CLIP's tokenizer is named as seen from the repository."""
-    monkeypatch.chdir(toy.FOLDER.parent)
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
 def photo(tmp_path):
     """Draws a scene as a file -> (path, scene)."""
     def write(number: int = 1, name: str = "scene.png", size: int = 128, crop: tuple = ()) -> tuple:
-        scene = toy.draw_scene(number, size)
+        scene = draw_scene(number, size)
         image = Image.fromarray(scene.image)
         (image.crop(crop) if crop else image).save(tmp_path / name)
         return tmp_path / name, scene
@@ -39,6 +42,12 @@ def run(*photos, **given) -> None:
     segment.main([*map(str, photos), *options(**TOY | given)])
 
 
+def found_shares(folder) -> dict[str, float]:
+    """The shares of the model's own panel."""
+    panels = json.loads((folder / "scene.segmentation.json").read_text())
+    return next(iter(panels.values()))
+
+
 def test_numbers_are_those_of_the_scene(photo, tmp_path):
     """Every class that is well visible in the scene is found; shares sum to one."""
     path, scene = photo()
@@ -46,13 +55,15 @@ def test_numbers_are_those_of_the_scene(photo, tmp_path):
     found, = json.loads((tmp_path / "scene.segmentation.json").read_text()).values()
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
     assert list(found.values()) == sorted(found.values(), reverse=True)
-    truth = np.bincount(np.array(scene.classes)[scene.segments].ravel(), minlength=len(toy.NAMES)) / scene.segments.size
-    for name, share in zip(toy.NAMES, truth):
+    truth = np.bincount(np.array(scene.classes)[scene.regions].ravel(),
+                        minlength=len(NAMES)) / scene.regions.size
+    for name, share in zip(NAMES, truth):
         if share > 0.15:
             assert abs(found.get(name, 0) - share) < 0.5 * share, name
 
 
-@pytest.mark.parametrize("crop", [(0, 0, 128, 40), (0, 0, 30, 128), (5, 5, 105, 69)], ids=["wide", "tall", "odd"])
+@pytest.mark.parametrize("crop", [(0, 0, 128, 40), (0, 0, 30, 128), (5, 5, 105, 69)],
+                         ids=["wide", "tall", "odd"])
 def test_pictures_of_any_shape(photo, tmp_path, crop):
     path, _ = photo(crop=crop)
     run(path, classes="stripes, star", attention="clip")
@@ -62,22 +73,25 @@ def test_pictures_of_any_shape(photo, tmp_path, crop):
 
 def test_a_folder_goes_on_after_a_broken_file(photo, tmp_path):
     photo(1, "a.png"), photo(2, "c.png")
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(b"no image")
     for _ in range(2):          # the second time our own pictures are no photographs
         with pytest.raises(SystemExit, match="b.png can't be read as an image"):
             run(tmp_path, classes="star, dots")
-        assert sorted(path.name for path in tmp_path.glob("*.segmentation.png")) == ["a.segmentation.png", "c.segmentation.png"]
+        assert sorted(path.name
+                      for path in tmp_path.glob("*.segmentation.png")) == ["a.segmentation.png",
+                                                                           "c.segmentation.png"]
 
 
 def test_attention_adds_a_panel_of_the_clip_that_was_trained(photo, tmp_path):
-    """With a checkpoint the second panel is of the CLIP that it was made from, not of the trained weights."""
+    """With a checkpoint the second panel is of the CLIP that it was made from, not of the trained
+    weights."""
     path, _ = photo()
     given = {"classes": EVERYTHING, "attention": "clip", "json": "true"}
     run(path, **given)
     plain = json.loads((tmp_path / "scene.segmentation.json").read_text())
     trained = DeCLIP(TOY["model"], "own")
     with torch.no_grad():
-        for parameter in trained.visual.blocks.parameters():
+        for parameter in trained.visual.trunk.blocks.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     trained.save(tmp_path / "declip.safetensors")
     run(path, **given, ckpt=tmp_path / "declip.safetensors")
@@ -92,22 +106,27 @@ def test_photographs_of_one_name_have_pictures_of_their_own(photo, tmp_path):
     (tmp_path / "more").mkdir()
     photo(3, "more/a.png")
     run(tmp_path, classes="star, dots", out=tmp_path / "out")
-    pictures = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    pictures = {path.relative_to(tmp_path / "out").as_posix()
+                for path in (tmp_path / "out").rglob("*.png")}
     assert pictures == {"a.segmentation.png", "a.png.segmentation.png", "more/a.segmentation.png"}
 
 
 def test_background_is_not_what_was_asked_for():
     """Grass is among the background's names; who asks for it gets it."""
-    cfg = segment.settings.parse(["x", "--classes", "dog, meadow | grass", "--background"], segment, positional="PHOTOS")
+    cfg = segment.settings.parse(["x", "--classes", "dog, meadow | grass", "--background"], segment,
+                                 positional="PHOTOS")
     classes = segment.find_classes(cfg)
-    assert classes.prompts.count("grass") == 1 and classes.owner[classes.prompts.index("grass")] == 2
+    assert classes.prompts.count("grass") == 1
+    assert classes.owner[classes.prompts.index("grass")] == 2
     assert "sky" in classes.prompts and classes.owner[classes.prompts.index("sky")] == 0
 
 
 def test_classes_as_they_are_typed(tmp_path):
-    cfg = segment.settings.parse(["x", "--classes", " dog | puppy,wooden chair , ,grass"], segment, positional="PHOTOS")
+    cfg = segment.settings.parse(["x", "--classes", " dog | puppy,wooden chair , ,grass"], segment,
+                                 positional="PHOTOS")
     classes = segment.find_classes(cfg)
-    assert (classes.names, classes.prompts) == (["dog", "wooden chair", "grass"], ["dog", "puppy", "wooden chair", "grass"])
+    assert (classes.names, classes.prompts) == (["dog", "wooden chair", "grass"],
+                                                ["dog", "puppy", "wooden chair", "grass"])
     cfg.BACKGROUND = True
     assert segment.find_classes(cfg).names == ["background", "dog", "wooden chair", "grass"]
     (tmp_path / "names.txt").write_text("cat, kitten\nsofa\n")
@@ -119,7 +138,7 @@ def test_one_class_and_500(photo, tmp_path):
     """A single class fills the picture; of many, those that occur are named."""
     path, _ = photo(size=64)
     run(path, classes="dots", json="true")
-    assert list(next(iter(json.loads((tmp_path / "scene.segmentation.json").read_text()).values()))) == ["dots"]
+    assert list(found_shares(tmp_path)) == ["dots"]
     run(path, classes=", ".join(f"thing {n}" for n in range(500)), window_batch=4)
     assert (tmp_path / "scene.segmentation.png").exists()
 
@@ -129,8 +148,9 @@ def test_threshold_gives_what_is_unsure_to_the_background(photo, tmp_path):
     path, _ = photo()
     shares = []
     for threshold in (0, 0.5, 0.9):
-        run(path, classes=EVERYTHING, background="true", threshold=threshold, logit_scale=10, json="true")
-        shares.append(next(iter(json.loads((tmp_path / "scene.segmentation.json").read_text()).values())).get("background", 0))
+        run(path, classes=EVERYTHING, background="true", threshold=threshold, logit_scale=10,
+            json="true")
+        shares.append(found_shares(tmp_path).get("background", 0))
     assert shares == sorted(shares) and shares[0] < shares[2] - 0.1, shares
 
 
@@ -149,14 +169,16 @@ def test_colours_stay_with_their_classes():
     assert segment.colours({"x": one}, classes) == segment.colours({"x": other}, classes)
     many = make_classes([f"n{k}" for k in range(100)])
     few = torch.arange(20).view(4, 5) * 5
-    assert len(set(segment.colours({"x": few}, many).values())) == 20      # of many classes, those that occur differ
+    # of many classes, those that occur differ
+    assert len(set(segment.colours({"x": few}, many).values())) == 20
 
 
 @pytest.mark.parametrize("photos, given, words", [
     (["nothing.jpg"], {"classes": "cat"}, "There is no photograph nothing.jpg"),
     (["README.md"], {"classes": "cat"}, "README.md can't be read as an image"),
     (["presets"], {"classes": "cat"}, "presets holds no image"),
-    (["README.md"], {}, "CLASSES names no class"), (["README.md"], {"classes": " , |"}, "CLASSES names no class"),
+    (["README.md"], {}, "CLASSES names no class"),
+    (["README.md"], {"classes": " , |"}, "CLASSES names no class"),
     (["README.md"], {"classes": "cat, dog, cat"}, "names 'cat' twice"),
     (["README.md"], {"classes": "cat, dog | cat"}, "names 'cat' twice"),
     (["README.md"], {"classes": "cat", "threshold": 0.5}, "THRESHOLD is for --background"),

@@ -1,4 +1,5 @@
-"""visualize.py: attention rows sum to one, hot spots are where the maxima are, and every kind of picture is drawn."""
+"""visualize.py: attention rows sum to one, hot spots are where the maxima are, and every kind of
+picture is drawn."""
 
 import json
 from types import SimpleNamespace
@@ -10,91 +11,66 @@ import torch
 import torch.nn.functional as F
 from conftest import options
 from PIL import Image
+from tiny import ROOT
 
-import toy
-import visualize
 from model import DeCLIP, load_vfm
+from tools import visualize
+from toy import world
+from util import settings
 
-TOY = {"model": f"local-dir:{toy.FOLDER / 'clip'}", "vfm_model": "nano_vfm", "size": 128, "scale": 0.7}
+TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "vfm_model": f"local-dir:{ROOT / 'toy/vfm'}",
+       "size": 128, "scale": 0.7}
 GRIDS = [(16, 16), (10, 16), (16, 6)]
 
 
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch):
     """The toy CLIP's tokenizer is named as seen from the repository."""
-    monkeypatch.chdir(toy.FOLDER.parent)
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     """A scene that is wider than high, as a file and as a tensor."""
     path = tmp_path_factory.mktemp("photo") / "scene.png"
-    Image.fromarray(toy.draw_scene(1, 160).image[:100]).save(path)
+    Image.fromarray(world.draw_scene(1, 160).image[:100]).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def shown() -> list[visualize.Shown]:
-    clip = DeCLIP(f"local-dir:{toy.FOLDER / 'clip'}", "own", scale=0.7)
-    return [visualize.Shown("CLIP", clip), visualize.Shown("DeCLIP", clip, decoupled=True),
-            visualize.Shown("VFM", load_vfm("nano_vfm"))]
+    clip = DeCLIP(f"local-dir:{ROOT / 'toy/clip'}", "own", scale=0.7)
+    return [visualize.Shown("CLIP", clip.visual, "clip"),
+            visualize.Shown("DeCLIP", clip.visual, "q"),
+            visualize.Shown("VFM", load_vfm(f"local-dir:{ROOT / 'toy/vfm'}"))]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @torch.inference_mode()
 def test_attention_rows_sum_to_one(shown, photo, grid):
-    picture = visualize.read_image(photo)
+    """Each model's own number of tokens; CLIP and DeCLIP differ in the last block only."""
+    image = visualize.read_image(photo)
     for each in shown:
-        maps = each.attention(picture, grid)
-        assert len(maps) == len(each.trunk.blocks)
+        maps = each.attention_maps(image, grid)
+        assert len(maps) == each.model.num_layers
         for rows in maps:
-            assert rows.shape == (each.trunk.num_prefix_tokens + grid[0] * grid[1],) * 2
+            assert rows.shape == (each.model.num_prefix_tokens + grid[0] * grid[1],) * 2
             torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(rows)))
-    clip, declip = (each.attention(picture, grid) for each in shown[:2])        # one model, but for the last block's way
+    clip, declip = (each.attention_maps(image, grid) for each in shown[:2])
     assert all(torch.equal(a, b) for a, b in zip(clip[:-1], declip[:-1]))
     assert not torch.allclose(clip[-1], declip[-1], atol=1e-3)
-    torch.testing.assert_close(declip[-1], visualize.decoupled_attention(shown[1].model, shown[1].picture(picture, grid))[0])
 
 
-@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
-@torch.inference_mode()
-def test_recorded_attention_is_what_the_block_computes(name):
-    """softmax(QKᵀ)V with the recorded weights gives the fused block's output, and recording changes nothing afterwards."""
-    clip, picture, seen = DeCLIP(name), torch.randn(2, 3, 48, 80), []
-    before = clip.encode_image(picture)
-    attn = clip.visual.blocks[-1].attn
-    handle = attn.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
-    with visualize.recorded_attention(clip.visual) as rows:
-        clip.encode_image(picture)
-    handle.remove()
-    direct = attn.proj(attn.norm((rows[-1] @ clip.heads("v", seen[0])).transpose(1, 2).flatten(2)))
-    torch.testing.assert_close(direct, seen[1], rtol=1e-4, atol=1e-5)
-    assert torch.equal(clip.encode_image(picture), before) and all(block.attn.fused_attn for block in clip.visual.blocks)
-
-
-@pytest.mark.parametrize("context", ["q", "k", "qk"])
-@torch.inference_mode()
-def test_decoupled_attention_gives_the_content(context):
-    """Its rows times V, projected, are what encode_dense returns (for qk their mean instead of their sum)."""
-    clip, picture = DeCLIP("tiny-vit", context=context, scale=0.5), torch.randn(1, 3, 48, 80)
-    clip.visual.blocks[-1].attn.num_heads = 1       # with one head the mean over heads is the head
-    rows = visualize.decoupled_attention(clip, picture)
-    x, _, _ = clip.embed(picture)
-    for block in clip.visual.blocks[:-1]:
-        x = block(x)
-    block = clip.visual.blocks[-1]
-    value = rows @ clip.heads("v", block.norm1(x))[:, 0] * len(context)
-    content = clip.project(block.attn.proj(value))[:, 1:].mT.unflatten(2, (6, 10))
-    torch.testing.assert_close(content, clip.encode_dense(picture)[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(100, 160), (128, 128), (150, 60)], ids=["wide", "square", "tall"])
+@pytest.mark.parametrize("size", [(100, 160), (128, 128), (150, 60)],
+                         ids=["wide", "square", "tall"])
 def test_the_hot_spot_is_where_the_maximum_is(size):
     """A map with one peak, drawn and read back: the brightest pixel lies in the peak's token."""
     grid = size[0] // 10, size[1] // 10
     values = torch.zeros(grid)
     values[2, grid[1] - 2] = 1
-    figure = visualize.panels(torch.zeros(3, *size).byte(), [("model", [(0, values)])], None, "title", "unit", (0, 1))
+    figure = visualize.panels(torch.zeros(3, *size).byte(), [("model", [(0, values)])], None,
+                              "title",
+                              visualize.Scale("unit", (0, 1)))
     figure.canvas.draw()
     axis = figure.axes[1]
     box = axis.get_window_extent()
@@ -102,8 +78,11 @@ def test_the_hot_spot_is_where_the_maximum_is(size):
     height = pixels.shape[0]
     inside = pixels[int(height - box.y1):int(height - box.y0), int(box.x0):int(box.x1)]
     away = (inside - torch.tensor(plt.get_cmap("viridis")(1.0)[:3]) * 255).norm(dim=2)
-    ys, xs = (away < 3).nonzero().float().mean(dim=0) / torch.tensor([inside.shape[0], inside.shape[1]])
-    assert ys * grid[0] == pytest.approx(2.5, abs=0.3) and xs * grid[1] == pytest.approx(grid[1] - 1.5, abs=0.3)
+    ys, xs = (away < 3).nonzero().float().mean(dim=0) / torch.tensor([inside.shape[0],
+                                                                      inside.shape[1]])
+    assert ys * grid[0] == pytest.approx(2.5,
+                                         abs=0.3) and xs * grid[1] == pytest.approx(grid[1] - 1.5,
+                                                                                    abs=0.3)
     plt.close(figure)
 
 
@@ -114,17 +93,20 @@ def test_token_of_a_pixel():
     assert visualize.token_of((25, 99), photo, (10, 16)) == 9 * 16 + 2
 
 
-@pytest.mark.parametrize("depth, count, expected", [(12, 5, [1, 4, 6, 9, 11]), (12, 12, list(range(12))), (4, 9, [0, 1, 2, 3]),
+@pytest.mark.parametrize("depth, count, expected", [(12, 5, [1, 4, 6, 9, 11]),
+                                                    (12, 12, list(range(12))), (4, 9, [0, 1, 2, 3]),
                                                     (5, 1, [4])])
 def test_layers_end_with_the_last(depth, count, expected):
     assert visualize.chosen_layers(depth, count) == expected
 
 
 def test_proxy_share():
-    """Two of 100 tokens get 20 % and 40 % of all attention; if only the first may count, it is 20 %."""
+    """Two of 100 tokens get 20 % and 40 % of all attention; if only the first may count, it is 20
+    %."""
     rows = torch.full((100, 100), 0.4 / 98)
     rows[:, 3], rows[:, 50] = 0.2, 0.4
-    assert visualize.proxy_share(rows, torch.ones(100, dtype=torch.bool), 0.02) == pytest.approx(0.6)
+    assert visualize.proxy_share(rows, torch.ones(100, dtype=torch.bool),
+                                 0.02) == pytest.approx(0.6)
     allowed = torch.ones(100, dtype=torch.bool)
     allowed[50] = False
     assert visualize.proxy_share(rows, allowed, 0.01) == pytest.approx(0.2)
@@ -133,10 +115,10 @@ def test_proxy_share():
 
 @torch.inference_mode()
 def test_the_cosine_with_itself_is_one(shown, photo):
-    picture = visualize.read_image(photo)
+    image = visualize.read_image(photo)
     for each in shown:
-        tokens = each.tokens(picture, (10, 16))
-        assert len(tokens) == len(each.trunk.blocks) and all(part.shape[0] == 160 for part in tokens)
+        tokens = each.tokens(image, (10, 16))
+        assert len(tokens) == each.model.num_layers and all(part.shape[0] == 160 for part in tokens)
         cosine = F.normalize(tokens[-1], dim=-1) @ F.normalize(tokens[-1][37], dim=-1)
         assert cosine.argmax() == 37 and cosine[37] == pytest.approx(1, abs=1e-5)
 
@@ -144,86 +126,108 @@ def test_the_cosine_with_itself_is_one(shown, photo):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("checkpoint") / "declip.safetensors"
-    DeCLIP(f"local-dir:{toy.FOLDER / 'clip'}", "own", scale=0.7).save(path)
+    DeCLIP(f"local-dir:{ROOT / 'toy/clip'}", "own", scale=0.7).save(path)
     return str(path)
 
 
 @pytest.mark.parametrize("kind, given", [
     ("attention", {"anchor": "30,20"}), ("cls", {}), ("correlation", {"layers": 2}), ("proxy", {}),
-    ("segmentation", {"classes": "dots, star", "short_side": 128, "window": 128, "methods": ("clip", "clearclip"),
-                      "template": "a {}."})])
+    ("segmentation",
+     {"classes": "dots, star", "short_side": 128, "window": 128, "methods": ("clip", "clearclip"),
+                      "templates": "a {}."})])
 def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
     given = {key: value for key, value in (TOY | given).items() if key not in ("scale",)}
-    visualize.main([kind, str(photo), *options(**given | {"ckpt": checkpoint, "picture": tmp_path / "a.png"})])
-    with Image.open(tmp_path / "a.png") as picture:
-        assert min(picture.size) > 200
+    visualize.main([kind, str(photo),
+                    *options(**given | {"ckpt": checkpoint, "figure": tmp_path / "a.png"})])
+    with Image.open(tmp_path / "a.png") as figure:
+        assert min(figure.size) > 200
 
 
 def test_a_row_is_the_model_that_it_is_called(photo, tmp_path, monkeypatch):
     """CLIP is the untrained weights, also beside a published .pt that says nothing of itself."""
     trained = DeCLIP(TOY["model"], "own")
     with torch.no_grad():
-        trained.visual.blocks[0].attn.q_proj.weight.add_(1)
-    torch.save({f"visual.trunk.{key}": value for key, value in trained.visual.state_dict().items()}, tmp_path / "some.pt")
-    cfg = visualize.settings.parse(["attention", str(photo), *options(**TOY | {"ckpt": tmp_path / "some.pt", "context": "q"})],
-                                   visualize, visualize.evaluation, positional="KIND_AND_FILES")
+        trained.visual.trunk.blocks[0].attn.q_proj.weight.add_(1)
+    torch.save({f"visual.trunk.{key}": value for key,
+                value in trained.visual.trunk.state_dict().items()}, tmp_path / "some.pt")
+    cfg = settings.parse(["attention", str(photo),
+                          *options(**TOY | {"ckpt": tmp_path / "some.pt", "context": "q"})],
+                                   visualize, positional="KIND_AND_FILES")
     clip, declip, vfm = visualize.open_models(cfg, torch.device("cpu"))
     assert [each.title.splitlines()[0] for each in (clip, declip, vfm)] == ["CLIP", "DeCLIP", "VFM"]
-    weights = [each.trunk.blocks[0].attn.q_proj.weight for each in (clip, declip)]
-    assert torch.allclose(weights[1] - weights[0], torch.ones(()), atol=1e-5) and declip.decoupled and not clip.decoupled
+    weights = [each.model.trunk.blocks[0].attn.q_proj.weight for each in (clip, declip)]
+    assert torch.allclose(weights[1] - weights[0], torch.ones(()),
+                          atol=1e-5) and (clip.attention, declip.attention) == ("clip", "q")
 
 
 def test_the_panel_shows_the_anchors_row(photo, monkeypatch):
-    """The maps drawn are those of the anchor's token, at the anchor's place, of the layers that the titles name."""
-    def attention(self, picture, grid):
-        prefix, N = self.trunk.num_prefix_tokens, grid[0] * grid[1]
+    """The maps drawn are those of the anchor's token, at the anchor's place, of the layers that the
+    titles name."""
+    def attention_maps(self, photo, grid):
+        prefix, N = self.model.num_prefix_tokens, grid[0] * grid[1]
         rows = torch.zeros(5, prefix + N, prefix + N)
-        for layer in range(5):      # every patch attends to the patch right of it, with the layer's number
+        # every patch attends to the patch right of it, with the layer's number
+        for layer in range(5):
             rows[layer, prefix:, prefix:] = (layer + 1) * torch.eye(N).roll(1, dims=1) / N
         return list(rows)
-    monkeypatch.setattr(visualize.Shown, "attention", attention)
+    monkeypatch.setattr(visualize.Shown, "attention_maps", attention_maps)
     words = ["attention", str(photo), *options(**TOY | {"anchor": "43,21", "layers": 2})]
-    cfg = visualize.settings.parse(words, visualize, visualize.evaluation, positional="KIND_AND_FILES")
+    cfg = settings.parse(words, visualize, positional="KIND_AND_FILES")
     figure = visualize.attention(cfg, [str(photo)], torch.device("cpu"))
-    maps = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes if axis.get_title().startswith("layer")}
+    maps = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes
+            if axis.get_title().startswith("layer")}
     assert set(maps) == {"layer 2", "layer 5"}
-    for title, values in maps.items():      # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
-        assert values.shape == (10, 16) and values[2, 5] == values.max() == pytest.approx(int(title[-1]))
+    # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
+    # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
+    for title, values in maps.items():
+        assert values.shape == (10, 16)
+        assert values[2, 5] == values.max() == pytest.approx(int(title[-1]))
     plt.close(figure)
 
 
 def test_curves_of_two_runs(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        lines = [{"step": step, "content": 1 / step, "context": 2 / step, "lr": 0.1} for step in (1, 20, 40)]
+        lines = [{"step": step, "content": 1 / step, "context": 2 / step, "lr": 0.1}
+                 for step in (1, 20, 40)]
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    visualize.main(["curves", str(tmp_path / "one"), str(tmp_path / "two" / "log.jsonl"), "--picture", str(tmp_path / "c.png")])
+    visualize.main(["curves", str(tmp_path / "one"), str(tmp_path / "two" / "log.jsonl"),
+                    "--figure", str(tmp_path / "c.png")])
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
 def test_background_is_what_is_no_thing(tmp_path):
     """With a panoptic json, proxies are looked for in patches that are mostly stuff."""
-    toy.main(options(out=tmp_path, train=0, dev=0, val=2, size=64))
+    world.main(options(out=tmp_path, train=0, dev=0, val=2, size=64))
     root = tmp_path / "val"
-    find = visualize.stuff_of(SimpleNamespace(ANNOTATIONS=str(root / "panoptic.json"), PNGS=str(root / "panoptic")))
+    find = visualize.stuff_of(SimpleNamespace(ANNOTATIONS=str(root / "panoptic.json"),
+                                              PNGS=str(root / "panoptic")))
     for index in range(2):
-        scene = toy.draw_scene(toy.FIRST_SCENE["val"] + index, 64)
-        things = torch.tensor([kind < len(toy.THINGS) for kind in scene.classes])[torch.from_numpy(scene.segments).long()]
+        scene = world.draw_scene(world.FIRST_SCENE["val"] + index, 64)
+        things = torch.tensor([kind < len(world.THINGS)
+                               for kind in scene.classes])[torch.from_numpy(scene.regions).long()]
         expected = F.avg_pool2d((~things)[None].float(), 8)[0].flatten() > 0.5
-        assert torch.equal(find(root / "images" / f"{index:05}.png", (8, 8)), expected) and 0 < expected.sum() < 64
+        assert torch.equal(find(root / "images" / f"{index:05}.png", (8, 8)),
+                           expected) and 0 < expected.sum() < 64
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["dance", "a.png"], "'dance' is no kind of picture"), (["attention"], "'attention' needs files"),
+    (["dance", "a.png"], "'dance' is no kind of figure"),
+    (["attention"], "'attention' needs files"),
     (["attention", "nothing.png"], "There is no photograph nothing.png"),
     (["attention", "PHOTO", "--anchor", "160,5"], "outside the photograph, which is 160 x 100"),
     (["attention", "PHOTO", "--anchor", "5"], "give two whole numbers"),
-    (["attention", "PHOTO", "--vfm_model", "samvit_base_patch16", "--vfm_pretrained", "false"], "attends within windows"),
-    (["segmentation", "PHOTO"], "CLASSES names no class"), (["curves", "README.md"], "is no log of train.py"),
-    (["curves", "toy/clip/log.jsonl"], "is no log of train.py"), (["attention", "PHOTO", "toy"], "but this picture is of one"),
-    (["curves", "nothing"], "There is no nothing"), (["attention", "PHOTO", "--layers", "0"], "LAYERS is 0")])
+    (["attention", "PHOTO", "--vfm_model", "samvit_base_patch16", "--vfm_pretrained", "false"],
+     "attends within windows"),
+    (["segmentation", "PHOTO"], "CLASSES names no class"),
+    (["curves", "README.md"], "is no log of train.py"),
+    (["curves", "toy/clip/log.jsonl"], "is no log of train.py"),
+    (["attention", "PHOTO", "toy"], "but this figure is of one"),
+    (["curves", "nothing"], "There is no nothing"),
+    (["attention", "PHOTO", "--layers", "0"], "LAYERS is 0")])
 def test_bad_input_is_one_sentence(photo, tmp_path, words, sentence):
     with pytest.raises(SystemExit) as error:
         visualize.main([str(photo) if word == "PHOTO" else word for word in words]
-                       + options(**{key: value for key, value in TOY.items() if f"--{key}" not in words}))
+                       + options(**{key: value for key, value in TOY.items()
+                                    if f"--{key}" not in words}))
     assert sentence in str(error.value) and "\n" not in str(error.value)
