@@ -42,23 +42,23 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     grey = Image.new("L", (5, 3), 200)
     if mode == "I;16":
-        picture = Image.fromarray(np.full((3, 5), 200 * 257, np.uint16))
+        stored = Image.fromarray(np.full((3, 5), 200 * 257, np.uint16))
     else:
-        picture = grey.convert(mode) if mode in ("P", "L") else grey.convert("RGB").convert(mode)
-    picture.save(tmp_path / f"x.{suffix}")
+        stored = grey.convert(mode) if mode in ("P", "L") else grey.convert("RGB").convert(mode)
+    stored.save(tmp_path / f"x.{suffix}")
     image = data.read_image(tmp_path / f"x.{suffix}")
     assert image.shape == (3, 3, 5) and image.dtype == torch.uint8
     assert (image.float() - 200).abs().max() <= 3
 
 
-def test_of_an_animation_the_first_picture_is_read(tmp_path):
+def test_of_an_animation_the_first_image_is_read(tmp_path):
     first, second = Image.new("RGB", (4, 4), (10, 20, 30)), Image.new("RGB", (4, 4), (200, 0, 0))
     first.save(tmp_path / "x.png", save_all=True, append_images=[second])
     assert data.read_image(tmp_path / "x.png")[:, 0, 0].tolist() == [10, 20, 30]
 
 
 def test_training_images_are_turned_upright(tmp_path):
-    """Annotations are made for the picture as it is stored, so evaluation leaves it."""
+    """Annotations are made for the image as it is stored, so evaluation leaves it."""
     exif = Image.Exif()
     exif[0x0112] = 6        # the camera was held upright
     Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
@@ -101,8 +101,8 @@ def test_ranks_share_each_step(world, micro_batch):
     """Whatever the ranks and micro batches, step s has the images of order[s]; and a run can begin
     at any step."""
     order = epoch_order(40, 8, 0, 0)
-    shares = [rank_batches(order, Ranks(rank, world, torch.device("cpu")), micro_batch, first_step=2)
-              for rank in range(world)]
+    ranks = [Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
+    shares = [rank_batches(order, each, micro_batch, first_step=2) for each in ranks]
     per_step = 8 // world // micro_batch
     for step in range(2, 5):
         seen = [i for share in shares
@@ -123,29 +123,29 @@ def test_grids_are_drawn_evenly_and_by_key():
     assert max(len(set(grid.cells)) for grid in published) == 20
 
 
-# --------------------------------------------------------------------------- pictures on the device
+# ----------------------------------------------------------------------------- images on the device
 
 def test_student_image_is_padded_right_and_below():
     image = torch.full((3, 20, 40), 255, dtype=torch.uint8)
-    picture = student_image(image, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    assert picture.shape == (3, 16, 16)
+    resized = student_image(image, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    assert resized.shape == (3, 16, 16)
     # white, then black, normalised
     expected = torch.tensor([2.0] * 8 + [-2.0] * 8)[:, None].expand(3, 16, 16)
-    torch.testing.assert_close(picture, expected)
+    torch.testing.assert_close(resized, expected)
 
 
 def test_crops_and_boxes_name_the_same_cells():
     """Each cell has its own colour; crop i shows it, and box i holds it in the student's
-    picture."""
+    image."""
     grid = Grid(3, 4, [0, 1, 5, 6, 11])
     colours = torch.arange(12).view(3, 4) * 20
     image = colours.repeat_interleave(20, 0).repeat_interleave(20, 1).expand(3, -1, -1).byte()
     crops = grid_crops(image, grid, 8, **PLAIN)
-    picture = student_image(image, 64, **PLAIN)
+    resized = student_image(image, 64, **PLAIN)
     for crop, box, cell in zip(crops, grid_boxes(image, grid, 64), grid.cells):
         x0, y0, x1, y1 = (box * 64).round().int().tolist()
         assert crop[:, 2:-2, 2:-2].sub(cell * 20 / 255).abs().max() < 0.05
-        assert picture[:, y0 + 4:y1 - 4, x0 + 4:x1 - 4].sub(cell * 20 / 255).abs().max() < 0.05
+        assert resized[:, y0 + 4:y1 - 4, x0 + 4:x1 - 4].sub(cell * 20 / 255).abs().max() < 0.05
     assert torch.allclose(grid_boxes(image, Grid(1, 1, [0]), 64), torch.tensor([[0, 0, 1, 0.75]]))
 
 
@@ -157,8 +157,8 @@ def test_crops_are_those_that_pil_would_cut(rows, columns):
     for index, crop in enumerate(crops):
         y, x = divmod(index, columns)
         box = (x * 360 / columns, y * 240 / rows, (x + 1) * 360 / columns, (y + 1) * 240 / rows)
-        by_pil = torch.from_numpy(np.array(whole.crop(tuple(map(round, box))).resize((56, 56),
-                                                                                     Image.Resampling.BICUBIC)))
+        cut = whole.crop(tuple(map(round, box))).resize((56, 56), Image.Resampling.BICUBIC)
+        by_pil = torch.from_numpy(np.array(cut))
         assert (crop.permute(1, 2, 0) - by_pil / 255).abs().mean() < 0.01
 
 

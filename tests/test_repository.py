@@ -1,28 +1,75 @@
-"""The names that scripts, presets and README give are names that open_clip and timm know; large
-models build."""
+"""The house: imports go one way, the texts name what exists, large models build."""
 
 import ast
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import timm
 import torch
-from conftest import options
+from conftest import options, succeeds
 
 import eval_seg
 import train
 from model import DeCLIP, load_vfm
+from tools import visualize
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", *sorted(ROOT.glob("*.py")), *sorted((ROOT / "presets").glob("*.txt"))]
+SOURCES = sorted(path for pattern in ("*.py", "util/*.py", "tools/*.py", "toy/*.py")
+                 for path in ROOT.glob(pattern))
+TEXTS = [ROOT / "README.md", ROOT / "toy/demo.sh", *SOURCES, *sorted(ROOT.glob("docs/*.md")),
+         *sorted(ROOT.glob("presets/*.txt"))]
 
 
 def named(pattern: str) -> set[str]:
     """All words of the repository's texts that match."""
     return {word for path in TEXTS for word in re.findall(pattern, path.read_text())}
+
+
+# Rooms from the ground up. Imports go down, or stay in a room that is a folder.
+LAYERS = [{"util"}, {"data"}, {"model"}, {"train", "eval_region", "eval_seg"}, {"tools"}, {"toy"}]
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_imports_go_one_way():
+    layer = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
+    arrows = set()
+    for path in SOURCES:
+        importer = path.relative_to(ROOT).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            arrows |= {(importer, room_of(name)) for name in names if room_of(name) in layer}
+    assert {("train", "model"), ("model", "data"), ("data", "util"), ("toy", "tools")} <= arrows
+    folders = {"util", "tools", "toy"}
+    wrong = {(importer, imported) for importer, imported in arrows
+             if layer[imported] >= layer[importer]
+             and not (importer == imported and importer in folders)}
+    assert not wrong
+
+
+def test_no_function_takes_more_than_six_parameters():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                names = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
+                assert len(names) <= 6, (path, node.name)
+
+
+def test_the_front_is_what_was_asked_for():
+    assert {path.stem for path in ROOT.glob("*.py")} == {
+        "train", "eval_region", "eval_seg", "model", "data"}
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 350
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
 
 
 def test_default_weights_exist():
@@ -47,22 +94,65 @@ def test_tags_that_are_named_belong_to_their_models():
 
 
 def test_scripts_that_are_named_exist():
-    scripts, presets = named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)"), named(r"@(presets/\w+\.txt)")
-    assert {"train.py", "eval_seg.py"} <= scripts and all((ROOT / name).exists()
-                                                          for name in scripts)
-    assert "presets/published.txt" in presets and all((ROOT / name).exists() for name in presets)
+    scripts = named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)")
+    modules, presets = named(r"python -m ((?:tools|toy)\.\w+)"), named(r"@(presets/\w+\.txt)")
+    assert {"train.py", "eval_seg.py"} <= scripts
+    assert {"tools.segment", "tools.bench", "toy.world"} <= modules
+    assert "presets/published.txt" in presets
+    files = {f"{module.replace('.', '/')}.py" for module in modules}
+    missing = [name for name in scripts | presets | files if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_files_that_the_texts_name_exist():
+    """Paths such as docs/toy.md and names such as `model.py`."""
+    paths = named(r"`((?:docs|toy|util|tools|tests|classes|presets)/[\w./]+\w)`")
+    assert "docs/toy.md" in paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_names_that_the_readme_gives_are_in_the_code():
+    """`sample_grid` beside `data.py`: the map of the paper leads somewhere."""
+    rows = re.findall(r"`(\w+\.py)`: (.+) \|", (ROOT / "README.md").read_text())
+    assert len(rows) >= 5
+    for file, names in rows:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert re.search(rf"(def |class |^){name.split('.')[-1]}\b", source, re.M), name
 
 
 def test_nothing_is_executed_that_was_only_to_be_read():
     """No eval, exec or shell in any script, and every torch.load takes tensors alone."""
-    for path in ROOT.glob("*.py"):
+    forbidden = ("eval", "exec", "os.system", "pickle.load", "pickle.loads")
+    for path in SOURCES:
         for call in (node for node in ast.walk(ast.parse(path.read_text()))
                      if isinstance(node, ast.Call)):
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            assert ast.unparse(call.func) not in ("eval", "exec", "os.system", "pickle.load",
-                                                  "pickle.loads"), path
+            function = ast.unparse(call.func)
+            assert function not in forbidden, path
             assert keywords.get("shell") != "True", path
-            assert ast.unparse(call.func) != "torch.load" or keywords.get("weights_only") == "True", path
+            assert function != "torch.load" or keywords.get("weights_only") == "True", path
+
+
+def test_a_third_loss_takes_one_function_and_one_line(images, tmp_path):
+    """docs/third_loss.diff, applied to a copy: the new loss is trained, logged and plotted."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "out", "data"))
+    diff = (ROOT / "docs/third_loss.diff").read_text()
+    assert len([line for line in diff.splitlines() if re.match(r"[+-](?![+-])", line)]) <= 10
+    apply = ["git", "apply", str(ROOT / "docs/third_loss.diff")]
+    assert subprocess.run(apply, cwd=copy, capture_output=True).returncode == 0
+    given = options(**STEP | {"steps": 2, "batch_size": 2, "log_every": 1, "model": "tiny-eva",
+                              "images": images, "image_size": 64, "crop_size": 32,
+                              "out": tmp_path / "run"})
+    train_it = [sys.executable, "tests/tiny.py", "train", *given]
+    succeeds(subprocess.run(train_it, cwd=copy, capture_output=True, text=True))
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["distance"] > 0 for line in lines)
+    expected = lines[0]["content"] + 0.25 * lines[0]["context"] + 0.1 * lines[0]["distance"]
+    assert lines[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    visualize.main(["curves", str(tmp_path / "run"), "--figure", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_means_are_the_models_own():
@@ -90,7 +180,7 @@ def one_step(images, tmp_path, **given) -> dict:
                                   "ViT-B-16-quickgelu", "ViT-L-14",
                                   "ViT-L-14-336"])
 def test_backbones_of_full_size(images, tmp_path, name):
-    """Built with random weights: content and context of a picture that is not square, and one step
+    """Built with random weights: content and context of an image that is not square, and one step
     of training."""
     clip = DeCLIP(name)
     p = clip.patch_size

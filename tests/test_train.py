@@ -348,14 +348,14 @@ def test_schedule():
 
 
 def test_norms_and_biases_have_no_weight_decay():
-    clip = DeCLIP("tiny-eva")
-    clip.visual.freeze(3)
-    decayed, exempt = train.build_optimizer(settings.parse([], train), clip).param_groups
+    student = DeCLIP("tiny-eva").visual
+    student.freeze(3)
+    decayed, exempt = train.build_optimizer(settings.parse([], train), student).param_groups
     assert decayed["weight_decay"] == 0.1 and exempt["weight_decay"] == 0
-    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1
-                                                               for p in exempt["params"])
-    assert len(decayed["params"]) + len(exempt["params"]) == sum(p.requires_grad
-                                                                 for p in clip.parameters())
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in exempt["params"])
+    trained = sum(p.requires_grad for p in student.parameters())
+    assert len(decayed["params"]) + len(exempt["params"]) == trained
 
 
 # ----------------------------------------------------------------------------------------- refusals

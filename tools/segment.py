@@ -56,8 +56,7 @@ matplotlib.use("agg")       # writes files, on machines without a screen too
 from matplotlib import patches, patheffects  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
-# names with commas between them, synonyms with | ; or a .txt file
-CLASSES = ""
+CLASSES = ""                        # names with commas between, synonyms with | ; or a .txt file
 BACKGROUND = False                  # a class for everything else, named as in classes/voc21.txt
 JSON = False                        # write the numbers too
 LARGEST = 1280                      # longest side of the written image

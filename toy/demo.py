@@ -25,8 +25,7 @@ from tools.visualize import token_of
 from toy.world import THINGS
 from util import UserError, settings
 
-# folder of the evaluations' json, the trained model's in declip/ below it
-RESULTS = "out/toy"
+RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
 DATA = "data"                       # folder that holds toy/
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
 SCENES = (5, 0, 9)                  # scenes of data/toy/val that the figure shows

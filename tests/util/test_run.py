@@ -1,5 +1,5 @@
-"""No run is lost, no bad file stops one: kills, signals, damaged images, full disks, numbers that
-are none."""
+"""util/run.py, by train.py: no run is lost, no bad file stops one: kills, signals, damaged images,
+full disks, gradients that are not finite."""
 
 import contextlib
 import errno
@@ -286,7 +286,7 @@ def test_ranks_stay_in_step_with_a_bad_image_on_one(images, tmp_path):
     first, second = (torch.load(tmp_path / f"weights.{rank}", weights_only=True)
                      for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    alone = DeCLIP(pretrained=str(tmp_path / "one" / "declip.safetensors")).state_dict()
+    alone = DeCLIP(pretrained=str(tmp_path / "one" / "declip.safetensors")).visual.state_dict()
     for name in first:
         torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
     assert (tmp_path / "two" / "skipped.txt").read_text().count("bad.png\t") == 1
