@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole method in the toy world, in about two minutes on two cores, without a network: these are the commands that
-# you would type. With real data they are the same ones, without the @presets.
+# The whole method in the toy world, in about two minutes on two cores, without a network. These are
+# the commands that you would type; with real data they are the same, without the @presets.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
