@@ -153,8 +153,8 @@ class TrainingImages(Dataset):
                 return Sample(read_image(path, upright=True), index, skipped)
             except UserError as error:
                 skipped.append((path, str(error)))
-        raise UserError(f"{len(skipped)} files in a row can't be read; the last sentence about "
-                        f"them: {skipped[-1][1]}")
+        raise UserError(f"{len(skipped)} files in a row can't be read; the last "
+                        f"reason: {skipped[-1][1]}")
 
 
 # --------------------------------------------------------------------------- batches and ranks

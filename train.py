@@ -113,13 +113,14 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         for step in range(run.step, run.last):
             epoch = step // steps_per_epoch
             lr = set_learning_rate(cfg, optimizer, step, run.total)
-            # 1. Gradients of equation 10, one micro batch after the other
+            # 1. Losses and gradients, one micro batch after the other
             for micro_step in range(accumulate):
                 images, indices, skipped = next(batches)
                 grids = sample_grids(cfg, epoch, indices)
                 with synchronized(student, micro_step == accumulate - 1):
                     with autocast(cfg.PRECISION, ranks.device):
                         losses = distill(cfg, student, teacher, vfm, images, grids)
+                        # Equation 10
                         loss = losses["content"] + cfg.LAMBDA * losses["context"]
                     scaler.scale(loss / accumulate).backward()
                 run.record({"loss": loss, **losses}, indices, skipped)
@@ -145,9 +146,9 @@ def distill(cfg: SimpleNamespace, student: nn.Module, teacher: VisionTower, vfm:
     """
     # 1. The teachers first: the memory they need is free again when the student runs
     with torch.inference_mode():
-        crops = [grid_crops(image, grid, cfg.CROP_SIZE, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
-                 for image, grid in zip(images, grids)]
-        cls = teacher.encode_image(torch.cat(crops))                            # (K, C)
+        cls = teacher.encode_image(torch.cat([
+            grid_crops(image, grid, cfg.CROP_SIZE, teacher.mean, teacher.std, cfg.KEEP_ASPECT)
+            for image, grid in zip(images, grids)]))                            # (K, C)
         if vfm:
             size = vfm_size(cfg.IMAGE_SIZE, teacher, vfm)
             tokens = vfm(torch.stack([student_image(image, size, vfm.mean, vfm.std)

@@ -47,7 +47,13 @@ from data import (
     read_image,
     student_image,
 )
-from eval_seg import STRIDE, WINDOW, WINDOW_BATCH  # noqa: F401 - settings shared with eval_seg.py
+from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
+    SHORT_SIDE,
+    STRIDE,
+    WINDOW,
+    WINDOW_BATCH,
+    Benchmark,
+)
 from model import VFM, VisionTower, context_loss
 from tools import reference
 from train import (  # noqa: F401 - settings shared with train.py
@@ -65,7 +71,6 @@ from util.precision import DTYPES, autocast, find_precision
 IMAGE_SIZE: int | None = None       # of the student; None: train.py's on a GPU, 448 on a CPU
 CROPS = 12                          # crops of an image; the mean of the paper's grids is 12.25
 MICRO_BATCH: int | None = None      # images of a forward pass; None: train.py's on a GPU, else 1
-SHORT_SIDE = 448                    # of the image in segmentation
 PROMPTS = 171                       # of the segmentation; COCO-Stuff has 171 classes
 SEGMENT_BATCH: int | None = None    # images segmented together; None: eval_seg.py's, 2 on a CPU
 WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the cores
@@ -152,8 +157,8 @@ class Bench:
         own = vars(cfg) | {"PRETRAINED": None, "VFM_PRETRAINED": False}
         self.training = SimpleNamespace(**vars(settings.parse([], train)) | own)
         of_evaluation = SimpleNamespace(**vars(settings.parse([], eval_seg)) | own)
-        self.evaluation = eval_seg.protocol(of_evaluation, cfg.SHORT_SIDE,
-                                            eval_seg.Benchmark.logit_scale, None)
+        self.evaluation = eval_seg.protocol(of_evaluation, Benchmark.short_side,
+                                            Benchmark.logit_scale, None)
         train.check(self.training)
         eval_seg.check_windows(self.evaluation)
         self.cfg, self.device, self.dataset = cfg, device, dataset

@@ -268,7 +268,7 @@ def test_too_many_bad_images_stop_the_run(images, tmp_path):
     for index in range(3):
         (tmp_path / "none" / f"{index}.jpg").write_bytes(b"")
     with pytest.raises(SystemExit,
-                       match="3 files in a row can't be read; the last sentence about them: "):
+                       match="3 files in a row can't be read; the last reason: "):
         run(tmp_path / "none", tmp_path / "out2", epochs=1)
 
 
