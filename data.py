@@ -9,6 +9,7 @@ import os
 import random
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -31,6 +32,8 @@ from util.run import ignore_signals
 MAX_PIXELS = 100_000_000     # larger images are not decoded: a small file could fill the memory
 Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 
 # --------------------------------------------------------------------------------- image files
@@ -43,7 +46,9 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # of metadata that is not used here
-            with Image.open(path) as file:
+            if Path(path).exists() and not Path(path).is_file():
+                raise ValueError("it is no regular file")
+            with Image.open(path, formats=FORMATS) as file:
                 return torch.from_numpy(decode(file, upright)).permute(2, 0, 1)
     except Exception as error:      # decoders raise anything on damaged files
         reason = " ".join((str(error) or type(error).__name__).split())
@@ -71,10 +76,12 @@ def decode(file: Image.Image, upright: bool) -> np.ndarray:
     return np.array(file if file.mode == "RGB" else file.convert("RGB"))
 
 
-def list_images(images: str | Path, root: str | Path | None = None) -> list[str]:
+def list_images(images: str | Path, root: str | Path | None = None, outside: bool = False
+                ) -> list[str]:
     """The sorted image files below a folder, or those that a COCO-style json names.
 
-    root: folder of the json's images, by default the json's own.
+    root: folder of the json's images, by default the json's own. outside: a json may name images
+    that are not below it.
     Raises UserError that says where it looked if there are none.
     """
     images = Path(images)
@@ -83,6 +90,12 @@ def list_images(images: str | Path, root: str | Path | None = None) -> list[str]
         with fields_of(images):
             entries = read_json(images, "images")["images"]
             found = [str(root / entry["file_name"]) for entry in entries]
+        alien = None if outside else next((path for path in found if not is_below(path, root)),
+                                          None)
+        if alien:
+            raise UserError(f"{images} names {alien}, which is not below {root.absolute()}; set "
+                            "IMAGE_ROOT to the folder of its images, or OUTSIDE_ROOT if you trust "
+                            "the json.")
         if found and not Path(found[0]).is_file():
             raise UserError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the "
                             "folder of its images.")
@@ -94,6 +107,11 @@ def list_images(images: str | Path, root: str | Path | None = None) -> list[str]
                         f"{', '.join(IMAGE_SUFFIXES)} files, or a COCO-style json) or set IMAGES "
                         "to where they are.")
     return found
+
+
+def is_below(path: str, folder: Path) -> bool:
+    """Whether a path, with its `..` resolved, is below a folder."""
+    return os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
 
 
 def walk_images(folder: Path) -> Iterator[str]:
@@ -132,15 +150,16 @@ class TrainingImages(Dataset):
 
     TRIES = 100         # files in a row that may be unreadable
 
-    def __init__(self, images: str | Path, root: str | Path | None = None):
-        self.paths = list_images(images, root)
+    def __init__(self, images: str | Path, root: str | Path | None = None, outside: bool = False):
+        self.paths = list_images(images, root, outside)
 
     @cached_property
     def fingerprint(self) -> str:
         """The same for two lists of the same images in the same order, wherever they lie."""
-        root = os.path.commonpath(self.paths)
-        names = "\n".join(os.path.relpath(path, root) for path in self.paths)
-        return f"{len(self)} images, {zlib.crc32(names.encode()):08x}"
+        paths = [os.path.abspath(path) for path in self.paths]      # a json may mix both kinds
+        root = os.path.commonpath(paths)
+        names = "\n".join(os.path.relpath(path, root) for path in paths)
+        return f"{len(self)} images, {zlib.crc32(os.fsencode(names)):08x}"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -379,11 +398,11 @@ def read_classes(path: str | Path) -> Classes:
         raise UserError(f"The class file {path} is not text in UTF-8; write one class a line."
                         ) from None
     lines = [line for line in text.splitlines()
-             if line.strip(" ,\t") and not line.startswith("#")]
+             if line.strip(" ,\t") and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"The class file {path} names no class; write one a line.")
     classes = make_classes(lines)
-    twice = next((name for name in classes.names if classes.names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(classes.names).items() if count > 1), None)
     if twice:
         raise UserError(f"The class file {path} has the class {twice!r} twice; remove one.")
     return classes

@@ -464,7 +464,7 @@ class DeCLIP(nn.Module):
                                                                    ".safetensors")
         file = pretrained if is_named_file or pretrained and Path(pretrained).is_file() else None
         state, record = read_weights(file) if file else ({}, {})
-        self.model_name = model_name or record.get("model", "EVA02-B-16")
+        self.model_name = model_name or recorded_model(file, record)
         context = context or record.get("context", "q")
         scale = scale if scale is not None else record.get("scale")
         if context not in CONTEXTS:
@@ -587,6 +587,21 @@ class DeCLIP(nn.Module):
                 raise UserError(f"{path} was trained with {name} {record[name]}, but {name} "
                                 f"{asked} was asked for; leave {name} out, or set it to "
                                 f"{record[name]}.")
+
+
+def recorded_model(file: str | None, record: dict) -> str:
+    """The model that a file says it is, by default EVA02-B-16.
+
+    Raises UserError if building that model would ask a hub: files do not decide about downloads.
+    """
+    name = record.get("model", "EVA02-B-16")
+    config = {} if ":" in name else open_clip.get_model_config(name) or {}
+    text = config.get("text_cfg", {})
+    is_remote = ":" in name and not name.startswith("local-dir:")
+    if is_remote or "hf_model_name" in text or "hf_tokenizer_name" in text:
+        raise UserError(f"{file} says that it is {name}, which open_clip asks a hub for; if you "
+                        f"trust it, say --model {name}.")
+    return name
 
 
 # ------------------------------------------------------------- what the evaluation settings name

@@ -39,6 +39,7 @@ from util.weights import read_record
 # What is read and written
 IMAGES = "data/coco/train2017"      # folder of images, searched with all below it; or a json
 IMAGE_ROOT: str | None = None       # folder of a COCO-style json's images; None: the json's own
+OUTSIDE_ROOT = False                # a json may name images that are not below that folder
 OUT = "out/declip"                  # folder of the run: declip.safetensors, log.jsonl, checkpoints
 RESUME = False                      # go on with the run in OUT from its last checkpoint
 
@@ -97,7 +98,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     check(cfg)
     micro_batch, accumulate = distributed.divide_batch(cfg.BATCH_SIZE, cfg.MICRO_BATCH,
                                                        ranks.world_size)
-    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT)
+    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT)
     steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
     with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", HARMLESS) as run:
         clip, teacher, vfm = build(cfg, ranks.device)
@@ -184,7 +185,7 @@ def synchronized(student: nn.Module, is_last: bool) -> object:
 # ---------------------------------------------------------------------------------- the set-up
 
 # Settings that may differ when a run is resumed, besides those of util/run.py.
-HARMLESS = ("IMAGES", "IMAGE_ROOT", "COMPILE", "CHECKPOINTING")
+HARMLESS = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "COMPILE", "CHECKPOINTING")
 
 
 def check(cfg: SimpleNamespace) -> None:
@@ -192,15 +193,16 @@ def check(cfg: SimpleNamespace) -> None:
     settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
                          SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
                          CROP_SIZE=1, MAX_CROPS=1, GRID_ASPECT=1, UNLOCKED_BLOCKS=1, WARMUP=0,
-                         NUM_WORKERS=0, LR=0, LAMBDA=0, WEIGHT_DECAY=0)
+                         NUM_WORKERS=0, LR=0, LAMBDA=0, WEIGHT_DECAY=0, EPS=0)
     check_precision(cfg.PRECISION)
     if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "
                         "and can teach no more; give the weights of a CLIP.")
-    has_grid = len(cfg.GRID) == 2 and 1 <= cfg.GRID[0] <= cfg.GRID[1]
+    has_grid = len(cfg.GRID) == 2 and 1 <= cfg.GRID[0] <= cfg.GRID[1] <= 100
     has_betas = len(cfg.BETAS) == 2 and all(0 <= beta < 1 for beta in cfg.BETAS)
     expected = {"CONTEXT": (cfg.CONTEXT in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
-                "GRID": (has_grid, "two numbers, 1 <= least <= most"),
+                "GRID": (has_grid, "two numbers, 1 <= least <= most <= 100"),
+                "SEED": (0 <= cfg.SEED < 2**40, "from 0 to 2**40"),
                 "ENSEMBLE": (0 <= cfg.ENSEMBLE <= 1, "a share, from 0 to 1"),
                 "BETAS": (has_betas, "two numbers from 0 to 1")}
     for name, (fits, what) in expected.items():

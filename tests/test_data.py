@@ -1,7 +1,10 @@
 """data.py: image files, batches, the views made on the device, class lists."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -169,10 +172,46 @@ def test_crops_can_keep_their_aspect():
                                torch.tensor([1.0] * 8 + [0.0] * 8)[:, None].expand(3, 16, 16))
 
 
+# ---------------------------------------------------------------------------- data decide nothing
+
+def test_only_decoders_of_the_list_are_used(tmp_path, monkeypatch):
+    """A PostScript file named .jpg would make PIL start another program."""
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program started"))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+    (tmp_path / "a.jpg").write_bytes(postscript)
+    with pytest.raises(ValueError, match="a.jpg can't be read as an image"):
+        data.read_image(tmp_path / "a.jpg")
+    Image.new("RGB", (4, 3)).save(tmp_path / "b.jpg", format="GIF")
+    with pytest.raises(ValueError, match="b.jpg can't be read as an image"):
+        data.read_image(tmp_path / "b.jpg")
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    """A FIFO would be read for ever."""
+    os.mkfifo(tmp_path / "a.jpg")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(tmp_path / "b.jpg"))
+        for name in ("a.jpg", "b.jpg"):
+            with pytest.raises(ValueError, match=f"{name} can't be read as an image .it is no reg"):
+                data.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["../x.png", "more/../../x.png", "/etc/x.png"])
+def test_a_json_names_images_below_its_root_only(tmp_path, name):
+    (tmp_path / "root").mkdir()
+    Image.new("RGB", (4, 3)).save(tmp_path / "x.png")
+    (tmp_path / "root" / "x.json").write_text(json.dumps({"images": [{"file_name": name}]}))
+    with pytest.raises(ValueError, match="which is not below .*/root; set IMAGE_ROOT"):
+        data.list_images(tmp_path / "root" / "x.json")
+    if name == "../x.png":
+        assert len(data.TrainingImages(tmp_path / "root" / "x.json", outside=True)) == 1
+
+
 # -------------------------------------------------------------------------------------- class lists
 
 def test_a_class_has_the_best_of_its_synonyms(tmp_path):
-    (tmp_path / "x.txt").write_text("\ufeff# a comment\ncat, kitten\n\ndog\nsofa, couch,\n")
+    (tmp_path / "x.txt").write_text("\ufeff# a comment\n  # indented\ncat, kitten\n\ndog\n"
+                                    "sofa, couch,\n")
     classes = data.read_classes(tmp_path / "x.txt")
     assert classes.names == ["cat", "dog", "sofa"] and classes.prompts == ["cat", "kitten", "dog",
                                                                            "sofa", "couch"]

@@ -278,3 +278,12 @@ def test_any_segmenter_is_scored(voc):
         assert confusion[:, chosen].sum() == confusion.sum() > 0
         labels = torch.cat([label[label != VOID] for _, label in dataset])
         assert torch.equal(confusion[:, chosen], labels.long().bincount(minlength=21))
+
+
+def test_a_threshold_is_for_background_only():
+    """What is given wins over the benchmark's, but without background there is no threshold."""
+    given = config(threshold=0.5, short_side=200)
+    rules = eval_seg.protocol(given, 448, 40.0, 0.2)
+    assert (rules.SHORT_SIDE, rules.LOGIT_SCALE, rules.THRESHOLD) == (200, 40.0, 0.5)
+    assert eval_seg.protocol(given, 448, 40.0, None).THRESHOLD is None
+    assert eval_seg.protocol(config(), 448, 40.0, 0.2).THRESHOLD == 0.2

@@ -27,7 +27,7 @@ from model import (
     region_features,
 )
 from util.towers import is_usable, projection, timm_trunk
-from util.weights import read_record
+from util.weights import read_record, write_checkpoint
 
 TOWERS = ("tiny-eva", "tiny-vit", "tiny-vit-quickgelu")
 
@@ -560,6 +560,16 @@ def test_a_checkpoint_over_another_attention_is_refused(tmp_path):
     DeCLIP("tiny-eva", context="qk", scale=1.0).save(tmp_path / "declip.safetensors")
     with pytest.raises(ValueError, match="trained with context qk, but context q was asked for"):
         DeCLIP("tiny-eva").load_weights(tmp_path / "declip.safetensors")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "ViT-B-16-SigLIP",
+                                  "xlm-roberta-base-ViT-B-32"])
+def test_what_a_file_says_of_itself_leads_to_no_download(tmp_path, name):
+    """Models that open_clip asks a hub for must be named by the user."""
+    record = {"model": name, "context": "q", "scale": None}
+    write_checkpoint(tmp_path / "x.safetensors", {"visual.w": torch.zeros(1)}, record)
+    with pytest.raises(ValueError, match="which open_clip asks a hub for; if you trust it, say"):
+        DeCLIP(pretrained=str(tmp_path / "x.safetensors"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

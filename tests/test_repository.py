@@ -151,8 +151,8 @@ def test_a_third_loss_takes_one_function_and_one_line(images, tmp_path):
     assert len(lines) == 2 and all(line["distance"] > 0 for line in lines)
     expected = lines[0]["content"] + 0.25 * lines[0]["context"] + 0.1 * lines[0]["distance"]
     assert lines[0]["loss"] == pytest.approx(expected, rel=1e-5)
-    visualize.main(["curves", str(tmp_path / "run"), "--figure", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").exists()
+    figure = visualize.curves(None, [str(tmp_path / "run")], None)
+    assert {"loss", "distance", "learning rate"} < {axis.get_title() for axis in figure.axes}
 
 
 def test_means_are_the_models_own():

@@ -81,8 +81,7 @@ REPEATS: int | None = None          # measurements of each time; None: 10 on a G
 
 
 def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
-    """Measures what the command line (or `argv`) asks for, prints a table, and returns its rows by
-    part."""
+    """Measures what the command line (or `argv`) asks for, and prints a table -> rows by part."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks, tempfile.TemporaryDirectory() as folder:
         if ranks.world_size > 1:
@@ -191,7 +190,7 @@ class Bench:
         return {"this code": ours} | ({"plain": others()} if self.cfg.BASELINE else {})
 
     def around(self, version: str) -> AbstractContextManager:
-        """In which a version works."""
+        """The context in which a version runs."""
         return reference.whole_attention(*self.models) if version == "plain" else nullcontext()
 
     def seconds(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -205,11 +204,11 @@ class Bench:
                     work()
                     wait(self.device)
                     times[version].append(time.perf_counter() - start)
-        # the first is the warm-up
-        return {version: statistics.median(each[1:]) for version, each in times.items()}
+        return {version: statistics.median(after_warm_up)
+                for version, (_, *after_warm_up) in times.items()}
 
     def peaks(self, works: dict[str, Callable[[], object]]) -> dict[str, float]:
-        """The memory that each version's work takes beyond what is there before it, in MB."""
+        """The most memory that the tensors made by each version's work take at once, in MB."""
         peaks = {}
         for version, work in works.items():
             with self.around(version):
@@ -218,14 +217,13 @@ class Bench:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was sent."""
+    """Waits until the device has finished all work that was sent to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that the tensors made by `work` take at once; what was there before it does
-    not count."""
+    """The most memory that the tensors made by `work` take at once; earlier ones do not count."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -238,8 +236,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, as long as any tensor shares them: a CPU
-    has no such count."""
+    """Counts the bytes of the tensors that operations make, until they are freed.
+
+    PyTorch has no such count for a CPU.
+    """
 
     def __init__(self):
         super().__init__()
@@ -247,7 +247,7 @@ class TensorMemory(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        # one that was there before, if it is met for the first time
+        # Inputs that no operation here has made are older, and count nothing.
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self.note(tensor.untyped_storage(), 0)
@@ -287,8 +287,10 @@ def describe(bench: Bench) -> str:
 # ---------------------------------------------------------------------------------------- the input
 
 def make_photos(folder: Path, count: int) -> Path:
-    """JPEG files of 640x480 with the spectrum of photographs, each of about 170 KB as COCO's are;
-    returns the folder."""
+    """Writes JPEG files of 640x480 with the spectrum of photographs -> the folder.
+
+    Each has about 170 KB, as COCO's have.
+    """
     across, down = np.fft.rfftfreq(640)[None], np.fft.fftfreq(480)[:, None]
     frequency = np.hypot(down, across).clip(1 / 640)
     for index in range(count):
@@ -324,7 +326,7 @@ def cpu_seconds(dataset: Dataset) -> float:
     """The median CPU time of an item in this process, with one thread, as a worker has it."""
     threads, times = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    for index in (0, *range(len(dataset))):     # the first one twice: to warm up
+    for index in (0, *range(len(dataset))):     # the first one twice, as a warm-up
         start = time.process_time()
         dataset[index]
         times.append(time.process_time() - start)
@@ -339,8 +341,7 @@ def sent_bytes(dataset: Dataset) -> float:
 
 
 def images_per_second(dataset: Dataset, count: int) -> float:
-    """What `count` workers deliver, after the images that they have ready when the first one
-    comes."""
+    """What `count` workers deliver, without the images that are ready when the first one comes."""
     ready, images = 3 * count, 64 + 16 * count
     repeated = Subset(dataset, [index % len(dataset) for index in range(ready + images)])
     delivered = iter(DataLoader(repeated, batch_size=None, num_workers=count))
@@ -374,19 +375,18 @@ def measure_training(bench: Bench) -> Iterator[Row]:
     times = {part: bench.seconds({version: getattr(step, part) for version, step in steps.items()})
              for part in Step._fields}
     forwards = ("crops", "tokens", "forward")
-    times["backward"] = {version: times["gradients"][version] - sum(times[part][version]
-                                                                    for part in forwards)
-                         for version in steps}
-    yield Row("images/s", {version: images / seconds for version,
-                           seconds in times["whole"].items()}, more_is_better=True)
+    times["backward"] = {
+        version: times["gradients"][version] - sum(times[part][version] for part in forwards)
+        for version in steps}
+    speeds = {version: images / seconds for version, seconds in times["whole"].items()}
+    yield Row("images/s", speeds, more_is_better=True)
     for part, name in {"crops": "crops, by the teacher", "tokens": "VFM",
-                       "forward": "student forward",
-                       "backward": "losses and backward", "update": "optimiser"}.items():
+                       "forward": "student forward", "backward": "losses and backward",
+                       "update": "optimiser"}.items():
         yield Row(f"{name}, ms",
                   {version: 1e3 * seconds for version, seconds in times[part].items()})
     limit = matmul_rate(bench)
-    shares = {version: 100 * images * operations / seconds / limit for version,
-              seconds in times["whole"].items()}
+    shares = {version: 100 * speed * operations / limit for version, speed in speeds.items()}
     yield Row(f"a large matrix product in {bench.precision}, TFLOP/s", {"this code": limit / 1e12})
     yield Row("the step's share of that rate, %", shares, more_is_better=True)
     held = sum(p.nbytes * (3 if p.requires_grad else 1)
@@ -394,7 +394,7 @@ def measure_training(bench: Bench) -> Iterator[Row]:
 
     def gradients(step: Step) -> None:
         step.gradients()
-        optimizer.zero_grad(set_to_none=True)       # so that each version finds and leaves the same
+        optimizer.zero_grad(set_to_none=True)       # each version begins without gradients
 
     optimizer.zero_grad(set_to_none=True)
     peaks = bench.peaks({version: partial(gradients, step) for version, step in steps.items()})
@@ -479,8 +479,10 @@ def plain_step(bench: Bench, optimizer: torch.optim.Optimizer) -> Step:
 
 
 def count_flops(bench: Bench) -> dict[str, float]:
-    """Operations of the towers for one image, two for each multiplication with addition, nothing
-    computed twice."""
+    """Operations of the towers for one image, without checkpointing.
+
+    A multiplication with its addition counts as two.
+    """
     student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in bench.models)
     size, crop = bench.cfg.IMAGE_SIZE, bench.cfg.CROP_SIZE
     of_vfm = train.vfm_size(size, student, vfm)
@@ -547,8 +549,8 @@ def measure_segmentation(bench: Bench) -> Iterator[Row]:
     works = bench.versions(partial(eval_seg.predict, cfg, clip, classes, text, images),
                            lambda: plainly)
     with torch.compiler.set_stance("force_eager"):      # blocks that the training step compiled
-        speeds = {version: len(images) / seconds for version,
-                  seconds in bench.seconds(works).items()}
+        speeds = {version: len(images) / seconds
+                  for version, seconds in bench.seconds(works).items()}
         yield Row("images/s", speeds, more_is_better=True)
         yield Row("peak memory beyond weights, MB", bench.peaks(works))
 

@@ -54,7 +54,7 @@ def run(cfg: SimpleNamespace) -> None:
         write_open_clip(clip, path)
     meaning = " (1/√d)" if clip.scale is None else ""
     print(f"written to {path}; it is {clip.model_name}, to be used with context {clip.context} and "
-          f"scale {clip.visual.attention_scale:g}{meaning}")
+          f"scale {clip.visual.attention_scale:.10g}{meaning}")
 
 
 def write_eva(clip: DeCLIP, path: Path) -> None:

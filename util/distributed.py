@@ -1,6 +1,9 @@
 """One process or many: torchrun's environment, and the few exchanges between ranks."""
 
+import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +41,38 @@ def start() -> Ranks:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world_size,
+                            store=store_of_attempt(store, rank, world_size),
+                            device_id=device if cuda else None)
+    return Ranks(rank, world_size, device)
+
+
+def store_of_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of torchrun's store that only the ranks of this attempt write to.
+
+    After `torchrun --max_restarts` has started the ranks again, its store still has the addresses
+    of the attempt before, which nobody answers. So rank 0 names the attempt, and each rank goes on
+    when all have confirmed a name that was given in answer to itself. Machines count restarts
+    differently, so that number is no name.
+    """
+    meeting, own = dist.PrefixStore("attempts", store), uuid.uuid4().hex
+    meeting.set(f"rank {rank}", own)
+    others = range(1, world_size)
+    while rank == 0 and not all(meeting.check([f"{own} {other}"]) for other in others):
+        present = [meeting.get(f"rank {other}").decode() for other in range(world_size)]
+        meeting.set("attempt", json.dumps([own, present]))
+        time.sleep(0.02)
+    if rank == 0:
+        meeting.set(f"{own} is complete", "")
+        return dist.PrefixStore(own, store)
+    while True:
+        name, present = json.loads(meeting.get("attempt"))
+        if len(present) > rank and present[rank] == own:
+            meeting.set(f"{name} {rank}", "")
+            if meeting.check([f"{name} is complete"]):
+                return dist.PrefixStore(name, store)
+        time.sleep(0.02)
 
 
 @contextmanager

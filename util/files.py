@@ -28,11 +28,21 @@ def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except (SafetensorError, RuntimeError) as error:
         # A full disk raises these in safetensors and torch.save.
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's list of names, so that a rename survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, content: dict) -> None:

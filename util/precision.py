@@ -31,8 +31,19 @@ def autocast(name: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+class StepFilter(torch.amp.GradScaler):
+    """A GradScaler that scales nothing: it only leaves out steps whose gradient is not finite."""
+
+    def __init__(self, device: str):
+        super().__init__(device, init_scale=1.0, growth_interval=2**31 - 1)
+
+    def update(self, new_scale: float | None = None) -> None:
+        """Keeps the scale at 1: GradScaler would halve it at every step that it leaves out."""
+        super().update(1.0)
+
+
 def grad_scaler(name: str, device: torch.device) -> torch.amp.GradScaler:
-    """A GradScaler that leaves out steps whose gradient is not finite; only in fp16 it scales."""
-    is_fp16 = find_precision(name, device) == "fp16"
-    rules = {} if is_fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
-    return torch.amp.GradScaler(device.type, **rules)
+    """What a step's gradients go through: fp16 scales them, all leave out those not finite."""
+    if find_precision(name, device) == "fp16":
+        return torch.amp.GradScaler(device.type)
+    return StepFilter(device.type)

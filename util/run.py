@@ -26,7 +26,9 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,8 +74,10 @@ class Run:
         self.model_path = Path(cfg.OUT) / model_name
         # torchrun --max_restarts repeats the command after a crash.
         cfg.RESUME = cfg.RESUME or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.fingerprint = images.fingerprint       # now: a save must not fail for want of it
         self.lock = hold_folder(cfg.OUT) if ranks.is_main else None
-        self.resumed = find_resume(cfg, images, (*HARMLESS, *harmless))
+        self.resumed = find_resume(cfg, self.fingerprint, (*HARMLESS, *harmless))
+        self.has_begun = False
         if ranks.is_main:
             self.prepare_folder()
 
@@ -81,7 +85,11 @@ class Run:
         self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind and issubclass(kind, Exception):
+            self.save_what_is_there()
+        if self.has_begun:
+            self.progress.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.lock:
@@ -118,19 +126,30 @@ class Run:
         self.losses: list[dict[str, Tensor]] = []
         self.files: list[str] = []
         self.failures: list[tuple[str, str]] = []
-        self.is_saved = True
+        self.is_saved, self.has_begun = True, True
+        self.is_stepping = False        # between the gradients of a step and its end
+        self.is_due = False             # a checkpoint is to be written after the next good step
         self.progress = tqdm(initial=self.step, total=self.last, desc="train", unit="step",
                              disable=not self.ranks.is_main)
 
     def restore(self) -> int:
         """Puts the resumed state back and returns its step."""
         state = self.resumed
+        if set(state["model"]) != set(self.trained()):
+            raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
+                            "have the weights that are trained; remove it to go on from the one "
+                            "before, or begin in another OUT.")
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         # On another GPU the run may compute in another precision, which scales by other rules.
         if state["scaler"].get("growth_interval") == self.scaler.get_growth_interval():
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that training changes, by name."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad}
 
     def record(self, losses: dict[str, Tensor], indices: Sequence[int],
                skipped: Sequence[list[tuple[str, str]]]) -> None:
@@ -145,38 +164,60 @@ class Run:
 
         A step whose gradient is not finite changes no weights: the scaler leaves it out.
         """
-        self.guard.watch(self.step + 1, self.optimizer, self.files)
+        self.is_stepping = True
+        is_bad = is_bad_step(self.optimizer, self.scaler, self.losses)
+        self.guard.watch(self.step + 1, is_bad, self.files)
 
     def end_step(self, lr: float) -> bool:
         """Logs and saves where it is time to -> whether to stop, because a signal came."""
         self.step += 1
+        self.is_stepping = False
         self.log.add({name: sum(losses[name] for losses in self.losses) / len(self.losses)
                       for name in self.losses[0]}, self.failures)
         self.losses, self.files, self.failures = [], [], []
         self.progress.update()
         self.guard.look()
-        saves = (self.step % self.steps_per_epoch == 0 or self.step == self.last
-                 or self.step % self.cfg.SAVE_EVERY == 0 or self.guard.stops)
+        is_last = self.step == self.last or self.guard.stops
+        saves = (is_last or self.is_due or self.step % self.steps_per_epoch == 0
+                 or self.step % self.cfg.SAVE_EVERY == 0)
         if saves:
             self.guard.look(last=True)
         if saves or self.step == 1 or self.step % self.cfg.LOG_EVERY == 0:
             epoch = (self.step - 1) // self.steps_per_epoch
             self.log.write(self.step, epoch, lr, self.guard.bad_steps)
-        if saves and self.ranks.is_main:
-            self.is_saved = self.save()
+        # At the end a single bad step may be due to its images; more are due to the weights.
+        if saves and self.guard.in_a_row > (1 if is_last else 0):
+            self.postpone(is_last)
+        elif saves:
+            self.is_due = False
+            self.is_saved = self.save() if self.ranks.is_main else True
         return self.guard.stops
+
+    def postpone(self, is_last: bool) -> None:
+        """Leaves the last good checkpoint as it is while steps are bad; UserError at the end."""
+        found = f"the last {self.guard.in_a_row} steps had no finite gradient"
+        if is_last:
+            raise UserError(f"The run ends here, but {found}, so nothing was saved; "
+                            f"{last_checkpoint(self.cfg.OUT)}; lower LR or look at the images in "
+                            "bad_steps.jsonl.")
+        if self.ranks.is_main and not self.is_due:
+            tqdm.write(f"step {self.step} is not saved, since {found}; the next good one will be")
+        self.is_due = True
 
     def save(self) -> bool:
         """Writes what going on needs (resume-STEP.pt) and the model, each whole or not at all.
 
         If the disk is full it says so and returns False; the files before stay.
+        Raises UserError, and writes nothing, if the weights are not finite.
         """
-        trained = {name: parameter.detach() for name, parameter in self.model.named_parameters()
-                   if parameter.requires_grad}
-        state = {"step": self.step, "settings": vars(self.cfg), "images": self.images.fingerprint,
+        trained = self.trained()
+        if not torch.stack([weight.isfinite().all() for weight in trained.values()]).all():
+            raise UserError(f"The weights are not finite after step {self.step}, so they were not "
+                            f"saved; {last_checkpoint(self.cfg.OUT)}; lower LR.")
+        state = {"step": self.step, "settings": vars(self.cfg), "images": self.fingerprint,
                  "model": trained, "optimizer": self.optimizer.state_dict(),
                  "scaler": self.scaler.state_dict(), "bad_steps": self.guard.bad_steps}
-        path = Path(self.cfg.OUT) / f"resume-{self.step:08}.pt"
+        path = resume_file(self.cfg.OUT, self.step)
         try:
             atomic_write(path, lambda file: torch.save(state, file))
             self.save_model(self.model_path, vars(self.cfg) | {"step": self.step})
@@ -187,6 +228,15 @@ class Run:
         for old in resume_files(self.cfg.OUT)[self.cfg.KEEP:]:
             old.unlink(missing_ok=True)
         return True
+
+    def save_what_is_there(self) -> None:
+        """After an error: saves the last step, if it is whole, good, and not yet saved."""
+        if not (self.ranks.is_main and self.has_begun) or self.is_stepping or not self.step:
+            return
+        if self.guard.is_bad_now() or resume_file(self.cfg.OUT, self.step).exists():
+            return
+        if self.save():
+            print(f"step {self.step} was saved; go on with --resume")
 
     def finish(self) -> None:
         """Waits for all ranks. After a signal, leaves with the exit status that is usual for it.
@@ -207,11 +257,35 @@ class Run:
 def ignore_signals(_: int) -> None:
     """In a worker of a DataLoader: leaves SIGNALS to the trainer.
 
-    They go to all processes of a group, but the trainer still needs images for its last steps.
+    They go to all processes of a group, but the trainer still needs images for its last steps. Only
+    a SIGTERM that the trainer itself sends ends the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Ends the worker in 30 s if the trainer does not.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_with_trainer, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_trainer(trainer: int) -> None:
+    """Waits for a SIGTERM of the process `trainer`, and ends this one."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
+
+
+def is_bad_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                losses: list[dict[str, Tensor]]) -> Tensor:
+    """Whether the gradients are not finite, a bool on their device.
+
+    In fp16 a scaled gradient may overflow where the losses are finite; then the scaler lowers its
+    scale, which is no fault of the step unless the scale is 1.
+    """
+    gradients = [parameter.grad for group in optimizer.param_groups
+                 for parameter in group["params"] if parameter.grad is not None]
+    is_finite = nn.utils.get_total_norm(gradients, math.inf).isfinite()
+    scale = scaler.scale(torch.ones((), device=is_finite.device))
+    values = torch.stack([loss for each in losses for loss in each.values()])
+    overflows = (scale > 1) & values.isfinite().all()
+    return ~is_finite & ~overflows
 
 
 class Guard:
@@ -234,16 +308,17 @@ class Guard:
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def watch(self, step: int, optimizer: torch.optim.Optimizer, files: list[str]) -> None:
-        """Asks all ranks about a step whose gradients are computed; `files`: its images here."""
-        gradients = [parameter.grad for group in optimizer.param_groups
-                     for parameter in group["params"] if parameter.grad is not None]
-        is_bad = ~nn.utils.get_total_norm(gradients, math.inf).isfinite()
+    def watch(self, step: int, is_bad: Tensor, files: list[str]) -> None:
+        """Asks all ranks about a step; `files` are its images on this rank."""
         # DDP averages gradients, so they are finite on all ranks or on none; a signal may have come
         # to one rank only.
         came = torch.full((), float(self.signal), device=self.ranks.device)
         flags = distributed.max_over_ranks(torch.stack([is_bad.float(), came]))
         self.pending.append((step, distributed.fetch(flags), files))
+
+    def is_bad_now(self) -> bool:
+        """Whether the last steps had no finite gradient, those included that were not read yet."""
+        return self.in_a_row > 0 or any(read()[0] for _, read, _ in self.pending)
 
     def look(self, last: bool = False) -> None:
         """Reads the answers except the newest (`last`: all); UserError after too many bad steps."""
@@ -258,15 +333,15 @@ class Guard:
             if self.in_a_row >= self.cfg.MAX_BAD_STEPS:
                 raise UserError(
                     f"The gradient was not finite in {self.in_a_row} steps in a row, up to step "
-                    f"{step}; lower LR or look at the images in bad_steps.jsonl; {self.cfg.OUT} "
-                    "keeps the last good checkpoint.")
+                    f"{step}; lower LR or look at the images in bad_steps.jsonl; "
+                    f"{last_checkpoint(self.cfg.OUT)}.")
 
     def list_bad_step(self, step: int, files: list[str]) -> None:
         """Adds a step and its images on all ranks to bad_steps.jsonl."""
         files = [file for share in distributed.gather(files) for file in share]
         if self.ranks.is_main:
-            with open(Path(self.cfg.OUT) / "bad_steps.jsonl", "a") as out:
-                out.write(json.dumps({"step": step, "files": files}) + "\n")
+            append(Path(self.cfg.OUT) / "bad_steps.jsonl",
+                   json.dumps({"step": step, "files": files}) + "\n")
             tqdm.write(f"step {step} was left out, its gradient is not finite; its images are in "
                        "bad_steps.jsonl")
 
@@ -290,19 +365,23 @@ class Log:
         self.path = Path(cfg.OUT) / "log.jsonl"
         self.skipped_path = Path(cfg.OUT) / "skipped.txt"
         self.new_failures: dict[str, str] = {}
-        is_listed = first_step and self.skipped_path.exists()
-        listed = self.skipped_path.read_text().splitlines() if is_listed else []
-        self.failures = {line.split("\t")[0] for line in listed}
+        # A file that was listed before a resume may be readable now: it is counted anew.
+        self.listed = {line.split("\t")[0] for line in read_lines(self.skipped_path)}
+        self.failures: set[str] = set()
         if ranks.is_main:
-            self.cut(first_step)
+            for path in (self.path, self.path.with_name("bad_steps.jsonl")):
+                self.cut(path, first_step)
 
-    def cut(self, step: int) -> None:
-        """Removes lines after the checkpoint that a run goes on from: those steps are repeated."""
-        is_there = step and self.path.exists()
-        lines = self.path.read_text().splitlines(keepends=True) if is_there else []
-        whole = [line for line in lines if line.endswith("\n")]     # a kill may leave half a line
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
-        atomic_write(self.path, lambda file: Path(file).write_text(kept))
+    @staticmethod
+    def cut(path: Path, step: int) -> None:
+        """Removes lines after the checkpoint that a run goes on from: those steps are repeated.
+
+        Lines that a kill or a full disk left unreadable go, too.
+        """
+        kept = [line for line in read_lines(path) if step_of(line) <= step] if step else []
+        if kept or path.exists() or path.name == "log.jsonl":
+            text = "".join(line + "\n" for line in kept)
+            atomic_write(path, lambda file: Path(file).write_text(text))
 
     def add(self, losses: dict[str, Tensor], failures: list[tuple[str, str]]) -> None:
         """Takes the losses of a step, scalars by name, and the files that could not be read."""
@@ -325,8 +404,7 @@ class Log:
                 "memory_mb": peak_memory(self.ranks.device), "bad_steps": bad_steps,
                 "bad_files": len(self.failures)}
         if self.ranks.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path, json.dumps(line) + "\n")
             tqdm.write("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else
                                  f"{name} {value}" for name, value in line.items()))
         self.sums, self.steps, self.since = {}, 0, time.perf_counter()
@@ -336,19 +414,51 @@ class Log:
 
         Raises UserError if the share of unreadable files is above MAX_BAD_FILES.
         """
-        found = {path: reason for share in distributed.gather(self.new_failures)
+        found = {escaped(path): escaped(reason)
+                 for share in distributed.gather(self.new_failures)
                  for path, reason in share.items()}
-        new = {path: reason for path, reason in found.items() if path not in self.failures}
-        self.failures.update(new)
+        self.failures.update(found)
         self.new_failures = {}
+        new = {path: reason for path, reason in sorted(found.items()) if path not in self.listed}
+        self.listed.update(new)
         if new and self.ranks.is_main:
-            with open(self.skipped_path, "a") as file:
-                file.writelines(f"{path}\t{reason}\n" for path, reason in sorted(new.items()))
+            append(self.skipped_path, "".join(f"{path}\t{reason}\n"
+                                              for path, reason in new.items()))
         if len(self.failures) > self.cfg.MAX_BAD_FILES * self.images:
             raise UserError(
                 f"{len(self.failures)} of {self.images} image files can't be read, more than "
                 f"MAX_BAD_FILES, {self.cfg.MAX_BAD_FILES:.2%}; they are listed in "
                 f"{self.skipped_path}, so check whether these are the data that you meant.")
+
+
+def append(path: Path, text: str) -> None:
+    """Appends whole lines to a file; a full disk is reported, and the run goes on without them."""
+    try:
+        with open(path, "a", errors="surrogateescape") as file:
+            file.write(text)
+    except OSError as error:
+        tqdm.write(f"{path} could not be written ({error}); the run goes on, make room")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The whole lines of a file, none if there is no such file."""
+    if not path.exists():
+        return []
+    text = path.read_text(errors="surrogateescape")
+    return [line for line in text.split("\n")[:-1] if line]
+
+
+def step_of(line: str) -> float:
+    """The step that a line of json is about; infinity for a line that can't be read."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def escaped(text: str) -> str:
+    """A file's name or a reason on one line, without tabs."""
+    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -380,6 +490,19 @@ def resume_files(out: str | Path) -> list[Path]:
     return sorted(Path(out).glob("resume-*.pt"), reverse=True)
 
 
+def resume_file(out: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(out) / f"resume-{step:08}.pt"
+
+
+def last_checkpoint(out: str | Path) -> str:
+    """What a sentence about a failed run says of its checkpoints."""
+    paths = resume_files(out)
+    if not paths:
+        return f"{out} has no checkpoint yet"
+    return f"{out} keeps the checkpoint of step {int(paths[0].stem.split('-')[1])}"
+
+
 def check_disk(cfg: SimpleNamespace, model: nn.Module, model_path: Path) -> None:
     """Raises UserError if the disk is too small for the checkpoints of this run together."""
     everything = sum(4 * parameter.numel() for parameter in model.parameters())
@@ -397,7 +520,7 @@ def check_disk(cfg: SimpleNamespace, model: nn.Module, model_path: Path) -> None
                         "disk, or lower KEEP.")
 
 
-def find_resume(cfg: SimpleNamespace, images: Images, harmless: Sequence[str]) -> dict | None:
+def find_resume(cfg: SimpleNamespace, fingerprint: str, harmless: Sequence[str]) -> dict | None:
     """The state to go on from; None for a new run.
 
     Raises UserError if OUT holds a run that is not to be resumed, or one with other settings or
@@ -420,9 +543,9 @@ def find_resume(cfg: SimpleNamespace, images: Images, harmless: Sequence[str]) -
         raise UserError(f"The run in {cfg.OUT} was begun with {changed} {then.get(changed)}, but "
                         f"now it is {now[changed]}; resume with the old value, or set OUT to "
                         "another folder.")
-    if state["images"] != images.fingerprint:
+    if state["images"] != fingerprint:
         raise UserError(f"The run in {cfg.OUT} was begun with {state['images']} (number, checksum "
-                        f"of names), but {cfg.IMAGES} has {images.fingerprint}; resume with the "
+                        f"of names), but {cfg.IMAGES} has {fingerprint}; resume with the "
                         "same images, or set OUT to another folder.")
     return state
 
@@ -430,7 +553,16 @@ def find_resume(cfg: SimpleNamespace, images: Images, harmless: Sequence[str]) -
 def read_state(path: Path) -> dict | None:
     """A checkpoint; None if it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load does not look at the checksums that the file, a zip archive, has.
+        with zipfile.ZipFile(path) as archive:
+            is_whole = archive.testzip() is None
+        state = torch.load(path, map_location="cpu", weights_only=True) if is_whole else None
+        if is_whole and STATE <= set(state):
+            return state
     except Exception:       # damaged files raise anything
-        print(f"{path} is damaged, so the one before it is taken")
-        return None
+        pass
+    print(f"{path} is damaged, so the one before it is taken")
+    return None
+
+
+STATE = {"step", "settings", "images", "model", "optimizer", "scaler", "bad_steps"}

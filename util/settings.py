@@ -12,6 +12,7 @@ import argparse
 import ast
 import difflib
 import io
+import math
 import re
 import shlex
 import sys
@@ -24,7 +25,17 @@ from typing import NamedTuple
 from util import UserError
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-KINDS = {"bool": lambda text: BOOLEANS[text.lower()], "int": int, "float": float, "str": str}
+
+
+def finite(text: str) -> float:
+    """A text as a number; ValueError for infinity and nan."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+KINDS = {"bool": lambda text: BOOLEANS[text.lower()], "int": int, "float": finite, "str": str}
 
 
 class Constant(NamedTuple):
@@ -126,7 +137,13 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
     argv = sys.argv[1:] if argv is None else argv
-    given = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
+    try:
+        given = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
+    except RecursionError:
+        parser.error("an argument file includes itself; remove that line")
+    except UnicodeDecodeError as error:
+        parser.error(f"an argument file is not text in UTF-8 ({error.reason}); write one option a "
+                     "line")
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
                               for name, value in vars(given).items()})
 

@@ -6,6 +6,7 @@ CustomTextCLIP). A record is what a `declip.safetensors` says of itself.
 
 import json
 import re
+import zlib
 from pathlib import Path
 
 import torch
@@ -34,16 +35,25 @@ VIT_NAMES = ((r"^patch_embed\.proj", "conv1"), (r"^norm_pre", "ln_pre"), (r"^nor
 def read_record(path: str | Path) -> dict:
     """What a `declip.safetensors` says of itself: model, context, scale, mean, std, settings.
 
-    {} for other files. Raises UserError for a damaged safetensors file.
+    {} for other files. Raises UserError for a damaged safetensors file or record.
     """
     if Path(path).suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("declip", "{}"))
+            record = json.loads((file.metadata() or {}).get("declip", "{}"))
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); write or download it "
                         "again.") from None
+    except (ValueError, RecursionError):
+        record = None
+    if record != {} and not (isinstance(record, dict) and RECORDED <= set(record)):
+        raise UserError(f"{path} has metadata that train.py does not write; it must be json with "
+                        f"{', '.join(sorted(RECORDED))}; write or copy it again.")
+    return record
+
+
+RECORDED = {"model", "context", "scale"}       # what every record has
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -55,9 +65,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
                         "tag, or none.")
     if Path(path).suffix == ".safetensors":
-        record = read_record(path)
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, record
+        return read_safetensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:       # not written by torch.save, or more than tensors
@@ -70,6 +78,19 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     return {name.removeprefix("module."): value for name, value in state.items()
             if isinstance(value, Tensor)}, {}
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """As read_weights; UserError also if the file has a checksum that its content does not have."""
+    record = read_record(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    expected = metadata.get("checksum")
+    if expected and expected != checksum(state, metadata.get("declip", "{}")):
+        raise UserError(f"{path} is damaged: its content does not have its checksum; write or copy "
+                        "it again.")
+    return state, record
 
 
 def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
@@ -106,9 +127,19 @@ def split_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------ out
 
 def write_checkpoint(path: str | Path, state: dict[str, Tensor], record: dict) -> None:
-    """Writes a safetensors file that has `record` as its metadata."""
-    metadata = {"declip": json.dumps(record)}
+    """Writes a safetensors file with `record` and a checksum of everything as its metadata."""
+    text = json.dumps(record)
+    metadata = {"declip": text, "checksum": checksum(state, text)}
     atomic_write(path, lambda file: save_file(state, file, metadata))
+
+
+def checksum(state: dict[str, Tensor], record: str) -> str:
+    """CRC-32 of a record and of all names, shapes and values of a state, as 8 digits."""
+    crc = zlib.crc32(record.encode())
+    for name, value in sorted(state.items()):
+        crc = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), crc)
+        crc = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def eva_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 def measured(*more: str, **given) -> dict[str, dict[str, bench.Row]]:
     """The rows of a tiny bench, by part and name."""
     small = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_size": 32,
-             "micro_batch": 2, "repeats": 1,
-             "short_side": 48, "window": 32, "stride": 16, "worker_counts": 1, "prompts": 5}
+             "micro_batch": 2, "repeats": 1, "short_side": 48, "window": 32, "stride": 16,
+             "worker_counts": 1, "prompts": 5}
     rows = bench.main([*options(**small | given), *more])
     return {part: {row.name: row for row in each} for part, each in rows.items()}
 
@@ -37,7 +37,7 @@ def test_the_plain_version_is_plain(monkeypatch):
     """Its attention is that of reference.py, and ours is not."""
     whole, own = [], reference.self_attention
     monkeypatch.setattr(reference, "self_attention", lambda *given: whole.append(1) or own(*given))
-    # which counts whole matrices
+    # count_flops uses whole matrices in any case.
     monkeypatch.setattr(bench, "count_flops", lambda world: {"all": 1.0})
     measured("--checkpointing", parts="train")
     assert not whole
@@ -58,11 +58,12 @@ def test_ratios_say_how_much_better_this_code_is():
 
 
 def test_operations_are_those_of_the_formula():
-    """Of a ViT with N tokens, width D, depth L: 2N(12 D² L + patches and projection), and 4 N² D
-    for attention."""
+    """Of a ViT of L blocks with N tokens of width D: 2N(4D² + 2D·hidden) + 4N²D for each block.
+
+    Patches and projection are added to these.
+    """
     cfg = settings.parse(options(model="tiny-vit", vfm_model="tiny_vfm", image_size=64,
-                                 crop_size=32, micro_batch=1, repeats=1,
-                                 segment_batch=1), bench)
+                                 crop_size=32, micro_batch=1, repeats=1, segment_batch=1), bench)
     made = bench.Bench(cfg, CPU, None)
     trunk = made.student.trunk
     depth, D, C = len(trunk.blocks), trunk.embed_dim, trunk.num_classes
@@ -76,7 +77,7 @@ def test_operations_are_those_of_the_formula():
 def test_memory_counts_what_is_alive_at_once():
     def work():
         a = torch.zeros(1000)
-        b = a + 1           # both are there
+        b = a + 1           # both exist
         del a
         return b[:500] + b.view(2, 500)[1]      # views take nothing
 
@@ -108,10 +109,10 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
         measured("--baseline", parts="input", images=tmp_path)
 
 
-@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), "130"),
-                                           (torch.OutOfMemoryError("Tried to allocate 9 GiB. Of"),
-                                           "bench.py: the GPU's memory ran out (Tried to allocate "
-                                           "9 GiB); lower")])
+@pytest.mark.parametrize("error, status", [
+    (KeyboardInterrupt(), "130"),
+    (torch.OutOfMemoryError("Tried to allocate 9 GiB. Of"),
+     "bench.py: the GPU's memory ran out (Tried to allocate 9 GiB); lower")])
 def test_interruption_and_full_memory_end_without_a_traceback(error, status, monkeypatch):
     def fail(made):
         raise error
@@ -124,9 +125,8 @@ def test_interruption_and_full_memory_end_without_a_traceback(error, status, mon
 
 def test_more_images_than_grids_of_that_size_take_turns():
     cfg = settings.parse(options(model="tiny-vit", vfm_model="tiny_vfm", image_size=64,
-                                 crop_size=32, micro_batch=20_000,
-                                 repeats=1, segment_batch=1, crops=36), bench)
+                                 crop_size=32, micro_batch=20_000, repeats=1,
+                                 segment_batch=1, crops=36), bench)
     made = bench.Bench(cfg, CPU, None)
     assert len(made.grids) == 20_000 and {len(grid.cells) for grid in made.grids} == {36}
-
 

@@ -20,12 +20,11 @@ GOLDEN = ROOT / "tests/golden_b16.pt"
 
 @pytest.fixture
 def trained(tmp_path):
-    """Writes a random model as a checkpoint of train.py: (name, context) -> (the model, the
-    path)."""
+    """Writes a random model as a checkpoint of train.py: (name, context) -> (model, path)."""
     def write(name: str, context: str = "qk") -> tuple[DeCLIP, Path]:
         clip = randomize(DeCLIP(name, context=context, scale=0.5))
         if "vit" in name.lower():
-            # timm's head has one, open_clip's projection has none
+            # open_clip's projection has no bias; timm's head has one
             torch.nn.init.zeros_(clip.visual.trunk.head.bias)
         clip.save(tmp_path / "declip.safetensors")
         return clip, tmp_path / "declip.safetensors"
@@ -48,8 +47,10 @@ def test_eva_layout_comes_back(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", "tiny-vit-quickgelu"])
 def test_open_clip_layout_comes_back(trained, tmp_path, name):
-    """open_clip's own loader takes the folder strictly; its [CLS] and ours are the same, and so are
-    the weights read again."""
+    """open_clip's own loader takes the folder strictly, and its [CLS] equals ours.
+
+    Read again, the weights are the same.
+    """
     clip, path = trained(name)
     export.main(options(ckpt=path, layout="open_clip", out=tmp_path / "folder"))
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
@@ -76,13 +77,12 @@ def test_an_exported_toy_clip_needs_nothing_else(trained, tmp_path):
 
 
 def eva_shapes() -> dict[str, tuple]:
-    return {key: tuple(shape) for key,
-            shape in torch.load(GOLDEN, weights_only=True)["shapes"].items()}
+    shapes = torch.load(GOLDEN, weights_only=True)["shapes"]
+    return {key: tuple(shape) for key, shape in shapes.items()}
 
 
 def test_eva_layout_has_the_published_names():
-    """All vision weights of EVA02-B-16, no more and no fewer, under the names and shapes of
-    EVA-CLIP's files."""
+    """EVA02-B-16's vision weights have exactly the names and shapes of EVA-CLIP's files."""
     state = eva_layout(DeCLIP("EVA02-B-16").state())
     assert {key: tuple(value.shape) for key, value in state.items()
             if key.startswith("visual.")} == eva_shapes()

@@ -25,6 +25,7 @@ from tools import bench, reference
 from toy import world
 from util import run, settings
 from util.distributed import Ranks
+from util.precision import grad_scaler
 from util.weights import read_weights
 
 CPU = torch.device("cpu")
@@ -252,15 +253,17 @@ def test_a_training_step_does_not_wait_for_the_device(on_meta, tmp_path, monkeyp
     images = [torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in SIZES[:2]]
     data.constant.cache_clear()
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    scaler = grad_scaler("fp32", ranks.device)
     guard, log = run.Guard(cfg, ranks), run.Log(cfg, ranks, 20, 0)
     waits = []
     for step in range(2):
         grids = train.sample_grids(cfg, 0, [step, step + 5])
         with Waits() as seen:
             losses = train.distill(cfg, student, teacher, vfm, images, grids)
-            sum(losses.values()).backward()
-            guard.watch(step, optimizer, [])
-            log.add({name: loss.detach() for name, loss in losses.items()}, [])
+            scaler.scale(sum(losses.values())).backward()
+            losses = {name: loss.detach() for name, loss in losses.items()}
+            guard.watch(step, run.is_bad_step(optimizer, scaler, [losses]), [])
+            log.add(losses, [])
         waits.append(seen.found)
     assert waits[0] and not waits[1]
     with pytest.raises(RuntimeError, match="meta"):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,15 +26,19 @@ from test_train import TINY, run
 import data
 import train
 from model import DeCLIP
-from util.run import resume_files
+from util import UserError
+from util.distributed import Ranks
+from util.precision import DTYPES, grad_scaler
+from util.run import LOG_FIELDS, Run, read_state, resume_files
+from util.weights import read_record
 
 # 120 steps, a checkpoint every 2 and every 7
 LONG = TINY | {"epochs": 60, "save_every": 7, "num_workers": 1}
 
 
-def start(out: Path, images: Path, ranks: int, **given) -> subprocess.Popen:
+def start(out: Path, images: Path, ranks: int, launch=(), **given) -> subprocess.Popen:
     """A training in processes of its own, which print into `out`.printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+    launcher = ["-m", "torch.distributed.run", "--standalone", *launch, "--nproc_per_node",
                 str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "tests/tiny.py", "train",
                *options(**LONG | given | {"images": images, "out": out})]
@@ -43,16 +48,21 @@ def start(out: Path, images: Path, ranks: int, **given) -> subprocess.Popen:
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and all that it has started, as when a machine is lost."""
+def family_of(pid: int) -> list[int]:
+    """A process and all that it has started."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-    family = [process.pid]
+    family = [pid]
     for member in family:
         family += [pid for pid, parent in parents.items() if parent == member]
-    for pid in family:
+    return family
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and all that it has started, as when a machine is lost."""
+    for pid in family_of(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -142,13 +152,33 @@ def test_a_signal_to_one_rank_stops_both(images, tmp_path):
     assert resume_files(out)[0].name == f"resume-{step:08}.pt"
 
 
-def test_workers_that_torchrun_restarts_go_on(images, tmp_path, monkeypatch):
-    """torchrun --max_restarts repeats the command without --resume."""
-    whole = run(images, tmp_path / "whole", epochs=3)
-    run(images, tmp_path / "parts", epochs=3, steps=3)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert [line["loss"] for line in run(images, tmp_path / "parts",
-                                         epochs=3)] == [line["loss"] for line in whole]
+def test_torchrun_restarts_a_run_whose_ranks_are_killed(images, tmp_path):
+    """First one rank, then the other: torchrun starts the command again without --resume, and it
+    ends as if nothing had happened."""
+    whole = run(images, tmp_path / "whole", epochs=40, batch_size=4)
+    out = tmp_path / "parts"
+    process = start(out, images, 2, launch=["--max_restarts", "3"], epochs=40, batch_size=4)
+    for victim in (0, 1):
+        assert wait_for_steps(process, out / "log.jsonl", 8), Path(f"{out}.printed").read_text()
+        ranks = [pid for pid in family_of(process.pid) if is_rank(pid, victim)]
+        os.kill(ranks[0], signal.SIGKILL)
+        time.sleep(3)       # for torchrun to notice
+    assert process.wait(200) == 0, Path(f"{out}.printed").read_text()
+    parts = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in parts] == [line["step"] for line in whole]
+    np.testing.assert_allclose([line["loss"] for line in parts],
+                               [line["loss"] for line in whole], rtol=1e-4)
+
+
+def is_rank(pid: int, rank: int) -> bool:
+    """Whether a process is that rank's, and not one of its workers."""
+    with contextlib.suppress(OSError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        parents = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+        name = f"RANK={rank}".encode()
+        return name in variables and name not in parents
+    return False
 
 
 def test_two_runs_do_not_write_into_one_folder(images, tmp_path):
@@ -230,6 +260,84 @@ def test_too_small_a_disk_is_said_before_training(images, tmp_path, monkeypatch)
         run(images, tmp_path, epochs=1)
 
 
+def test_flipped_bits_are_noticed(images, tmp_path):
+    """A resume file with any one bit flipped is either refused or read as what was written."""
+    run(images, tmp_path, epochs=1)
+    path, = resume_files(tmp_path)
+    good, state, rng = path.read_bytes(), read_state(path), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        bytes_ = bytearray(good)
+        bytes_[rng.randrange(len(good))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes_)
+        found = read_state(path)
+        refused += found is None
+        assert found is None or all(torch.equal(found["model"][name], weight)
+                                    for name, weight in state["model"].items())
+    assert refused > 50
+
+
+def test_a_resume_file_that_lacks_weights_is_refused(images, tmp_path):
+    run(images, tmp_path, epochs=2, steps=1)
+    path, = resume_files(tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["model"] = dict(list(state["model"].items())[1:])
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match="does not have the weights that are trained"):
+        run(images, tmp_path, epochs=2, resume="true")
+    del state["optimizer"]
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match="All checkpoints in .* are damaged"):
+        run(images, tmp_path, epochs=2, resume="true")
+
+
+def test_an_error_saves_the_last_good_step(images, tmp_path, monkeypatch, capsys):
+    """Whatever raises, in the middle of an epoch: resumed, the run is the uninterrupted one."""
+    given = {"epochs": 3, "batch_size": 1}
+    whole = run(images, tmp_path / "whole", **given)
+    calls, distill = iter(range(1, 100)), train.distill
+
+    def fail(*arguments):
+        if next(calls) == 8:
+            raise RuntimeError("a kernel failed")
+        return distill(*arguments)
+
+    monkeypatch.setattr(train, "distill", fail)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        run(images, tmp_path / "parts", **given)
+    assert "step 7 was saved; go on with --resume" in capsys.readouterr().out
+    monkeypatch.undo()
+    parts = run(images, tmp_path / "parts", **given, resume="true")
+    assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
+
+
+FAILS = """
+import sys, time
+sys.path[:0] = ["tests", "."]
+import tiny, train
+def fail(*_):
+    print("raised", time.time(), flush=True)
+    raise RuntimeError("a kernel failed")
+train.distill = fail
+try:
+    train.main(sys.argv[1:])
+finally:
+    print("left", time.time(), flush=True)
+"""
+
+
+def test_an_error_ends_the_process_at_once(images, tmp_path):
+    """The workers do not keep it: within two seconds, with the real error as its last words."""
+    given = options(**LONG | {"images": images, "out": tmp_path / "run", "num_workers": 2})
+    process = subprocess.Popen([sys.executable, "-c", FAILS, *given], cwd=tiny.ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    printed, errors = process.communicate(timeout=120)
+    ended = time.time()
+    raised = float(re.search("raised (.*)", printed)[1])
+    assert process.returncode == 1 and "RuntimeError: a kernel failed" in errors.splitlines()[-1]
+    assert ended - raised < 2
+
+
 # ------------------------------------------------------------------------------------------- images
 
 def spoiled(images: Path, folder: Path) -> Path:
@@ -256,6 +364,54 @@ def test_bad_images_are_skipped_counted_and_listed(images, tmp_path):
                                                     "bomb.png"}
     assert "20000 x 20000" in listed[str(folder / "bomb.png")]
     assert "truncated" in listed[str(folder / "truncated.png")]
+
+
+def test_names_of_any_bytes(images, tmp_path):
+    """Names that are no UTF-8, with tabs and line breaks: trained, listed once, resumed."""
+    folder = os.fsencode(shutil.copytree(images, tmp_path / "images"))
+    for name in (b"\xff.png", b"a\tb\nc.png"):
+        shutil.copy(folder + b"/1.png", folder + b"/" + name)
+    for name in (b"bad\xfe.png", b"bad\n\t.png"):
+        open(folder + b"/" + name, "wb").close()
+    given = {"epochs": 3, "max_bad_files": 0.5, "batch_size": 3}
+    whole = run(tmp_path / "images", tmp_path / "whole", **given)
+    run(tmp_path / "images", tmp_path / "parts", **given, steps=4)
+    parts = run(tmp_path / "images", tmp_path / "parts", **given, resume="true")
+    assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
+    lines = (tmp_path / "parts" / "skipped.txt").read_bytes().splitlines()
+    names = sorted(os.path.basename(line.split(b"\t")[0]) for line in lines)
+    assert names == [b"bad\\n\\t.png", b"bad\xfe.png"]
+
+
+def test_a_json_of_absolute_and_relative_names(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    names = ["1.png", str(images / "2.png"), "3.png"]
+    (images / "x.json").write_text(json.dumps({"images": [{"file_name": name} for name in names]}))
+    lines = run("x.json", tmp_path / "out", epochs=1, batch_size=3)
+    (images / "x.json").unlink()
+    assert lines[-1]["step"] == 1
+
+
+def test_images_that_come_back_count_as_good(images, tmp_path):
+    """A mount that was away: after a resume its files are read, and do not count as bad."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    good = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(b"")
+    lines = run(folder, tmp_path / "out", epochs=4, steps=4, max_bad_files=0.5)
+    assert lines[-1]["bad_files"] == 1
+    (folder / "1.png").write_bytes(good)
+    lines = run(folder, tmp_path / "out", epochs=4, max_bad_files=0.1, resume="true")
+    assert lines[-1]["bad_files"] == 0
+
+
+def test_lines_that_cannot_be_read_do_not_stop_a_resume(images, tmp_path):
+    whole = run(images, tmp_path / "whole", epochs=3)
+    run(images, tmp_path / "parts", epochs=3, steps=2)
+    for name in ("log.jsonl", "skipped.txt", "bad_steps.jsonl"):
+        with open(tmp_path / "parts" / name, "ab") as file:
+            file.write(b'\xff\x00\n[1]\n{"step": "x"}\n{"ste')
+    parts = run(images, tmp_path / "parts", epochs=3, resume="true")
+    assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
 
 
 def test_too_many_bad_images_stop_the_run(images, tmp_path):
@@ -342,20 +498,21 @@ def test_a_step_that_is_no_number_is_left_out(images, tmp_path, monkeypatch):
     """Weights, moments and the count of steps stay as they were; the step is logged with its
     images."""
     cfg = {"epochs": 3, "save_every": 1, "keep": 9, "lr": 1e-2}
-    poisoned(monkeypatch, {3})
+    poisoned(monkeypatch, {6})
     lines = run(images, tmp_path, **cfg)
     before, after = (torch.load(tmp_path / f"resume-0000000{step}.pt", weights_only=True)
-                     for step in (2, 3))
+                     for step in (5, 6))
     assert all(torch.equal(before["model"][name], after["model"][name])
                for name in before["model"])
     for one, other in zip(before["optimizer"]["state"].values(),
                           after["optimizer"]["state"].values()):
         assert all(torch.equal(one[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
-    assert [line["bad_steps"] for line in lines] == [0, 0, 1, 1, 1, 1] and lines[2]["loss"] is None
-    assert all(line["loss"] < 10 for line in lines if line["step"] != 3)
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0, 0, 0, 1]
+    assert lines[5]["loss"] is None
+    assert all(line["loss"] < 10 for line in lines if line["step"] != 6)
     event, = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
-    order = data.epoch_order(5, 2, 1, 0)[0].tolist()
-    assert event == {"step": 3, "files": [data.list_images(images)[index] for index in order]}
+    order = data.epoch_order(5, 2, 2, 0)[1].tolist()
+    assert event == {"step": 6, "files": [data.list_images(images)[index] for index in order]}
 
 
 def test_too_many_such_steps_stop_the_run(images, tmp_path, monkeypatch):
@@ -367,3 +524,150 @@ def test_too_many_such_steps_stop_the_run(images, tmp_path, monkeypatch):
     assert all(weight.isfinite().all() for weight in state["model"].values())
     assert all(weight.isfinite().all()
                for weight in DeCLIP(pretrained=str(tmp_path / "declip.safetensors")).parameters())
+
+
+def test_nothing_is_saved_while_steps_are_bad(images, tmp_path, monkeypatch, capsys):
+    """The checkpoint of step 2 stays through the bad steps 4 to 7; step 8, the next good one, is
+    saved; a run that ends in bad steps says what it keeps."""
+    given = {"epochs": 20, "save_every": 2, "keep": 9}
+    poisoned(monkeypatch, {4, 5, 6, 7, *range(13, 40)})
+    with pytest.raises(SystemExit, match="run ends here, but the last 4 steps had no finite "
+                                         "gradient, .* keeps the checkpoint of step 12"):
+        run(images, tmp_path, **given, steps=16)
+    names = [int(path.stem.split("-")[1]) for path in resume_files(tmp_path)]
+    assert names == [12, 10, 8, 2]
+    assert read_record(tmp_path / "declip.safetensors")["settings"]["step"] == 12
+    assert capsys.readouterr().out.count("is not saved, since the last") == 2
+    steps = [json.loads(line)["step"]
+             for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert steps == [4, 5, 6, 7, 13, 14, 15, 16]
+    monkeypatch.undo()      # resumed, they are made again, and each bad step is listed once
+    poisoned(monkeypatch, {2})
+    run(images, tmp_path, **given, steps=16, resume="true")
+    steps = [json.loads(line)["step"]
+             for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert steps == [4, 5, 6, 7, 14]
+
+
+def test_a_learning_rate_that_destroys_the_weights(images, tmp_path):
+    with pytest.raises(SystemExit, match="in 5 steps in a row, up to step .*; lower LR .* has no "
+                                         "checkpoint yet"):
+        run(images, tmp_path, epochs=60, lr=1e30, max_bad_steps=5)
+
+
+# ------------------------------------------------------------------------------- any other model
+
+class Line(torch.nn.Module):
+    """The smallest model that can be trained and can write itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4))
+
+    def save(self, path: Path, about: dict) -> None:
+        torch.save({"weight": self.weight.detach(), "step": about["step"]}, path)
+
+
+def train_line(out: Path, steps: int, precision: str = "fp32", bad=(), left_out=()
+               ) -> tuple[torch.Tensor, int]:
+    """Fits a line by util/run.py -> its weights and the number of bad steps.
+
+    bad: steps whose loss is made NaN. left_out: steps that the optimiser does not make.
+    """
+    cfg = SimpleNamespace(OUT=str(out), RESUME=False, EPOCHS=1, STEPS=None, BATCH_SIZE=1,
+                          LOG_EVERY=100, SAVE_EVERY=100, KEEP=1, MAX_BAD_FILES=0.0,
+                          MAX_BAD_STEPS=20)
+    cpu, images = torch.device("cpu"), SimpleNamespace(paths=["x"] * steps, fingerprint="x")
+    model, scaler = Line(), grad_scaler(precision, cpu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    dtype = DTYPES[precision] or torch.float32
+    with Run(cfg, Ranks(0, 1, cpu), images, steps, "line.pt") as run:
+        run.begin(model, optimizer, scaler, model.save)
+        for step in range(run.step, run.last):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            guess = x.to(dtype) @ model.weight.to(dtype)
+            error = (guess.float() - x.sum(dim=1)).square().mean()
+            loss = error * (float("nan") if step in bad else 1)
+            scaler.scale(loss).backward()
+            run.record({"loss": loss, "error": error}, [step], [[]])
+            run.check_gradient()
+            if step not in left_out:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            run.end_step(0.01)
+        run.finish()
+    return model.weight.detach(), run.guard.bad_steps
+
+
+def test_200_bad_steps_are_as_if_they_had_been_left_out(tmp_path):
+    """The weights are, to the bit, those of a run without these steps."""
+    bad = set(range(1, 401, 2))
+    weights, count = train_line(tmp_path / "bad", 402, bad=bad)
+    expected, none = train_line(tmp_path / "left out", 402, left_out=bad)
+    assert (count, none) == (200, 0) and torch.equal(weights, expected)
+    assert (weights - 1).abs().max() < 0.5      # it learned meanwhile
+    lines = [json.loads(line) for line in (tmp_path / "bad/log.jsonl").read_text().splitlines()]
+    assert set(lines[0]) - set(LOG_FIELDS) == {"loss", "error"}
+    assert torch.equal(torch.load(tmp_path / "bad/line.pt", weights_only=True)["weight"], weights)
+
+
+def test_fp16_lowers_its_scale_without_bad_steps(tmp_path):
+    """Scaled gradients overflow at first; the losses are finite, so no step counts as bad."""
+    weights, count = train_line(tmp_path, 60, precision="fp16")
+    assert count == 0 and weights.abs().max() > 0.1
+    _, count = train_line(tmp_path / "nan", 60, precision="fp16", bad={3, 30})
+    assert count == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Should they become so where no gradient shows it, the files of the last save stay."""
+    step = torch.optim.AdamW.step
+
+    def spoil(self, *given):
+        step(self, *given)
+        if self.state[self.param_groups[0]["params"][0]]["step"] == 150:
+            self.param_groups[0]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    bad = set(range(150, 200))
+    monkeypatch.setattr("util.run.is_bad_step", lambda *_: torch.zeros((), dtype=torch.bool))
+    with pytest.raises(UserError, match="The weights are not finite after step 200, .* keeps the "
+                                        "checkpoint of step 100"):
+        train_line(tmp_path, 300, left_out=bad)
+    saved = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert saved["step"] == 100 and saved["weight"].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------ a full disk
+
+FULL = """
+mount -t tmpfs -o size=64m tmpfs "$OUT" || exit 77
+"$@" > "$OUT.printed" 2>&1 &
+while [ "$(wc -l < "$OUT/log.jsonl" 2>/dev/null || echo 0)" -lt 3 ]; do sleep 0.02; done
+dd if=/dev/zero of="$OUT/fill" bs=1M 2>/dev/null
+wait $!; echo "status $?"
+rm "$OUT/fill"
+"$@" --resume >> "$OUT.printed" 2>&1; echo "status $?"
+cp "$OUT/log.jsonl" "$OUT.log"
+"""
+
+
+def test_a_disk_that_fills_up(images, tmp_path):
+    """A real one: the run goes on to its end without a byte to write, and says so; with room, it
+    is resumed to the end."""
+    out = tmp_path / "run"
+    out.mkdir()
+    command = [sys.executable, "tests/tiny.py", "train",
+               *options(**TINY | {"images": images, "out": out, "epochs": 30})]
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", FULL, "full", *command], cwd=tiny.ROOT,
+                          env=os.environ | {"OUT": str(out), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=200)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("no file system can be mounted here")
+    printed = Path(f"{out}.printed").read_text()
+    assert done.stdout.split("\n")[:2] == ["status 1", "status 0"], printed + done.stderr
+    assert "log.jsonl could not be written" in printed and "the run goes on" in printed
+    assert "The last checkpoint could not be written" in printed
+    steps = [json.loads(line)["step"] for line in Path(f"{out}.log").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 60

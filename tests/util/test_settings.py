@@ -72,12 +72,27 @@ def test_help_shows_comments(script, capsys):
     ("--steps 1.5", "script.py: argument --steps: '1.5' is not None or of type int"),
     ("--fast maybe", "script.py: argument --fast: 'maybe' is not of type bool"),
     ("stray", "script.py: unrecognized arguments: stray"),
+    ("--lr inf", "script.py: argument --lr: 'inf' is not of type float"),
+    ("--lr nan", "script.py: argument --lr: 'nan' is not of type float"),
     ("@absent.txt", "script.py: [Errno 2] No such file or directory: 'absent.txt'"),
 ])
 def test_errors_are_one_line(script, capsys, given, sentence):
     with pytest.raises(SystemExit) as error:
         settings.parse(given.split(), script)
     assert error.value.code == 2 and capsys.readouterr().err == sentence + "\n"
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"@again.txt", "script.py: an argument file includes itself"),
+    (b"\xff\xfe\x00--lr", "script.py: an argument file is not text in UTF-8")])
+def test_argument_files_that_cannot_be_read(script, tmp_path, monkeypatch, capsys, content,
+                                            sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "again.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        settings.parse(["@again.txt"], script)
+    printed = capsys.readouterr().err
+    assert error.value.code == 2 and printed.startswith(sentence) and printed.count("\n") == 1
 
 
 OTHER = '''"""Uses a setting of the first script."""
