@@ -7,10 +7,12 @@ model that sees it.
 
 import os
 import random
+import signal
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -145,13 +147,32 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(*map(list, zip(*samples)))
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Within it, a TimeoutError is raised after so many seconds, also out of a read that blocks."""
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"it was not read within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class TrainingImages(Dataset):
-    """Unlabelled images. Item i is image i or, if that can't be read, the next one that can."""
+    """Unlabelled images. Item i is image i or, if that can't be read, the next one that can.
+
+    read_timeout: seconds after which a file counts as one that can't be read.
+    """
 
     TRIES = 100         # files in a row that may be unreadable
 
-    def __init__(self, images: str | Path, root: str | Path | None = None, outside: bool = False):
-        self.paths = list_images(images, root, outside)
+    def __init__(self, images: str | Path, root: str | Path | None = None, outside: bool = False,
+                 read_timeout: float = 60.0):
+        self.paths, self.read_timeout = list_images(images, root, outside), read_timeout
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,7 +190,8 @@ class TrainingImages(Dataset):
         for place in range(index, index + min(self.TRIES, len(self))):
             path = self.paths[place % len(self)]
             try:
-                return Sample(read_image(path, upright=True), index, skipped)
+                with time_limit(self.read_timeout):
+                    return Sample(read_image(path, upright=True), index, skipped)
             except UserError as error:
                 skipped.append((path, str(error)))
         raise UserError(f"{len(skipped)} files in a row can't be read; the last "
@@ -257,9 +279,17 @@ def num_workers(wanted: int) -> int:
 
 # ------------------------------------------------------------------------ images on the device
 
+MOST_REDUCED = 32       # factor that CUDA's antialiased resize surely takes; it fails beyond 47
+
+
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 or float [0, 1] (3, H, W) -> float [0, 1] (3, height, width), antialiased bicubic."""
     image = image.float() / 255 if image.dtype == torch.uint8 else image
+    H, W = image.shape[-2:]
+    if H > MOST_REDUCED * height or W > MOST_REDUCED * width:
+        # The filter of so large a step does not fit into a GPU's shared memory: two steps.
+        image = F.adaptive_avg_pool2d(image, (min(H, MOST_REDUCED // 2 * height),
+                                              min(W, MOST_REDUCED // 2 * width)))
     size = (height, width)
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 

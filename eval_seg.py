@@ -148,7 +148,8 @@ class Benchmark:
     image: str                          # path of an image
     label: str                          # path of its label PNG, or of a COCO-instances json
     classes: str                        # file in classes/
-    values: Sequence[int]               # label value of each class in `classes`; others are void
+    values: Sequence[int]               # label value of each class in `classes`
+    void: Sequence[int] = ()            # label values of pixels that do not count
     threshold: float | None = None      # background is the first class, where none is more probable
     logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
     short_side: int = 448               # of the image that the model sees
@@ -161,24 +162,27 @@ CONTEXT_LAYOUT = ("VOCdevkit/VOC2010", "ImageSets/SegmentationContext/val.txt",
 CITYSCAPES = ("cityscapes", "*/*", "leftImg8bit/val/{}_leftImg8bit.png",
               "gtFine/val/{}_gtFine_labelIds.png")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES_VOID = (*(id for id in range(34) if id not in CITYSCAPES_IDS), 255)
 ADE = ("ADEChallengeData2016", "*", "images/validation/{}.jpg", "annotations/validation/{}.png")
 OBJECT = ("coco", "*", "val2017/{}.jpg", "annotations/instances_val2017.json")
 STUFF = ("coco", "*", "val2017/{}.jpg", "stuffthingmaps/val2017/{}.png")
-# COCO-Stuff's PNGs have the id less one; these ids have no annotation.
-NOT_IN_STUFF = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
-STUFF_IDS = [id - 1 for id in range(1, 183) if id not in NOT_IN_STUFF]
+# COCO-Stuff's PNGs have the id less one; these ids have no class.
+NOT_IN_STUFF = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+STUFF_VALUES = [id - 1 for id in range(1, 183) if id not in NOT_IN_STUFF]
+STUFF_VOID = (*(id - 1 for id in NOT_IN_STUFF), 255)
 TOY = ("names.txt", "images/{}.png", "labels/{}.png", "toy.txt", range(18))
 
 # Thresholds, scales and sides are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
-    "voc21": Benchmark(*VOC, "voc21.txt", range(21), threshold=0.4, logit_scale=80.0),
-    "context60": Benchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), threshold=0.15),
+    "voc21": Benchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0),
+    "context60": Benchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
     "coco_object": Benchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
-    "voc20": Benchmark(*VOC, "voc20.txt", range(1, 21)),
-    "context59": Benchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60)),
-    "coco_stuff": Benchmark(*STUFF, "coco_stuff.txt", STUFF_IDS),
-    "cityscapes": Benchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, short_side=560),
-    "ade150": Benchmark(*ADE, "ade150.txt", range(1, 151)),
+    "voc20": Benchmark(*VOC, "voc20.txt", range(1, 21), (0, 255)),
+    "context59": Benchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
+    "coco_stuff": Benchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
+    "cityscapes": Benchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, CITYSCAPES_VOID,
+                            short_side=560),
+    "ade150": Benchmark(*ADE, "ade150.txt", range(1, 151), (0,)),
     "toy": Benchmark("toy/val", *TOY),
     "toy_dev": Benchmark("toy/dev", *TOY),      # to choose settings with
 }
@@ -204,7 +208,9 @@ class SegmentationImages(Dataset):
             if not first.is_file():
                 raise MissingData(f"There is no {first.absolute()}; unpack all of the data set, "
                                   "images and labels.")
-        self.lookup = np.full(65536, VOID, dtype=np.uint8)
+        # The class of each label value, -1 for values that the benchmark does not have.
+        self.lookup = np.full(65536, -1, dtype=np.int16)
+        self.lookup[list(benchmark.void)] = VOID
         self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
 
     def _list(self) -> list[str]:
@@ -238,16 +244,30 @@ class SegmentationImages(Dataset):
                 file_name = f"{Path(self.names[index]).name}.jpg"
                 values = self.instances.render(file_name, *image.shape[1:])
             else:
-                with Image.open(path) as file:
-                    values = np.array(file)
-            label = self.lookup[values]
-        except (OSError, IndexError) as error:
+                values = read_label(path)
+        except OSError as error:
             raise UserError(f"{path} can't be read as a label image ({error}); download it again."
                             ) from None
+        label = self.lookup[values]
+        if (label < 0).any():
+            unknown = ", ".join(map(str, np.unique(values[label < 0])[:5]))
+            raise UserError(f"{path} has {(label < 0).sum()} pixels of values that are no class "
+                            f"and not void ({unknown}); take the labels of this benchmark.")
         if label.shape != tuple(image.shape[1:]):
             raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; "
                             "they must be of one size.")
-        return image, torch.from_numpy(label)
+        return image, torch.from_numpy(label.astype(np.uint8))
+
+
+def read_label(path: Path) -> np.ndarray:
+    """A label PNG -> its values, 0 to 65535, (H, W); UserError for colours or a mask of two."""
+    with Image.open(path, formats=("PNG",)) as file:
+        values = np.array(file)
+    if values.ndim != 2 or values.dtype == bool or values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path} is an image of mode {file.mode}, but a label image has one class "
+                        "number for each pixel, in a PNG of 8 or 16 bits; take the labels of this "
+                        "benchmark.")
+    return values
 
 
 class Instances:
@@ -348,7 +368,11 @@ def evaluate(cfg: SimpleNamespace, predict: Segmenter, dataset: Dataset, num_cla
                 label = label.to(ranks.device, non_blocking=True)
                 confusion += confusion_matrix(label, prediction, num_classes)
             progress.update(len(samples))
-    return distributed.sum_over_ranks(confusion).cpu()
+    confusion = distributed.sum_over_ranks(confusion).cpu()
+    if not confusion.any():
+        raise UserError(f"The labels of {name} are void at every pixel, so nothing can be scored; "
+                        "take the labels of this benchmark.")
+    return confusion
 
 
 @torch.inference_mode()

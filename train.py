@@ -79,6 +79,7 @@ SEED = 0                            # of the order of images and of their grids
 COMPILE = False                     # torch.compile of every block; tools.bench shows what it gives
 CHECKPOINTING = False               # compute blocks again in backward: less memory, 1/3 more time
 NUM_WORKERS = 4                     # processes that decode images, for each GPU
+READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
 LOG_EVERY = 20                      # steps between lines of log.jsonl
 SAVE_EVERY = 1000                   # steps between checkpoints; each epoch ends with one, too
 KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
@@ -98,7 +99,8 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     check(cfg)
     micro_batch, accumulate = distributed.divide_batch(cfg.BATCH_SIZE, cfg.MICRO_BATCH,
                                                        ranks.world_size)
-    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT)
+    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT,
+                             cfg.READ_TIMEOUT)
     steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
     with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", HARMLESS) as run:
         clip, teacher, vfm = build(cfg, ranks.device)
@@ -185,7 +187,7 @@ def synchronized(student: nn.Module, is_last: bool) -> object:
 # ---------------------------------------------------------------------------------- the set-up
 
 # Settings that may differ when a run is resumed, besides those of util/run.py.
-HARMLESS = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "COMPILE", "CHECKPOINTING")
+HARMLESS = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "READ_TIMEOUT", "COMPILE", "CHECKPOINTING")
 
 
 def check(cfg: SimpleNamespace) -> None:
@@ -193,7 +195,7 @@ def check(cfg: SimpleNamespace) -> None:
     settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
                          SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
                          CROP_SIZE=1, MAX_CROPS=1, GRID_ASPECT=1, UNLOCKED_BLOCKS=1, WARMUP=0,
-                         NUM_WORKERS=0, LR=0, LAMBDA=0, WEIGHT_DECAY=0, EPS=0)
+                         NUM_WORKERS=0, READ_TIMEOUT=0.001, LR=0, LAMBDA=0, WEIGHT_DECAY=0, EPS=0)
     check_precision(cfg.PRECISION)
     if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import draw_scene
 from PIL import Image
 
@@ -152,6 +153,20 @@ def test_crops_and_boxes_name_the_same_cells():
     assert torch.allclose(grid_boxes(image, Grid(1, 1, [0]), 64), torch.tensor([[0, 0, 1, 0.75]]))
 
 
+@pytest.mark.parametrize("size", [(33 * 8, 40), (100 * 8, 90 * 8), (6000, 10)])
+def test_images_that_are_reduced_much_are_reduced_in_two_steps(size, monkeypatch):
+    """No step is larger than a GPU takes, and the result is that of one step, nearly."""
+    smooth = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
+    image = F.interpolate(smooth, size, mode="bicubic")[0].clamp(0, 1)
+    direct = F.interpolate(image[None], (8, 8), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    steps, interpolate = [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, size, **how:
+                        steps.append(max(x.shape[2] / size[0], x.shape[3] / size[1]))
+                        or interpolate(x, size, **how))
+    assert (data.resize(image, 8, 8) - direct).abs().max() < 0.01
+    assert len(steps) == 1 and max(steps) <= 32
+
+
 @pytest.mark.parametrize("rows, columns", [(2, 3), (5, 1), (4, 6)])
 def test_crops_are_those_that_pil_would_cut(rows, columns):
     image = image_of(0, 240, 360)
@@ -194,6 +209,17 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
         for name in ("a.jpg", "b.jpg"):
             with pytest.raises(ValueError, match=f"{name} can't be read as an image .it is no reg"):
                 data.read_image(tmp_path / name)
+
+
+def test_a_read_that_stalls_counts_as_a_bad_file(images, tmp_path, monkeypatch):
+    """A FIFO that pretends to be a file stands for a mount that hangs."""
+    os.mkfifo(tmp_path / "a.png")
+    shutil.copy(images / "1.png", tmp_path / "b.png")
+    dataset = data.TrainingImages(tmp_path, read_timeout=0.2)
+    monkeypatch.setattr(data.Path, "is_file", lambda path: True)
+    image, index, ((path, reason),) = dataset[0]
+    assert index == 0 and image.shape[0] == 3 and path.endswith("a.png")
+    assert "it was not read within 0.2 s" in reason
 
 
 @pytest.mark.parametrize("name", ["../x.png", "more/../../x.png", "/etc/x.png"])

@@ -24,10 +24,10 @@ from util import settings
 MEANING = {
     "voc20": {0: None, 1: "aeroplane", 15: "person", 20: "television monitor", 255: None},
     "voc21": {0: "background", 1: "aeroplane", 15: "person", 20: "television monitor", 255: None},
-    "context59": {0: None, 1: "aeroplane", 2: "bag", 58: "window", 59: "wood", 60: None, 255: None},
-    "context60": {0: "background", 1: "aeroplane", 2: "bag", 58: "window", 59: "wood", 60: None,
+    "context59": {0: None, 1: "aeroplane", 2: "bag", 58: "window", 59: "wood", 255: None},
+    "context60": {0: "background", 1: "aeroplane", 2: "bag", 58: "window", 59: "wood",
                   255: None},
-    "ade150": {0: None, 1: "wall", 2: "building", 13: "person", 150: "flag", 151: None},
+    "ade150": {0: None, 1: "wall", 2: "building", 13: "person", 150: "flag"},
     "cityscapes": {0: None, 4: None, 6: None, 7: "road", 8: "sidewalk", 9: None, 11: "building",
                    12: "wall", 13: "fence",
                    14: None, 17: "pole", 18: None, 19: "traffic light", 20: "traffic sign",
@@ -39,7 +39,7 @@ MEANING = {
     "coco_stuff": {0: "person", 10: "fire hydrant", 11: None, 12: "stop sign", 24: "giraffe",
                    25: None, 26: "backpack",
                    28: None, 29: None, 89: "toothbrush", 90: None, 91: "banner", 176: "wood wall",
-                   181: "wood", 182: None,
+                   181: "wood",
                    255: None},
     # COCO-Object's are the categories in the order of their ids, which have gaps too.
     "coco_object": {0: "background", 1: "person", 11: "fire hydrant", 12: "stop sign",
@@ -263,3 +263,47 @@ def test_image_and_label_must_be_of_one_size(voc, tmp_path):
     small = dataclasses.replace(KNOWN_BENCHMARKS["voc20"], label=str(tmp_path / "small.png"))
     with pytest.raises(ValueError, match="they must be of one size"):
         SegmentationImages(small, voc)[0]
+
+
+@pytest.mark.parametrize("name, value", [("voc20", 21), ("context60", 60), ("ade150", 151),
+                                         ("cityscapes", 34), ("coco_stuff", 182)])
+def test_unknown_label_values_are_counted_and_refused(tmp_path, name, value):
+    """Else a benchmark with another numbering would be scored on the rest of its pixels."""
+    write(name, tmp_path)
+    path = str(tmp_path / PLACES[name][1]).format(0)
+    label = np.asarray(Image.open(path)).copy()
+    label[3, 4:9] = value
+    Image.fromarray(label).save(path)
+    with pytest.raises(ValueError, match=rf"has 5 pixels of values .* not void \({value}\); take"):
+        SegmentationImages(KNOWN_BENCHMARKS[name], tmp_path)[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "1", "LA"])
+def test_label_images_are_one_number_a_pixel(tmp_path, mode):
+    write("voc20", tmp_path)
+    path = str(tmp_path / PLACES["voc20"][1]).format(0)
+    Image.open(path).convert(mode).save(path)
+    with pytest.raises(ValueError, match=f"is an image of mode {mode}, but a label image has one"):
+        SegmentationImages(KNOWN_BENCHMARKS["voc20"], tmp_path)[0]
+
+
+def test_labels_of_16_bits(tmp_path):
+    """Values beyond 255, as of PASCAL-Context's 459 classes."""
+    write("voc20", tmp_path)
+    path = str(tmp_path / PLACES["voc20"][1]).format(0)
+    label = np.asarray(Image.open(path))
+    Image.fromarray(label.astype(np.uint16) + 300).save(path)
+    moved = dataclasses.replace(KNOWN_BENCHMARKS["voc20"], values=range(301, 321),
+                                void=(300, 555))
+    expected = expected_label("voc20", 0)
+    assert np.array_equal(SegmentationImages(moved, tmp_path)[0][1], expected)
+
+
+def test_labels_that_are_all_void_are_no_score(tmp_path, checkpoint):
+    write("voc20", tmp_path)
+    for index in range(IMAGES):
+        path = str(tmp_path / PLACES["voc20"][1]).format(index)
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    with pytest.raises(SystemExit, match="The labels of voc20 are void at every pixel"):
+        eval_seg.main(options(**OF_CHECKPOINT, ckpt=checkpoint, data=tmp_path, out=tmp_path,
+                              benchmarks="voc20"))

@@ -690,6 +690,8 @@ def test_two_models_share_what_their_text_towers_share(encode):
     (lambda: DeCLIP("EVA03-B-16"), "open_clip has no model named 'EVA03-B-16'"),
     (lambda: DeCLIP("tiny-eva", "merged2b"),
      "'merged2b' is neither a file nor one of open_clip's weights for tiny-eva"),
+    (lambda: DeCLIP("EVA02-B-16", "merged2b_s8b_b131k"),
+     "The weights merged2b_s8b_b131k of EVA02-B-16 could not be downloaded; check the network"),
     (lambda: DeCLIP("ViT-B-16", "openai"), "use the model ViT-B-16-quickgelu"),
     (lambda: DeCLIP("RN50"), "vision tower of RN50 is not a transformer with a projected"),
     (lambda: DeCLIP("convnext_base"),

@@ -25,16 +25,23 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
     """open_clip's model with its text tower as `.text`.
 
     A model in a folder, `local-dir:FOLDER`, or on the Hugging Face hub brings its own weights; tag
-    None leaves them out. Raises UserError for an unknown model or tag.
+    None leaves them out. Raises UserError for an unknown model or tag, or a failed download.
     """
     schema = model_name.partition(":")[0]
     if schema == "local-dir":
         check_folder(model_name, "open_clip_config.json", "open_clip")
     elif schema != "hf-hub":
         check_tag(model_name, tag)
-    with silenced():        # open_clip would warn of missing weights
-        return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
-                                      force_custom_text=True)
+    try:
+        with silenced():        # open_clip would warn of missing weights
+            return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
+                                          force_custom_text=True)
+    except (RuntimeError, OSError) as error:
+        if "download" not in str(error):
+            raise
+        raise UserError(f"The weights {tag} of {model_name} could not be downloaded; check the "
+                        "network, name a file of weights instead, or try the toy world of "
+                        "README.md.") from None
 
 
 def check_folder(name: str, file: str, library: str) -> None:
