@@ -626,12 +626,15 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
                         "into its OUT folder.")
     if cfg.CKPT and read_record(cfg.CKPT):
         return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
+    weights = read_weights(cfg.CKPT) if cfg.CKPT else ()        # before anything is downloaded
+    if cfg.CKPT and not any(name.startswith("visual.") for name in weights[0]):
+        raise UserError(f"{cfg.CKPT} holds no vision tower of a CLIP (no name begins with visual.);"
+                        " give a declip.safetensors of train.py or a published checkpoint.")
     if cfg.CKPT and cfg.ATTENTION is None and None in (cfg.MODEL, cfg.CONTEXT, cfg.SCALE):
         raise UserError(f"{cfg.CKPT} does not say which model and attention it was trained with; "
                         "give --model, --context and --scale (the authors' checkpoints: --model "
                         "EVA02-B-16 --context qk --scale 1; 1/√d is 0.125 for heads 64 wide), or "
                         "--attention.")
-    weights = read_weights(cfg.CKPT) if cfg.CKPT else ()        # before anything is downloaded
     torch.manual_seed(0)        # random weights, if asked for, are the same at every run
     clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
     if cfg.CKPT:

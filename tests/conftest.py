@@ -39,9 +39,8 @@ def draw_scene(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarr
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption(
-        "--kills", type=int, default=5, help="how often the training of util/test_run.py is killed"
-    )
+    parser.addoption("--kills", type=int, default=3,
+                     help="how often the training of util/test_run.py is killed")
 
 
 @pytest.fixture(autouse=True)
@@ -87,34 +86,18 @@ def panoptic(tmp_path_factory, scenes) -> dict[str, str]:
         for value, category in enumerate((200, 7, 9)):
             ys, xs = np.nonzero(label == value)
             bbox = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
-            regions.append(
-                {
-                    "id": int(ids[ys[0], xs[0]]),
-                    "category_id": category,
-                    "bbox": bbox,
-                    "iscrowd": 0,
-                    "area": len(ys),
-                }
-            )
-        annotations.append(
-            {"image_id": index, "file_name": f"{index}.png", "segments_info": regions}
-        )
-    content = {
-        "images": [{"id": index, "file_name": f"{index}.jpg"} for index in range(len(scenes))],
-        "annotations": annotations,
-        "categories": [
-            {"id": 7, "name": "disc", "isthing": 1},
-            {"id": 9, "name": "box", "isthing": 1},
-            {"id": 100, "name": "sea", "isthing": 0},
-            {"id": 200, "name": "ground-other", "isthing": 0},
-        ],
-    }
+            regions.append({"id": int(ids[ys[0], xs[0]]), "category_id": category, "bbox": bbox,
+                            "iscrowd": 0, "area": len(ys)})
+        annotations.append({"image_id": index, "file_name": f"{index}.png",
+                            "segments_info": regions})
+    categories = [{"id": 7, "name": "disc", "isthing": 1}, {"id": 9, "name": "box", "isthing": 1},
+                  {"id": 100, "name": "sea", "isthing": 0},
+                  {"id": 200, "name": "ground-other", "isthing": 0}]
+    listed = [{"id": index, "file_name": f"{index}.jpg"} for index in range(len(scenes))]
+    content = {"images": listed, "annotations": annotations, "categories": categories}
     (folder / "panoptic.json").write_text(json.dumps(content))
-    return {
-        "annotations": str(folder / "panoptic.json"),
-        "pngs": str(folder),
-        "images": str(folder),
-    }
+    return {"annotations": str(folder / "panoptic.json"), "pngs": str(folder),
+            "images": str(folder)}
 
 
 @pytest.fixture(scope="session")
@@ -148,22 +131,10 @@ def options(**given) -> list[str]:
 
 def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess:
     """Runs `tests/<script>` under torchrun on the CPU to its end."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-    ]
-    return subprocess.run(
-        [*launcher, *command],
-        cwd=tiny.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                str(ranks)]
+    return subprocess.run([*launcher, *command], cwd=tiny.ROOT, capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def succeeds(done: subprocess.CompletedProcess) -> str:

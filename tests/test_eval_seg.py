@@ -287,3 +287,19 @@ def test_a_threshold_is_for_background_only():
     assert (rules.SHORT_SIDE, rules.LOGIT_SCALE, rules.THRESHOLD) == (200, 40.0, 0.5)
     assert eval_seg.protocol(given, 448, 40.0, None).THRESHOLD is None
     assert eval_seg.protocol(config(), 448, 40.0, 0.2).THRESHOLD == 0.2
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("x.pt", b"<html>not found</html>", "is not a plain file of tensors"),
+    ("x.safetensors", b"<html>not found</html>", "is not a whole safetensors file"),
+    ("x.pt", b"", "is not a plain file of tensors"),
+    ("x.pt", {"step": 1, "optimizer": {}, "scaler": {}, "model": {}},
+     "is a checkpoint to resume training from, not a model"),
+    ("x.pt", {"encoder.weight": torch.zeros(2)}, "holds no vision tower of a CLIP"),
+])
+def test_a_file_that_is_no_checkpoint_is_told_what_it_is(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        open_model(config(ckpt=path))
+    assert sentence in str(error.value) and "--model" not in str(error.value)

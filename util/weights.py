@@ -74,6 +74,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not weights by name; give a file "
                         "with a state dict.")
+    if {"step", "optimizer", "scaler"} <= set(state):
+        raise UserError(f"{path} is a checkpoint to resume training from, not a model; give the "
+                        "declip.safetensors beside it.")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     return {name.removeprefix("module."): value for name, value in state.items()
