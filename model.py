@@ -42,7 +42,7 @@ from util.weights import from_published, read_record, read_weights, write_checkp
 
 class Attention(NamedTuple):
     """What the last block computes: the sum over projections A of softmax(AAᵀ)V."""
-    projections: str | None     # letters of q and k; "": V itself; None: the block's softmax(QKᵀ)V
+    projections: str | None     # letters of q and k; "": V itself; None: the block's QKᵀ
     keeps_residual: bool        # whether the residual connections and the FFN stay
 
 
@@ -265,7 +265,7 @@ def merge_context(parts: list[Tensor]) -> Tensor | None:
 
 @contextmanager
 def recorded_attention(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collects softmax(QKᵀ/√d) of timm blocks that run within it, the mean over heads of each."""
+    """Collects softmax(QKᵀ/√d) of timm blocks that run within it, each the mean over heads."""
     maps, handles = [], []
     were_fused = [block.attn.fused_attn for block in blocks]
     for block in blocks:
@@ -344,7 +344,7 @@ def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
 
 
 def row_distances_direct(a: Tensor, b: Tensor) -> Tensor:
-    """(B, N, D), (B, N, D') -> (B, N): the L2 norm of each row of AAᵀ - BBᵀ, by N x N matrices."""
+    """(B, N, D), (B, N, D') -> (B, N): the L2 norm of each row of AAᵀ - BBᵀ, by matrices."""
     return torch.linalg.vector_norm(a @ a.mT - b @ b.mT, dim=-1)
 
 

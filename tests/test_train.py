@@ -155,7 +155,7 @@ def test_the_teacher_is_the_student_at_its_start(images):
 
 
 def test_gradients_are_of_equation_10(images):
-    """The gradient at λ is the one of the content loss plus λ times the one of the context loss."""
+    """The gradient at λ is that of the content loss plus λ times that of the context loss."""
     cfg = ddp_gradients.settings_for(str(images))
     by_lambda = {}
     for cfg.LAMBDA in (0.25, 1.25, 2.25):

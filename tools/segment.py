@@ -1,8 +1,7 @@
 """Names what is where in your own photographs.
 
     python -m tools.segment photo.jpg --classes "cat, wooden chair, grass" --ckpt ...
-    python -m tools.segment photo.jpg --classes "dog | puppy, grass"        # synonyms; no
-    checkpoint
+    python -m tools.segment photo.jpg --classes "dog | puppy, grass"     # synonyms; no checkpoint
     python -m tools.segment photos/ --classes names.txt --background --threshold 0.4    # and a rest
     python -m tools.segment photo.jpg --classes "cat, sofa" --attention clip --ckpt ...
 

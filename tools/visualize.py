@@ -4,7 +4,7 @@
     python -m tools.visualize cls photo.jpg --ckpt ...          # what [CLS] attends to: Figure 8
     python -m tools.visualize correlation photo.jpg --ckpt ...  # cosines with the anchor: Figure 9
     python -m tools.visualize segmentation photos/ --classes "cat, grass" --ckpt ...    # Figure 10
-    python -m tools.visualize proxy photos/ --ckpt ...  # attention that few tokens draw: Figure 3
+    python -m tools.visualize proxy photos/ --ckpt ...  # attention that few tokens get: Figure 3
     python -m tools.visualize curves out/declip out/other       # losses and learning rate of runs
 
 CLIP, the trained model (without --ckpt: the same CLIP, its last block decoupled) and a vision
@@ -15,7 +15,7 @@ or what --figure names.
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         kind, *files = cfg.KIND_AND_FILES
         if kind not in KINDS or not files:
             problem = "needs files after it" if kind in KINDS else "is no kind of figure"
-            raise UserError(f"{kind!r} {problem}; say visualize.py KIND FILES, with KIND one of "
-                            f"{', '.join(KINDS)}.")
+            raise UserError(f"{kind!r} {problem}; say python -m tools.visualize KIND FILES, with "
+                            f"KIND one of {', '.join(KINDS)}.")
         settings.check_least(cfg, LAYERS=1, SIZE=1)
         if not 0 < cfg.PROXIES <= 1:
             raise UserError(f"PROXIES is {cfg.PROXIES}; it is a share of the patches, such as "
@@ -264,9 +264,9 @@ def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) ->
 
 
 def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
-    """How much of all attention the few most attended patches draw, by layer (Figure 3)."""
+    """How much of all attention the few most attended patches get, by layer (Figure 3)."""
     shown = open_models(cfg, device)
-    drawn = {each.title: [] for each in shown}
+    shares_of = {each.title: [] for each in shown}
     photos = find_photos(files)
     stuff = stuff_of(cfg)
     for path in photos:
@@ -275,12 +275,12 @@ def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
         allowed = stuff(path, grid) if stuff else torch.ones(grid[0] * grid[1], dtype=torch.bool)
         for each in shown:
             maps, prefix = each.attention_maps(photo.to(device), grid), each.model.num_prefix_tokens
-            drawn[each.title].append([proxy_share(rows[prefix:, prefix:].cpu(), allowed,
-                                                  cfg.PROXIES) for rows in maps])
+            shares_of[each.title].append([proxy_share(rows[prefix:, prefix:].cpu(), allowed,
+                                                      cfg.PROXIES) for rows in maps])
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     depth = max(each.model.num_layers for each in shown)
     print(f"{'% of attention, layer':34}" + "".join(f"{n + 1:7}" for n in range(depth)))
-    for title, shares in drawn.items():
+    for title, shares in shares_of.items():
         mean = 100 * torch.tensor(shares).mean(dim=0)
         axis.plot(range(1, len(mean) + 1), mean, marker="o", label=title.replace("\n", ", "))
         print(f"{title.replace(chr(10), ', '):34}" + "".join(f"{value:7.1f}" for value in mean))
@@ -367,16 +367,12 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
 
 def curves(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """Every loss and the learning rate over steps, from the log.jsonl of one run or several."""
-    runs = {}
-    for file in files:
-        path = Path(file) / "log.jsonl" if Path(file).is_dir() else Path(file)
-        runs[str(path.parent)] = read_log(path)
-    names = dict.fromkeys(name for lines in runs.values() for name in lines[0]
-                          if name not in LOG_FIELDS)
-    names["lr"] = None
+    paths = [Path(file) / "log.jsonl" if Path(file).is_dir() else Path(file) for file in files]
+    runs = [(str(path.parent), read_log(path)) for path in paths]
+    names = [*losses_of(line for _, lines in runs for line in lines), "lr"]
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.6), layout="constrained")
     for axis, name in zip(axes, names):
-        for label, lines in runs.items():
+        for label, lines in runs:
             axis.plot([line["step"] for line in lines], [line.get(name) for line in lines],
                       label=label)
         axis.set(title=TITLES.get(name, name), xlabel="step", ylim=(0, None))
@@ -389,6 +385,12 @@ TITLES = {"content": "content loss (equation 7)", "context": "context loss (equa
           "lr": "learning rate"}
 
 
+def losses_of(lines: Iterable[dict]) -> list[str]:
+    """The names of all losses in lines of a log, in the order in which they first appear."""
+    return [name for name in dict.fromkeys(name for line in lines for name in line)
+            if name not in LOG_FIELDS]
+
+
 def read_log(path: Path) -> list[dict]:
     """The lines of a run's log.jsonl; UserError if it is none."""
     if not path.is_file():
@@ -396,7 +398,8 @@ def read_log(path: Path) -> list[dict]:
                         "log.jsonl.")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        wrong = next((name for name in ("step", "lr") for line in lines if name not in line), None)
+        wrong = next((name for name in ("step", "lr") for line in lines if name not in dict(line)),
+                     None if losses_of(lines) or not lines else "loss")
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is no log of train.py ({error}); give a log.jsonl of one."
                         ) from None

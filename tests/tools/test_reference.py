@@ -92,8 +92,8 @@ def test_images_and_crops_are_those_of_pil():
     """Cut and resized by PIL one by one; it rounds to whole pixels and levels, so nearly."""
     cfg, student, _, vfm = training(grid=(1, 3))
     rng = np.random.default_rng(0)
-    photo = Image.fromarray(rng.integers(0, 256, (10, 15, 3), dtype=np.uint8)).resize((120, 90),
-                                                                                      Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (10, 15, 3), dtype=np.uint8))
+    photo = small.resize((120, 90), Image.Resampling.BICUBIC)
     image, grid = torch.from_numpy(np.array(photo)).permute(2, 0, 1), data.Grid(2, 3, [0, 1, 3, 5])
     of_student, of_vfm, crops, boxes = reference.sample(photo, grid, cfg, student, vfm)
     fast = (data.student_image(image, 64, student.mean, student.std),
@@ -111,8 +111,8 @@ def test_context_loss_has_memory_linear_in_the_tokens():
     """From 1024 to 4096 tokens: the same for each token within a tenth; the plain form's grows with
     their number."""
     def peak(loss, tokens: int) -> float:
-        context, of_vfm = torch.randn(1, tokens, 192, requires_grad=True), torch.randn(1, tokens,
-                                                                                       192)
+        context = torch.randn(1, tokens, 192, requires_grad=True)
+        of_vfm = torch.randn(1, tokens, 192)
         return bench.peak_bytes(lambda: torch.autograd.grad(loss(context, of_vfm), context),
                                 CPU) / tokens
 
@@ -130,11 +130,13 @@ def test_checkpointing_saves_memory_and_keeps_the_gradients():
         content, context = student.encode_dense(images)
         return {"content": content.square().mean(), "context": context.square().mean()}
 
-    expected, kept = gradients(student,
-                               losses), bench.peak_bytes(lambda: gradients(student, losses), CPU)
+    def both() -> tuple[dict, int]:
+        work = partial(gradients, student, losses)
+        return work(), bench.peak_bytes(work, CPU)
+
+    expected, kept = both()
     student.checkpointing = True
-    found, recomputed = gradients(student,
-                                  losses), bench.peak_bytes(lambda: gradients(student, losses), CPU)
+    found, recomputed = both()
     assert recomputed < 0.8 * kept
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
@@ -315,8 +317,8 @@ def test_segmentation_is_that_of_the_plain_form(threshold, lines):
 
 
 def test_confusion_matrix_leaves_void_out():
-    label, prediction = torch.tensor([[0, 1, VOID], [1, 1, VOID]]).byte(), torch.tensor([[0, 1, 1],
-                                                                                         [0, 1, 0]])
+    label = torch.tensor([[0, 1, VOID], [1, 1, VOID]]).byte()
+    prediction = torch.tensor([[0, 1, 1], [0, 1, 0]])
     assert eval_seg.confusion_matrix(label, prediction, 2).tolist() == [[1, 0], [1, 2]]
 
 

@@ -1,4 +1,4 @@
-"""segment.py: classes as a person types them, shares that are the prediction's, pictures of any
+"""segment.py: classes as a person types them, shares that are the prediction's, photographs of any
 shape, bad input."""
 
 import json
@@ -16,8 +16,7 @@ from tools import segment
 from toy.world import NAMES, draw_scene
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.",
-       "short_side": 128, "window": 128,
-       "stride": 64}
+       "short_side": 128, "window": 128, "stride": 64}
 EVERYTHING = ", ".join(NAMES)
 
 
@@ -64,22 +63,21 @@ def test_numbers_are_those_of_the_scene(photo, tmp_path):
 
 @pytest.mark.parametrize("crop", [(0, 0, 128, 40), (0, 0, 30, 128), (5, 5, 105, 69)],
                          ids=["wide", "tall", "odd"])
-def test_pictures_of_any_shape(photo, tmp_path, crop):
+def test_photographs_of_any_shape(photo, tmp_path, crop):
     path, _ = photo(crop=crop)
     run(path, classes="stripes, star", attention="clip")
-    with Image.open(tmp_path / "scene.segmentation.png") as picture:
-        assert min(picture.size) > 100 and picture.format == "PNG"
+    with Image.open(tmp_path / "scene.segmentation.png") as figure:
+        assert min(figure.size) > 100 and figure.format == "PNG"
 
 
 def test_a_folder_goes_on_after_a_broken_file(photo, tmp_path):
     photo(1, "a.png"), photo(2, "c.png")
     (tmp_path / "b.png").write_bytes(b"no image")
-    for _ in range(2):          # the second time our own pictures are no photographs
+    for _ in range(2):          # the second time there are figures, which are no photographs
         with pytest.raises(SystemExit, match="b.png can't be read as an image"):
             run(tmp_path, classes="star, dots")
-        assert sorted(path.name
-                      for path in tmp_path.glob("*.segmentation.png")) == ["a.segmentation.png",
-                                                                           "c.segmentation.png"]
+        figures = sorted(path.name for path in tmp_path.glob("*.segmentation.png"))
+        assert figures == ["a.segmentation.png", "c.segmentation.png"]
 
 
 def test_attention_adds_a_panel_of_the_clip_that_was_trained(photo, tmp_path):
@@ -101,14 +99,14 @@ def test_attention_adds_a_panel_of_the_clip_that_was_trained(photo, tmp_path):
     assert clip == same_clip and own != untrained
 
 
-def test_photographs_of_one_name_have_pictures_of_their_own(photo, tmp_path):
+def test_photographs_of_one_name_have_figures_of_their_own(photo, tmp_path):
     photo(1, "a.png"), photo(2, "a.bmp")
     (tmp_path / "more").mkdir()
     photo(3, "more/a.png")
     run(tmp_path, classes="star, dots", out=tmp_path / "out")
-    pictures = {path.relative_to(tmp_path / "out").as_posix()
-                for path in (tmp_path / "out").rglob("*.png")}
-    assert pictures == {"a.segmentation.png", "a.png.segmentation.png", "more/a.segmentation.png"}
+    figures = {path.relative_to(tmp_path / "out").as_posix()
+               for path in (tmp_path / "out").rglob("*.png")}
+    assert figures == {"a.segmentation.png", "a.png.segmentation.png", "more/a.segmentation.png"}
 
 
 def test_background_is_not_what_was_asked_for():
@@ -135,7 +133,7 @@ def test_classes_as_they_are_typed(tmp_path):
 
 
 def test_one_class_and_500(photo, tmp_path):
-    """A single class fills the picture; of many, those that occur are named."""
+    """A single class fills the image; of many, those that occur are named."""
     path, _ = photo(size=64)
     run(path, classes="dots", json="true")
     assert list(found_shares(tmp_path)) == ["dots"]

@@ -1,5 +1,5 @@
 """visualize.py: attention rows sum to one, hot spots are where the maxima are, and every kind of
-picture is drawn."""
+figure is drawn."""
 
 import json
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from model import DeCLIP, load_vfm
 from tools import visualize
 from toy import world
 from util import settings
+from util.run import LOG_FIELDS
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "vfm_model": f"local-dir:{ROOT / 'toy/vfm'}",
        "size": 128, "scale": 0.7}
@@ -69,8 +70,7 @@ def test_the_hot_spot_is_where_the_maximum_is(size):
     values = torch.zeros(grid)
     values[2, grid[1] - 2] = 1
     figure = visualize.panels(torch.zeros(3, *size).byte(), [("model", [(0, values)])], None,
-                              "title",
-                              visualize.Scale("unit", (0, 1)))
+                              "title", visualize.Scale("unit", (0, 1)))
     figure.canvas.draw()
     axis = figure.axes[1]
     box = axis.get_window_extent()
@@ -78,11 +78,9 @@ def test_the_hot_spot_is_where_the_maximum_is(size):
     height = pixels.shape[0]
     inside = pixels[int(height - box.y1):int(height - box.y0), int(box.x0):int(box.x1)]
     away = (inside - torch.tensor(plt.get_cmap("viridis")(1.0)[:3]) * 255).norm(dim=2)
-    ys, xs = (away < 3).nonzero().float().mean(dim=0) / torch.tensor([inside.shape[0],
-                                                                      inside.shape[1]])
-    assert ys * grid[0] == pytest.approx(2.5,
-                                         abs=0.3) and xs * grid[1] == pytest.approx(grid[1] - 1.5,
-                                                                                    abs=0.3)
+    ys, xs = (away < 3).nonzero().float().mean(dim=0) / torch.tensor(inside.shape[:2])
+    assert ys * grid[0] == pytest.approx(2.5, abs=0.3)
+    assert xs * grid[1] == pytest.approx(grid[1] - 1.5, abs=0.3)
     plt.close(figure)
 
 
@@ -101,13 +99,12 @@ def test_layers_end_with_the_last(depth, count, expected):
 
 
 def test_proxy_share():
-    """Two of 100 tokens get 20 % and 40 % of all attention; if only the first may count, it is 20
-    %."""
+    """Two of 100 tokens get 20 % and 40 % of all attention; where only the first may count, it is
+    20 %."""
     rows = torch.full((100, 100), 0.4 / 98)
     rows[:, 3], rows[:, 50] = 0.2, 0.4
-    assert visualize.proxy_share(rows, torch.ones(100, dtype=torch.bool),
-                                 0.02) == pytest.approx(0.6)
     allowed = torch.ones(100, dtype=torch.bool)
+    assert visualize.proxy_share(rows, allowed, 0.02) == pytest.approx(0.6)
     allowed[50] = False
     assert visualize.proxy_share(rows, allowed, 0.01) == pytest.approx(0.2)
     assert visualize.proxy_share(torch.rand(100, 100), allowed, 0.02) < 0.05
@@ -143,21 +140,20 @@ def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
         assert min(figure.size) > 200
 
 
-def test_a_row_is_the_model_that_it_is_called(photo, tmp_path, monkeypatch):
+def test_a_row_is_the_model_that_it_is_called(photo, tmp_path):
     """CLIP is the untrained weights, also beside a published .pt that says nothing of itself."""
     trained = DeCLIP(TOY["model"], "own")
     with torch.no_grad():
         trained.visual.trunk.blocks[0].attn.q_proj.weight.add_(1)
-    torch.save({f"visual.trunk.{key}": value for key,
-                value in trained.visual.trunk.state_dict().items()}, tmp_path / "some.pt")
-    cfg = settings.parse(["attention", str(photo),
-                          *options(**TOY | {"ckpt": tmp_path / "some.pt", "context": "q"})],
-                                   visualize, positional="KIND_AND_FILES")
+    torch.save({f"visual.trunk.{key}": value
+                for key, value in trained.visual.trunk.state_dict().items()}, tmp_path / "some.pt")
+    given = options(**TOY | {"ckpt": tmp_path / "some.pt", "context": "q"})
+    cfg = settings.parse(["attention", str(photo), *given], visualize, positional="KIND_AND_FILES")
     clip, declip, vfm = visualize.open_models(cfg, torch.device("cpu"))
     assert [each.title.splitlines()[0] for each in (clip, declip, vfm)] == ["CLIP", "DeCLIP", "VFM"]
     weights = [each.model.trunk.blocks[0].attn.q_proj.weight for each in (clip, declip)]
-    assert torch.allclose(weights[1] - weights[0], torch.ones(()),
-                          atol=1e-5) and (clip.attention, declip.attention) == ("clip", "q")
+    assert torch.allclose(weights[1] - weights[0], torch.ones(()), atol=1e-5)
+    assert (clip.attention, declip.attention) == ("clip", "q")
 
 
 def test_the_panel_shows_the_anchors_row(photo, monkeypatch):
@@ -178,7 +174,6 @@ def test_the_panel_shows_the_anchors_row(photo, monkeypatch):
             if axis.get_title().startswith("layer")}
     assert set(maps) == {"layer 2", "layer 5"}
     # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
-    # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
     for title, values in maps.items():
         assert values.shape == (10, 16)
         assert values[2, 5] == values.max() == pytest.approx(int(title[-1]))
@@ -196,6 +191,32 @@ def test_curves_of_two_runs(tmp_path):
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
+def test_curves_of_every_loss(tmp_path):
+    """A loss of any name has a panel, also one that only some lines have; bookkeeping has none."""
+    lines = [dict.fromkeys(LOG_FIELDS, 1) | {"step": step, "content": 1 / step}
+             for step in (1, 20, 40)]
+    lines[1]["third"] = 0.5
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "older.jsonl").write_text(json.dumps(lines[0]))
+    files = [str(tmp_path), str(tmp_path / "older.jsonl")]      # two logs in one folder
+    figure = visualize.curves(SimpleNamespace(), files, torch.device("cpu"))
+    assert all(len(axis.lines) == 2 for axis in figure.axes)
+    assert [axis.get_title() for axis in figure.axes] == ["content loss (equation 7)", "third",
+                                                          "learning rate"]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("", "it has no line"), ('{"step": 1, "lr": 0.1}', "it has no loss"),
+    ('{"step": 1, "content": 0.1}', "it has no lr"), ('"step lr"', "dictionary update"),
+    ("[1]", "dictionary update"), ("3", "not iterable")])
+def test_what_is_no_log_is_one_sentence(tmp_path, text, problem):
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match="is no log of train.py") as error:
+        visualize.main(["curves", str(tmp_path), "--figure", str(tmp_path / "c.png")])
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
 def test_background_is_what_is_no_thing(tmp_path):
     """With a panoptic json, proxies are looked for in patches that are mostly stuff."""
     world.main(options(out=tmp_path, train=0, dev=0, val=2, size=64))
@@ -204,11 +225,11 @@ def test_background_is_what_is_no_thing(tmp_path):
                                               PNGS=str(root / "panoptic")))
     for index in range(2):
         scene = world.draw_scene(world.FIRST_SCENE["val"] + index, 64)
-        things = torch.tensor([kind < len(world.THINGS)
-                               for kind in scene.classes])[torch.from_numpy(scene.regions).long()]
+        is_thing = torch.tensor([kind < len(world.THINGS) for kind in scene.classes])
+        things = is_thing[torch.from_numpy(scene.regions).long()]
         expected = F.avg_pool2d((~things)[None].float(), 8)[0].flatten() > 0.5
-        assert torch.equal(find(root / "images" / f"{index:05}.png", (8, 8)),
-                           expected) and 0 < expected.sum() < 64
+        assert torch.equal(find(root / "images" / f"{index:05}.png", (8, 8)), expected)
+        assert 0 < expected.sum() < 64
 
 
 @pytest.mark.parametrize("words, sentence", [
