@@ -69,9 +69,9 @@ def kill_tree(process: subprocess.Popen) -> None:
 
 
 def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> bool:
-    """Waits until the log has `steps` more lines; False if the training ended before."""
-    first = None
-    while process.poll() is None:
+    """Waits until the log has `steps` more lines; False if the training ended or hangs."""
+    first, deadline = None, time.time() + 120
+    while process.poll() is None and time.time() < deadline:
         lines = log.read_text().count("\n") if log.exists() else 0
         first = lines if first is None and lines else first
         if first is not None and lines >= first + steps:
@@ -184,7 +184,9 @@ def test_torchrun_restarts_a_run_whose_ranks_are_killed(images, tmp_path):
         assert wait_for_steps(process, out / "log.jsonl", 8), Path(f"{out}.printed").read_text()
         killed, = (pid for pid in family_of(process.pid) if is_rank(pid, victim))
         os.kill(killed, signal.SIGKILL)
-        while not any(is_rank(pid, victim) and pid != killed for pid in family_of(process.pid)):
+        deadline = time.time() + 60
+        while time.time() < deadline and not any(is_rank(pid, victim) and pid != killed
+                                                 for pid in family_of(process.pid)):
             time.sleep(0.1)
     assert process.wait(200) == 0, Path(f"{out}.printed").read_text()
     parts = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
