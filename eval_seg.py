@@ -49,7 +49,7 @@ DATA = "data"                       # folder that holds the data sets in their o
 CLASSES: str | None = None          # class file instead of the benchmark's own in classes/
 
 # The protocol
-SHORT_SIDE: int | None = None       # of the image, in pixels; None: 448 (Cityscapes: 560)
+SHORT_SIDE = 448                    # of the image, in pixels; larger is finer and takes longer
 WINDOW = 336                        # side of a window; a multiple of the patch size
 STRIDE = 112                        # from window to window
 LOGIT_SCALE: float | None = None    # factor of the cosines before the softmax; None: 40 (VOC21: 80)
@@ -77,7 +77,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     result = {}
     for name, (dataset, classes) in sets.items():
         own = dataset.benchmark
-        rules = protocol(cfg, own.short_side, own.logit_scale, own.threshold)
+        rules = protocol(cfg, own.logit_scale, own.threshold)
         text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
         segmenter = partial(predict, rules, clip, classes, text)
         confusion = evaluate(cfg, segmenter, dataset, len(classes), ranks, name)
@@ -90,17 +90,17 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     return result
 
 
-def protocol(cfg: SimpleNamespace, short_side: int, logit_scale: float, threshold: float | None
+def protocol(cfg: SimpleNamespace, logit_scale: float, threshold: float | None
              ) -> SimpleNamespace:
-    """The settings with these values where none were given.
+    """The settings with a benchmark's LOGIT_SCALE and THRESHOLD where none were given.
 
     threshold: None where background is no class; then THRESHOLD has no effect.
     """
-    own = {"SHORT_SIDE": short_side, "LOGIT_SCALE": logit_scale, "THRESHOLD": threshold}
-    given = {name: value for name, value in vars(cfg).items() if value is not None}
-    if threshold is None:
-        given["THRESHOLD"] = None
-    return SimpleNamespace(**vars(cfg) | own | given)
+    own = vars(cfg).copy()
+    own["LOGIT_SCALE"] = logit_scale if cfg.LOGIT_SCALE is None else cfg.LOGIT_SCALE
+    is_given = cfg.THRESHOLD is not None and threshold is not None
+    own["THRESHOLD"] = cfg.THRESHOLD if is_given else threshold
+    return SimpleNamespace(**own)
 
 
 def check(cfg: SimpleNamespace) -> None:
@@ -152,7 +152,6 @@ class Benchmark:
     void: Sequence[int] = ()            # label values of pixels that do not count
     threshold: float | None = None      # background is the first class, where none is more probable
     logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
-    short_side: int = 448               # of the image that the model sees
 
 
 VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg",
@@ -172,7 +171,7 @@ STUFF_VALUES = [id - 1 for id in range(1, 183) if id not in NOT_IN_STUFF]
 STUFF_VOID = (*(id - 1 for id in NOT_IN_STUFF), 255)
 TOY = ("names.txt", "images/{}.png", "labels/{}.png", "toy.txt", range(18))
 
-# Thresholds, scales and sides are the authors' (configs/ of their code); the paper has none.
+# Thresholds and scales are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
     "voc21": Benchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0),
     "context60": Benchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
@@ -180,8 +179,7 @@ KNOWN_BENCHMARKS = {
     "voc20": Benchmark(*VOC, "voc20.txt", range(1, 21), (0, 255)),
     "context59": Benchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
     "coco_stuff": Benchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
-    "cityscapes": Benchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, CITYSCAPES_VOID,
-                            short_side=560),
+    "cityscapes": Benchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, CITYSCAPES_VOID),
     "ade150": Benchmark(*ADE, "ade150.txt", range(1, 151), (0,)),
     "toy": Benchmark("toy/val", *TOY),
     "toy_dev": Benchmark("toy/dev", *TOY),      # to choose settings with

@@ -282,11 +282,20 @@ def test_any_segmenter_is_scored(voc):
 
 def test_a_threshold_is_for_background_only():
     """What is given wins over the benchmark's, but without background there is no threshold."""
-    given = config(threshold=0.5, short_side=200)
-    rules = eval_seg.protocol(given, 448, 40.0, 0.2)
-    assert (rules.SHORT_SIDE, rules.LOGIT_SCALE, rules.THRESHOLD) == (200, 40.0, 0.5)
-    assert eval_seg.protocol(given, 448, 40.0, None).THRESHOLD is None
-    assert eval_seg.protocol(config(), 448, 40.0, 0.2).THRESHOLD == 0.2
+    given = config(threshold=0.5)
+    rules = eval_seg.protocol(given, 40.0, 0.2)
+    assert (rules.SHORT_SIDE, rules.LOGIT_SCALE, rules.THRESHOLD) == (48, 40.0, 0.5)
+    assert eval_seg.protocol(given, 40.0, None).THRESHOLD is None
+    assert eval_seg.protocol(config(), 40.0, 0.2).THRESHOLD == 0.2
+    assert eval_seg.protocol(config(logit_scale=7), 40.0, 0.2).LOGIT_SCALE == 7
+
+
+def test_the_defaults_are_the_papers():
+    """Section 9.2: a shorter side of 448 for every benchmark, windows of 336 every 112."""
+    cfg = settings.parse([], eval_seg)
+    assert (cfg.SHORT_SIDE, cfg.WINDOW, cfg.STRIDE, cfg.TEMPLATES) == (448, 336, 112, "imagenet")
+    authors = settings.parse(["@presets/published_cityscapes_seg.txt"], eval_seg)
+    assert (authors.SHORT_SIDE, authors.BENCHMARKS) == (560, ("cityscapes",))
 
 
 @pytest.mark.parametrize("name, content, sentence", [

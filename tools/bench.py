@@ -156,8 +156,7 @@ class Bench:
         own = vars(cfg) | {"PRETRAINED": None, "VFM_PRETRAINED": False}
         self.training = SimpleNamespace(**vars(settings.parse([], train)) | own)
         of_evaluation = SimpleNamespace(**vars(settings.parse([], eval_seg)) | own)
-        self.evaluation = eval_seg.protocol(of_evaluation, Benchmark.short_side,
-                                            Benchmark.logit_scale, None)
+        self.evaluation = eval_seg.protocol(of_evaluation, Benchmark.logit_scale, None)
         train.check(self.training)
         eval_seg.check_windows(self.evaluation)
         self.cfg, self.device, self.dataset = cfg, device, dataset

@@ -99,7 +99,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
 
 def rules_of(cfg: SimpleNamespace, attention: str | None) -> SimpleNamespace:
     """The settings of segmentation with one attention; a threshold only where it was given."""
-    rules = protocol(cfg, Benchmark.short_side, Benchmark.logit_scale, cfg.THRESHOLD)
+    rules = protocol(cfg, Benchmark.logit_scale, cfg.THRESHOLD)
     return SimpleNamespace(**vars(rules) | {"ATTENTION": attention})
 
 
