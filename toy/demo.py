@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         raise SystemExit(f"demo.py: {error}") from None
     print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
-          "README.md "
-          "says, then\ntorchrun --nproc_per_node 8 train.py")
+          "README.md says, then\ntorchrun --nproc_per_node 8 train.py")
 
 
 def read_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:

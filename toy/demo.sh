@@ -17,7 +17,8 @@ run eval_seg.py @presets/toy_seg.txt --out out/toy --attention clip
 run eval_region.py @presets/toy_region.txt --out out/toy --attention q
 run eval_seg.py @presets/toy_seg.txt --out out/toy --attention q
 
-# 4. DeCLIP: the block learns content from CLIP's [CLS] of crops, and context from the vision foundation model.
+# 4. DeCLIP: the block learns content from CLIP's [CLS] of crops, and context from the vision
+#    foundation model.
 rm -rf out/toy/declip
 run train.py @presets/toy.txt --out out/toy/declip
 

@@ -160,12 +160,11 @@ def draw_scenes(first: int, count: int, size: int = 128) -> SceneTensors:
     for index, scene in enumerate(scenes):
         for region, kind in enumerate(scene.classes):
             x, y, width, height = describe(scene, region)["bbox"]
-            classes[index, region], boxes[index, region] = kind, torch.tensor([x, y, x + width, y
-                                                                               + height])
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1,
-                                                                                   2).contiguous()
-    return SceneTensors(images, torch.from_numpy(np.stack([scene.regions for scene in scenes])),
-                        classes, boxes)
+            classes[index, region] = kind
+            boxes[index, region] = torch.tensor([x, y, x + width, y + height])
+    images = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+    regions = torch.from_numpy(np.stack([scene.regions for scene in scenes]))
+    return SceneTensors(images.permute(0, 3, 1, 2).contiguous(), regions, classes, boxes)
 
 
 def sample_boxes(source: SceneTensors, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -239,10 +238,10 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks, AdamW for the rest: several times faster than AdamW."""
     trained = [(name, parameter) for name, parameter in model.named_parameters()
                if parameter.requires_grad]
-    in_blocks = [parameter for name, parameter in trained if "blocks." in name and parameter.ndim
-                 == 2]
-    others = [parameter for name, parameter in trained if "blocks." not in name
-              or parameter.ndim != 2]
+    in_blocks = [parameter for name, parameter in trained
+                 if "blocks." in name and parameter.ndim == 2]
+    others = [parameter for name, parameter in trained
+              if "blocks." not in name or parameter.ndim != 2]
     return [torch.optim.Muon(in_blocks, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=1.2e-3, weight_decay=0.01, betas=(0.9, 0.98))]
 
@@ -254,10 +253,8 @@ def optimize(model: nn.Module, steps: int, log: Path,
     Linear warm-up, then linear to 0; a line of json every 50 steps.
     """
     chosen = optimizers(model)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each,
-                                                   lambda s: min((s + 1) / 100,
-                                                                 (steps - s) / steps))
-                 for each in chosen]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(
+        each, lambda s: min((s + 1) / 100, (steps - s) / steps)) for each in chosen]
     start, lines = time.perf_counter(), []
     for done in tqdm(range(1, steps + 1), desc="pretrain", unit="step"):
         loss, figures = loss_of_step()
@@ -273,16 +270,16 @@ def optimize(model: nn.Module, steps: int, log: Path,
             log.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors) -> tuple[nn.Module,
-                                                                                     str]:
+def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
+                  ) -> tuple[nn.Module, str]:
     """Contrast of crops with captions, no other supervision -> the model and its file's name.
 
     Logs the accuracy of naming what stands out in fresh crops.
     """
     write_clip_config(folder)
     name = f"local-dir:{folder}"
-    model, tokenizer = open_clip.create_model(name,
-                                              load_weights=False), open_clip.get_tokenizer(name)
+    model = open_clip.create_model(name, load_weights=False)
+    tokenizer = open_clip.get_tokenizer(name)
     rng = torch.Generator().manual_seed(cfg.SEED)
     fresh = draw_scenes(FIRST_SCENE["clip"] + cfg.SCENES, 200)
 
@@ -337,9 +334,9 @@ def pretrain_vfm(cfg: SimpleNamespace, folder: Path, source: SceneTensors) -> tu
         tokens, = model.forward_intermediates(images, indices=1, norm=True,
                                               intermediates_only=True)
         tokens = F.normalize(tokens.flatten(2).mT, dim=-1)
-        shares = F.one_hot(source.regions[scenes].long(),
-                           source.classes.shape[1]).permute(0, 3, 1, 2).float()
-        shares = F.normalize(F.avg_pool2d(shares, 8).flatten(2).mT, dim=-1)
+        shares = F.one_hot(source.regions[scenes].long(), source.classes.shape[1])
+        shares = F.avg_pool2d(shares.permute(0, 3, 1, 2).float(), 8)
+        shares = F.normalize(shares.flatten(2).mT, dim=-1)
         found, wanted = tokens @ tokens.mT, shares @ shares.mT
         agreement = ((found > 0.5) == (wanted > 0.5)).float().mean()
         return F.mse_loss(found, wanted), lambda: {"pairs": round(agreement.item(), 4)}

@@ -2,8 +2,7 @@
 
     python -m toy.world                 # the scenes, first
     python -m toy.table1 --search       # LR and λ of each row, judged on the dev scenes: 21 runs
-    python -m toy.table1                # each row with the settings in presets/, three seeds: 9
-    runs
+    python -m toy.table1                # each row as its preset says, with three seeds: 9 runs
 
 A run takes about a minute on a core. A row's settings are judged by the mean of its five figures. A
 run that is in OUT already is not repeated.
@@ -78,8 +77,8 @@ def report(cfg: SimpleNamespace) -> str:
     for name, runs in found.items():
         columns = [[run[figure] for run in runs] for figure in FIGURES]
         spread = [stdev(each) if len(each) > 1 else 0 for each in columns]
-        lines.append(f"{name:34}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}" for each,
-                                            wide in zip(columns, spread)))
+        lines.append(f"{name:34}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}"
+                                            for each, wide in zip(columns, spread)))
     return "\n".join(lines)
 
 

@@ -171,12 +171,12 @@ def zones(rng: np.random.Generator, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / size - 0.5
     angle = rng.uniform(0, 2 * np.pi)
     across, along = x * np.sin(angle) + y * np.cos(angle), x * np.cos(angle) - y * np.sin(angle)
-    across += rng.uniform(0.01,
-                          0.04) * np.sin(2 * np.pi * (along * rng.uniform(1, 2.5) + rng.uniform()))
+    across += (rng.uniform(0.01, 0.04)
+               * np.sin(2 * np.pi * (along * rng.uniform(1, 2.5) + rng.uniform())))
     borders = [[], [rng.uniform(-0.18, 0.18)],
                [rng.uniform(-0.25, -0.12), rng.uniform(0.12, 0.25)]][rng.integers(3)]
-    return sum((across > border).astype(np.uint8) for border in borders) + np.zeros((size, size),
-                                                                                    np.uint8)
+    return (sum((across > border).astype(np.uint8) for border in borders)
+            + np.zeros((size, size), np.uint8))
 
 
 class Shape(NamedTuple):
@@ -207,8 +207,7 @@ def random_shape(rng: np.random.Generator, size: int) -> Shape:
     turn, stretch = rng.uniform(-LARGEST_TURN, LARGEST_TURN), np.exp(rng.normal(0, 0.12))
     turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     return Shape(int(rng.integers(len(THINGS))), rng.uniform(0.12, 0.26) * size,
-                 rng.uniform(0.12, 0.88, 2) * size,
-                 np.diag([stretch, 1 / stretch]) @ turned)
+                 rng.uniform(0.12, 0.88, 2) * size, np.diag([stretch, 1 / stretch]) @ turned)
 
 
 def draw_scene(number: int, size: int = SIZE) -> Scene:
@@ -218,8 +217,7 @@ def draw_scene(number: int, size: int = SIZE) -> Scene:
     classes = [len(THINGS) + int(kind) for kind in rng.permutation(len(STUFF))[:regions.max() + 1]]
     painted = np.stack([texture(NAMES[kind], rng, size) for kind in classes])
     image = np.take_along_axis(painted, regions[None, ..., None].astype(int), axis=0)[0]
-    # pixels of each region before others covered it
-    whole = np.bincount(regions.ravel()).tolist()
+    whole = np.bincount(regions.ravel()).tolist()       # a region's pixels before others cover it
     for _ in range(rng.integers(1, 6)):
         shape = random_shape(rng, size)
         hue = (shape.kind / len(THINGS) + rng.normal(0, HUE_SPREAD)) % 1
@@ -232,9 +230,8 @@ def draw_scene(number: int, size: int = SIZE) -> Scene:
                 for pixels, before, kind in zip(seen, whole, classes)]
         if not all(kept) or seen[-1] < 0.01 * size**2:
             continue
-        # its shadow
+        # The shape's shadow, then the shape with a darker rim.
         image = image * (1 - 0.28 * shape.cover(size, shift=0.02 * size))
-        # with a darker rim
         image = image * (1 - cover) + colour * (0.72 + 0.28 * shape.cover(size, 0.86)) * cover
         regions, whole = after, [*whole, seen[-1]]
         classes.append(shape.kind)

@@ -28,14 +28,14 @@ def results(tmp_path):
     for number, (region, seg) in enumerate(files):
         means = {row: {"top1": 10 * number + place + 0.5} for place, row in enumerate(ROWS)}
         (tmp_path / f"{region}.json").write_text(json.dumps({"sizes": {"128": {"mAcc": means}}}))
-        (tmp_path / f"{seg}.json").write_text(json.dumps({"benchmarks": {"toy": {"mIoU": 10 * number
-                                                                                 + 9.5}}}))
+        benchmarks = {"toy": {"mIoU": 10 * number + 9.5}}
+        (tmp_path / f"{seg}.json").write_text(json.dumps({"benchmarks": benchmarks}))
     return tmp_path
 
 
 def test_the_table_has_each_figure_in_its_place(results):
-    table = demo.table(demo.read_results(settings.parse(options(results=results),
-                                                        demo))).splitlines()
+    cfg = settings.parse(options(results=results), demo)
+    table = demo.table(demo.read_results(cfg)).splitlines()
     of_method = {line[:36].strip(): line[36:].split() for line in table}
     assert of_method["CLIP"] == ["0.5", "1.5", "2.5", "3.5", "9.5"]
     assert of_method["DeCLIP"] == ["20.5", "21.5", "22.5", "23.5", "29.5"]
@@ -46,12 +46,11 @@ def test_the_figure_is_drawn(results, tmp_path, capsys):
     world.main(options(out=tmp_path / "toy", train=0, dev=0, val=3, size=64))
     DeCLIP("local-dir:toy/clip", "own").save(tmp_path / "declip.safetensors")
     demo.main(options(results=results, data=tmp_path, ckpt=tmp_path / "declip.safetensors",
-                      scenes=(0, 2),
-                      figure=tmp_path / "demo.png"))
+                      scenes=(0, 2), figure=tmp_path / "demo.png"))
     with Image.open(tmp_path / "demo.png") as figure:
         assert figure.width > figure.height > 300
-    # what to do next
-    assert "torchrun --nproc_per_node 8 train.py" in capsys.readouterr().out.splitlines()[-1]
+    what_next = capsys.readouterr().out.splitlines()[-1]
+    assert "torchrun --nproc_per_node 8 train.py" in what_next
 
 
 def test_without_results_it_says_what_to_run(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -25,12 +26,12 @@ VFM = f"local-dir:{ROOT / 'toy/vfm'}"
 
 def test_captions_name_what_stands_out():
     star, ring, dots, grid = (NAMES.index(name) for name in ("star", "ring", "dots", "grid"))
-    # a thing counts twice
+    # A thing counts twice.
     assert pretrain.caption([dots, star], [0.6, 0.4], only_first=True) == "star"
     assert pretrain.caption([dots, star], [0.7, 0.3], only_first=True) == "dots"
-    assert pretrain.caption([dots, grid, star, ring], [0.2, 0.5, 0.1, 0.2],
-                            False) == "ring and star on grid and dots"
-    # the rest is hardly visible
+    both = pretrain.caption([dots, grid, star, ring], [0.2, 0.5, 0.1, 0.2], only_first=False)
+    assert both == "ring and star on grid and dots"
+    # What is hardly visible is left out.
     assert pretrain.caption([dots, grid, star, -1], [0.9, 0.07, 0.03, 0.0], False) == "dots"
 
 
@@ -104,8 +105,8 @@ def test_open_clip_names_a_drawn_star(monkeypatch):
     monkeypatch.chdir(ROOT)
     clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:toy/clip")
     tokenizer = open_clip.get_tokenizer("local-dir:toy/clip")
-    star = next(scene for scene in map(draw_scene, range(100)) if NAMES[scene.classes[-1]]
-                == "star")
+    star = next(scene for scene in map(draw_scene, range(100))
+                if NAMES[scene.classes[-1]] == "star")
     x, y, width, height = describe(star, len(star.classes) - 1)["bbox"]
     crop = Image.fromarray(star.image).crop((x, y, x + width, y + height))
     with torch.no_grad():
@@ -117,8 +118,8 @@ def test_open_clip_names_a_drawn_star(monkeypatch):
 
 def test_our_model_is_open_clips(monkeypatch):
     monkeypatch.chdir(ROOT)
-    theirs, ours = open_clip.create_model("local-dir:toy/clip").eval(), DeCLIP("local-dir:toy/clip",
-                                                                               "own")
+    theirs = open_clip.create_model("local-dir:toy/clip").eval()
+    ours = DeCLIP("local-dir:toy/clip", "own")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images),
@@ -158,12 +159,21 @@ def test_the_teacher_knows_its_world(monkeypatch, tmp_path):
 
 
 PROGRAM = """
+import sys
 import open_clip, timm, torch
+from safetensors.torch import load_file
 clip = open_clip.create_model("local-dir:toy/clip").eval()
 vfm = timm.create_model("local-dir:toy/vfm", pretrained=True).eval()
+shipped = [load_file("toy/clip/open_clip_model.safetensors"),
+           load_file("toy/vfm/model.safetensors")]
+for model, weights in zip((clip, vfm), shipped):
+    own = model.state_dict()
+    assert own.keys() == weights.keys()
+    assert all(torch.equal(own[name], value.float()) for name, value in weights.items())
 with torch.no_grad():
     print(clip.encode_image(torch.ones(1, 3, 64, 64)).shape, clip.encode_image(
         torch.ones(1, 3, 96, 80)).shape, vfm.forward_features(torch.ones(1, 3, 128, 96)).shape)
+assert not {"toy", "model", "data", "util"} & {name.partition(".")[0] for name in sys.modules}
 """
 
 
@@ -174,13 +184,19 @@ def test_both_models_load_without_this_repository_being_imported():
     assert succeeds(done).strip() == " ".join(f"torch.Size({shape})" for shape in shapes)
 
 
-def test_the_shipped_configurations_are_those_of_pretraining(tmp_path):
+def test_the_shipped_configurations_are_those_of_pretraining(tmp_path, monkeypatch):
     for kind, tower in (("clip", pretrain.CLIP_TOWER), ("vfm", pretrain.VFM_TOWER)):
         assert json.loads((ROOT / "toy" / kind / "config.json").read_text()) == tower
+    monkeypatch.chdir(tmp_path)         # paths in open_clip's file are those that were given
+    pretrain.write_clip_config(Path("toy/clip"))
+    for name in ("config.json", "open_clip_config.json", "merges.txt.gz"):
+        written = (tmp_path / "toy/clip" / name).read_bytes()
+        assert written == (ROOT / "toy/clip" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("words", [["dog"], ["clip", "vfm"], []])
-def test_a_model_must_be_named(words):
+@pytest.mark.parametrize("words, said", [(["dog"], "name one of clip, vfm"), ([], "required: kind"),
+                                         (["clip", "vfm"], "name one of clip, vfm")])
+def test_a_model_must_be_named(capsys, words, said):
     with pytest.raises(SystemExit) as error:
         pretrain.main(words)
-    assert error.value.code == 2 or "name one of clip, vfm" in str(error.value)
+    assert said in f"{error.value}{capsys.readouterr().err}"

@@ -38,8 +38,8 @@ def test_search_marks_the_best_of_each_row(monkeypatch):
 
 
 def test_report_is_mean_and_spread(monkeypatch):
-    monkeypatch.setattr(table1, "figures", lambda cfg, name, given, seed,
-                        scenes: dict.fromkeys(table1.FIGURES, 10.0 * seed))
+    monkeypatch.setattr(table1, "figures", lambda cfg, name, given, seed, scenes:
+                        dict.fromkeys(table1.FIGURES, 10.0 * seed))
     lines = table1.report(settings.parse(["--seeds", "1", "2", "3"], table1)).splitlines()
     assert len(lines) == 4 and all(line.count("20.0 ± 10.0") == 5 for line in lines[1:])
 

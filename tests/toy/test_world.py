@@ -37,9 +37,9 @@ def test_a_thing_has_the_hue_of_its_class():
     distances = []
     for number in range(30):
         scene = draw_scene(number, 96)
-        for number_of, kind in enumerate(scene.classes):
+        for region, kind in enumerate(scene.classes):
             if kind < len(THINGS):
-                pixels = scene.image[scene.regions == number_of]
+                pixels = scene.image[scene.regions == region]
                 hue = np.asarray(Image.fromarray(pixels[None]).convert("HSV"))[0, :, 0] / 256
                 away = (np.median(hue) - kind / len(THINGS) + 0.5) % 1 - 0.5
                 distances.append(abs(away) * 360)
@@ -55,7 +55,7 @@ def drawn(tmp_path_factory) -> Path:
 
 
 def test_both_layouts_say_the_same(drawn):
-    """The panoptic segments that eval_region.py reads and the labels that eval_seg.py reads,
+    """The panoptic regions that eval_region.py reads and the labels that eval_seg.py reads,
     against the scene itself."""
     root = drawn / "toy" / "val"
     regions = PanopticRegions(root / "panoptic.json", root / "panoptic", root / "images")
@@ -88,7 +88,7 @@ def test_drawing_again_leaves_no_old_scenes(drawn, tmp_path):
     world.main(options(out=tmp_path, train=3, dev=2, val=1, size=64))
     world.main(options(out=tmp_path, train=2, dev=0, val=1, size=32))
     sizes = [Image.open(path).size for path in sorted((tmp_path / "train").glob("*.png"))]
-    # 0 leaves what is there
+    # dev=0 keeps the dev scenes.
     assert sizes == [(32, 32)] * 2 and len(list((tmp_path / "dev" / "images").iterdir())) == 2
 
 
