@@ -92,9 +92,8 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
         with fields_of(images):
             entries = read_json(images, "images")["images"]
             found = [str(root / entry["file_name"]) for entry in entries]
-        alien = None if outside else next((path for path in found if not is_below(path, root)),
-                                          None)
-        if alien:
+        alien = first_outside(found, root)
+        if alien and not outside:
             raise UserError(f"{images} names {alien}, which is not below {root.absolute()}; set "
                             "IMAGE_ROOT to the folder of its images, or OUTSIDE_ROOT if you trust "
                             "the json.")
@@ -111,9 +110,10 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
     return found
 
 
-def is_below(path: str, folder: Path) -> bool:
-    """Whether a path, with its `..` resolved, is below a folder."""
-    return os.path.abspath(path).startswith(os.path.join(os.path.abspath(folder), ""))
+def first_outside(paths: list[str], folder: Path) -> str | None:
+    """The first path that is not below a folder once its `..` are resolved, None if all are."""
+    base = os.path.join(os.path.abspath(folder), "")
+    return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
 
 
 def walk_images(folder: Path) -> Iterator[str]:
