@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from util import UserError
 from util.distributed import Ranks
-from util.files import fields_of, read_json
+from util.files import fields_of, find, read_json
 from util.run import ignore_signals
 
 MAX_PIXELS = 100_000_000     # larger images are not decoded: a small file could fill the memory
@@ -413,12 +413,19 @@ def make_classes(lines: Sequence[str]) -> Classes:
                    [name for names in synonyms for name in names], owner)
 
 
+def first_twice(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice, None if none does. A tokenizer sees no capitals."""
+    counts = Counter(name.casefold() for name in names)
+    return next((name for name in names if counts[name.casefold()] > 1), None)
+
+
 def read_classes(path: str | Path) -> Classes:
     """A class file: one class a line, synonyms after commas. Empty and # lines do not count.
 
-    Raises UserError if there is no such file, or if it names no class or one twice.
+    A relative path is looked for in the present folder, then in the repository. Raises UserError if
+    there is no such file, if it names no class, or a name twice, in capitals or not.
     """
-    path = Path(path) if Path(path).exists() else Path(__file__).parent / path
+    path = find(path)
     if not path.is_file():
         raise UserError(f"There is no class file {path}; write one, a class a line, synonyms after "
                         "commas.")
@@ -432,7 +439,8 @@ def read_classes(path: str | Path) -> Classes:
     if not lines:
         raise UserError(f"The class file {path} names no class; write one a line.")
     classes = make_classes(lines)
-    twice = next((name for name, count in Counter(classes.names).items() if count > 1), None)
+    twice = first_twice(classes.prompts)
     if twice:
-        raise UserError(f"The class file {path} has the class {twice!r} twice; remove one.")
+        raise UserError(f"The class file {path} has the name {twice!r} twice; remove one, or tell "
+                        "them apart, such as \"star (sky)\".")
     return classes

@@ -10,9 +10,11 @@ templates. Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.
 checkpoint.
 """
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from data import Classes, constant, load_share, normalize, pad_to, read_classes, read_image, resize
 from model import DeCLIP, encode_classes, open_model, title
 from util import UserError, distributed, settings
-from util.files import fields_of, read_json, write_result
+from util.files import fields_of, find, read_json, write_result
 from util.precision import autocast, check_precision
 
 # The model
@@ -44,12 +46,13 @@ TEMPLATES = "imagenet"              # imagenet: 80 templates (paper); simple: 7;
 PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
 
 # The data
-BENCHMARKS = ("voc20", "voc21")     # which to evaluate; all: the paper's eight that are there
+BENCHMARKS = ("voc20", "voc21")     # which to evaluate; all: the paper's eight; my.json: your own
 DATA = "data"                       # folder that holds the data sets in their original layouts
 CLASSES: str | None = None          # class file instead of the benchmark's own in classes/
 
 # The protocol
 SHORT_SIDE = 448                    # of the image, in pixels; larger is finer and takes longer
+LONG_SIDE = 2048                    # most that the longer side may have; the authors' limit
 WINDOW = 336                        # side of a window; a multiple of the patch size
 STRIDE = 112                        # from window to window
 LOGIT_SCALE: float | None = None    # factor of the cosines before the softmax; None: 40 (VOC21: 80)
@@ -73,11 +76,10 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     check(cfg)
     sets, missing = find_data(cfg)
     clip = open_model(cfg).to(ranks.device)
-    check_patches(cfg, clip)
     result = {}
     for name, (dataset, classes) in sets.items():
-        own = dataset.benchmark
-        rules = protocol(cfg, own.logit_scale, own.threshold)
+        rules = dataset.benchmark.rules(cfg)
+        check_patches(rules, clip)
         text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
         segmenter = partial(predict, rules, clip, classes, text)
         confusion = evaluate(cfg, segmenter, dataset, len(classes), ranks, name)
@@ -105,18 +107,17 @@ def protocol(cfg: SimpleNamespace, logit_scale: float, threshold: float | None
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    unknown = [name for name in cfg.BENCHMARKS if name not in KNOWN_BENCHMARKS]
-    if unknown and cfg.BENCHMARKS != ("all",):
-        raise UserError(f"There is no benchmark {unknown[0]!r}; choose among "
-                        f"{', '.join(KNOWN_BENCHMARKS)}, or all alone.")
     settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_windows(cfg)
+    if cfg.BENCHMARKS != ("all",):
+        for name in cfg.BENCHMARKS:
+            check_windows(find_benchmark(name).rules(cfg))
 
 
 def check_windows(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting of the sliding window that is out of its range."""
     check_precision(cfg.PRECISION)
-    settings.check_least(cfg, SHORT_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
+    settings.check_least(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
     if not 0 < cfg.STRIDE <= cfg.WINDOW:
@@ -134,7 +135,9 @@ def check_patches(cfg: SimpleNamespace, clip: DeCLIP) -> None:
 
 # ---------------------------------------------------------------------------------- benchmarks
 
-VOID = 255      # label of pixels that do not count
+CLASS_FILES = Path(__file__).parent / "classes"
+VOID = -1       # label of pixels that do not count
+UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,17 @@ class Benchmark:
     names: str                          # file of the images' names, one a line; or * or */*
     image: str                          # path of an image
     label: str                          # path of its label PNG, or of a COCO-instances json
-    classes: str                        # file in classes/
+    classes: str                        # class file, by default in classes/
     values: Sequence[int]               # label value of each class in `classes`
     void: Sequence[int] = ()            # label values of pixels that do not count
     threshold: float | None = None      # background is the first class, where none is more probable
     logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
+    protocol: dict[str, int] = field(default_factory=dict)      # short_side, window ... if its own
+
+    def rules(self, cfg: SimpleNamespace) -> SimpleNamespace:
+        """The settings with this benchmark's protocol."""
+        own = {name.upper(): value for name, value in self.protocol.items()}
+        return protocol(SimpleNamespace(**vars(cfg) | own), self.logit_scale, self.threshold)
 
 
 VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg",
@@ -188,15 +197,57 @@ KNOWN_BENCHMARKS = {
 PAPER_BENCHMARKS = tuple(name for name in KNOWN_BENCHMARKS if not name.startswith("toy"))
 
 
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of a name, or the one that a user's json file describes (docs/data.md).
+
+    Paths in the json are relative to it. Raises UserError if there is none, or for wrong fields.
+    """
+    if name in KNOWN_BENCHMARKS:
+        return KNOWN_BENCHMARKS[name]
+    if not name.endswith(".json"):
+        raise UserError(f"There is no benchmark {name!r}; choose among "
+                        f"{', '.join(KNOWN_BENCHMARKS)}, all alone, or a json file of your own.")
+    content = read_json(name, "image", "label", "classes")
+    wrong = next((key for key, value in content.items() if not is_field(key, value)), None)
+    if wrong:
+        raise UserError(f"{name} has {wrong!r}: {json.dumps(content[wrong])[:60]}, which is no "
+                        "field of a benchmark or has a wrong value; docs/data.md shows a whole "
+                        "file.")
+    folder = Path(name).absolute().parent
+    own_classes = folder / content["classes"]
+    classes = own_classes if own_classes.is_file() else CLASS_FILES / content["classes"]
+    content = {"names": "*", "values": range(len(read_classes(classes)))} | content
+    return Benchmark(**content | {"folder": str(folder / content.get("folder", "")),
+                                  "classes": str(classes)})
+
+
+def is_field(key: str, value: object) -> bool:
+    """Whether a user's json may have a field of Benchmark with this value."""
+    if key in ("values", "void"):
+        return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**16
+                                               for each in value)
+    if key == "protocol":
+        return isinstance(value, dict) and all(
+            side in ("short_side", "long_side", "window", "stride") and type(pixels) is int
+            for side, pixels in value.items())
+    if key in ("threshold", "logit_scale"):
+        return type(value) in (int, float)
+    if key in ("image", "label"):
+        has_instances = key == "label" and str(value).endswith(".json")
+        pattern = r"[^{}]*" if has_instances else r"[^{}]*\{\}[^{}]*"
+        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+    return key in ("folder", "names", "classes") and isinstance(value, str)
+
+
 class MissingData(UserError):
     """A benchmark's files are not where they should be."""
 
 
 class SegmentationImages(Dataset):
-    """A benchmark: item i is (uint8 image (3, H, W), uint8 label (H, W) of classes or VOID)."""
+    """A benchmark: item i is (uint8 image (3, H, W), int16 label (H, W) of classes or VOID)."""
 
     def __init__(self, benchmark: Benchmark, data: str | Path):
-        self.root = Path(data) / benchmark.folder
+        self.root = find(Path(data) / benchmark.folder)
         self.benchmark = benchmark
         self.names = self._list()
         has_instances = benchmark.label.endswith(".json")
@@ -206,8 +257,8 @@ class SegmentationImages(Dataset):
             if not first.is_file():
                 raise MissingData(f"There is no {first.absolute()}; unpack all of the data set, "
                                   "images and labels.")
-        # The class of each label value, -1 for values that the benchmark does not have.
-        self.lookup = np.full(65536, -1, dtype=np.int16)
+        # The class of each label value.
+        self.lookup = np.full(65536, UNKNOWN, dtype=np.int16)
         self.lookup[list(benchmark.void)] = VOID
         self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
 
@@ -218,7 +269,8 @@ class SegmentationImages(Dataset):
         place = self.root / (self.benchmark.names if is_listed else pattern)
         names = []
         if is_listed and place.is_file():
-            names = place.read_text(encoding="utf-8-sig").split()
+            lines = place.read_text(encoding="utf-8-sig").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
         elif not is_listed:
             before, after = self.benchmark.image.split("{}")
             paths = sorted(path.relative_to(self.root).as_posix()
@@ -239,7 +291,7 @@ class SegmentationImages(Dataset):
         path = self.root / self.benchmark.label.format(self.names[index])
         try:
             if self.instances:
-                file_name = f"{Path(self.names[index]).name}.jpg"
+                file_name = Path(self.benchmark.image.format(self.names[index])).name
                 values = self.instances.render(file_name, *image.shape[1:])
             else:
                 values = read_label(path)
@@ -247,14 +299,15 @@ class SegmentationImages(Dataset):
             raise UserError(f"{path} can't be read as a label image ({error}); download it again."
                             ) from None
         label = self.lookup[values]
-        if (label < 0).any():
-            unknown = ", ".join(map(str, np.unique(values[label < 0])[:5]))
-            raise UserError(f"{path} has {(label < 0).sum()} pixels of values that are no class "
-                            f"and not void ({unknown}); take the labels of this benchmark.")
+        unknown = values[label == UNKNOWN]
+        if unknown.size:
+            some = ", ".join(map(str, np.unique(unknown)[:5]))
+            raise UserError(f"{path} has {unknown.size} pixels of values that are no class and not "
+                            f"void ({some}); take the labels of this benchmark.")
         if label.shape != tuple(image.shape[1:]):
             raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; "
                             "they must be of one size.")
-        return image, torch.from_numpy(label.astype(np.uint8))
+        return image, torch.from_numpy(label)
 
 
 def read_label(path: Path) -> np.ndarray:
@@ -296,21 +349,26 @@ class Instances:
         if file_name not in self.image_of:
             raise UserError(f"{self.path} says nothing of {file_name}; give the json and the "
                             "images of one split.")
-        label = np.zeros((height, width), np.uint8)
-        objects = [(self._mask(shape, height, width), self.value[category])
-                   for category, shape in self.of_image.get(self.image_of[file_name], [])]
-        for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
-            label[mask] = value
+        label = np.zeros((height, width), np.uint16)
+        with fields_of(self.path):
+            objects = [(self._mask(shape, height, width), self.value[category])
+                       for category, shape in self.of_image.get(self.image_of[file_name], [])]
+            for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
+                label[mask] = value
         return label
 
     @staticmethod
     def _mask(shape: list | dict, height: int, width: int) -> np.ndarray:
         """Polygons, or a run-length code in either of COCO's forms -> bool (height, width)."""
-        if isinstance(shape, dict) and isinstance(shape["counts"], str):
-            return coco_masks.decode(shape).astype(bool)
-        codes = coco_masks.frPyObjects(shape, height, width)
-        codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
-        return coco_masks.decode(codes).astype(bool)
+        if isinstance(shape, dict) and list(shape["size"]) != [height, width]:
+            raise TypeError(f"a mask of {shape['size']} for an image of {[height, width]}")
+        try:
+            is_compressed = isinstance(shape, dict) and isinstance(shape["counts"], str)
+            codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
+            codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
+            return coco_masks.decode(codes).astype(bool)
+        except Exception as error:      # pycocotools raises anything
+            raise TypeError(error) from None
 
 
 def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages, Classes]],
@@ -321,8 +379,9 @@ def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages,
     wants_all = cfg.BENCHMARKS == ("all",)
     for name in PAPER_BENCHMARKS if wants_all else cfg.BENCHMARKS:
         try:
-            dataset = SegmentationImages(KNOWN_BENCHMARKS[name], cfg.DATA)
+            dataset = SegmentationImages(find_benchmark(name), cfg.DATA)
             sets[name] = dataset, benchmark_classes(cfg, name)
+            dataset[0]      # a label of another data set is found before a model is loaded
         except MissingData as error:
             if not wants_all:
                 raise
@@ -335,8 +394,8 @@ def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages,
 
 def benchmark_classes(cfg: SimpleNamespace, name: str) -> Classes:
     """A benchmark's class list; UserError if a user's own has another number of lines."""
-    benchmark = KNOWN_BENCHMARKS[name]
-    path = cfg.CLASSES or Path(__file__).parent / "classes" / benchmark.classes
+    benchmark = find_benchmark(name)
+    path = cfg.CLASSES or CLASS_FILES / benchmark.classes
     classes = read_classes(path)
     if len(classes) != len(benchmark.values):
         raise UserError(f"{path} has {len(classes)} classes, but {name} has "
@@ -409,7 +468,7 @@ def score_images(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], t
     Windows of all images together fill the batches.
     """
     # 1. Resize; an image smaller than a window is one window, padded
-    sizes = [resized_size(image, cfg.SHORT_SIDE) for image in images]
+    sizes = [resized_size(image, cfg.SHORT_SIDE, cfg.LONG_SIDE) for image in images]
     resized = [pad_to(resize(image, *size), *(max(side, cfg.WINDOW) for side in size))
                for image, size in zip(images, sizes)]
     resized = [normalize(image, clip.mean, clip.std) for image in resized]
@@ -433,9 +492,10 @@ def score_images(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], t
     return out
 
 
-def resized_size(image: Tensor, short_side: int) -> tuple[int, int]:
-    """Height and width of an image (..., H, W) with its shorter side resized to `short_side`."""
-    factor = short_side / min(image.shape[-2:])
+def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:
+    """Height and width of an image (..., H, W) with its shorter side resized to `short_side`, or
+    its longer one to `long_side` if that would be exceeded."""
+    factor = min(short_side / min(image.shape[-2:]), long_side / max(image.shape[-2:]))
     return tuple(max(1, round(side * factor)) for side in image.shape[-2:])
 
 

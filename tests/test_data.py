@@ -253,14 +253,21 @@ def named_json(tmp_path):
     return tmp_path / "x.json"
 
 
+def text_file(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    return tmp_path / "x.txt"
+
+
 @pytest.mark.parametrize("make, sentence", [
     (lambda t: data.list_images(t / "no"), "no does not exist; put images there"),
     (lambda t: data.list_images(t), "holds no image; put images there"),
     (lambda t: data.list_images(t / "no.json"), "There is no file"),
     (lambda t: data.list_images(named_json(t), t / "no"), "which is not there; set IMAGE_ROOT"),
     (lambda t: data.read_image(__file__), "can't be read as an image"),
-    (lambda t: data.read_classes(t / "no.txt"), "There is no class file"),
+    (lambda t: data.read_classes("my/no.txt"), "There is no class file my/no.txt"),
+    (lambda t: data.read_classes(text_file(t, "Star\nsun, star")), "has the name 'Star' twice"),
     (lambda t: files.read_json(__file__), "is not json"),
+    (lambda t: files.read_json(text_file(t, "[" * 10**5)), "is not json"),
 ])
 def test_refusals_say_what_to_do(tmp_path, make, sentence):
     with pytest.raises(ValueError) as error:

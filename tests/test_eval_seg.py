@@ -48,7 +48,7 @@ def test_miou_agrees_with_a_direct_computation():
     draw = np.random.default_rng(0)
     label, prediction = draw.integers(0, 4, (30, 40)), draw.integers(0, 5, (30, 40))
     label[draw.random(label.shape) < 0.2] = VOID
-    confusion = eval_seg.confusion_matrix(torch.from_numpy(label).byte(),
+    confusion = eval_seg.confusion_matrix(torch.from_numpy(label).short(),
                                           torch.from_numpy(prediction), 6)
     result = eval_seg.summarize(confusion, make_classes(list("abcdef")))
     expected = slow_iou(label, prediction, 6)
@@ -60,12 +60,23 @@ def test_miou_agrees_with_a_direct_computation():
                                                             == prediction)[label != VOID].mean())
 
 
+@pytest.mark.parametrize("size", [(4000, 2), (3, 5000)])
+def test_a_long_strip_is_not_blown_up(size):
+    """Its longer side, not the shorter one, decides: 4000 x 2 would become 96,000 x 48 pixels."""
+    cfg, clip, classes = config(long_side=128), DeCLIP("tiny-eva"), make_classes(["cat", "dog"])
+    image = torch.randint(0, 256, (3, *size)).byte()
+    scores, = eval_seg.score_images(cfg, clip, [image], torch.randn(2, 32))
+    assert scores.patches[0].numel() <= 128 // 16 * 4 * 4     # a row of windows of 4 x 4 patches
+    prediction, = eval_seg.predict(cfg, clip, classes, torch.randn(2, 32), [image])
+    assert prediction.shape == size
+
+
 def test_perfect_prediction_is_100_and_a_shift_by_one_is_not():
     label = torch.randint(0, 4, (20, 20))
     classes = make_classes(list("abcd"))
-    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), label, 4),
+    assert eval_seg.summarize(eval_seg.confusion_matrix(label.short(), label, 4),
                               classes)["mIoU"] == 100
-    assert eval_seg.summarize(eval_seg.confusion_matrix(label.byte(), (label + 1) % 4, 4),
+    assert eval_seg.summarize(eval_seg.confusion_matrix(label.short(), (label + 1) % 4, 4),
                               classes)["mIoU"] == 0
 
 

@@ -201,6 +201,25 @@ def test_smaller_objects_are_on_top(tmp_path):
                                                                              == 1).sum() == 64 - 8
 
 
+@pytest.mark.parametrize("shape", [7, [[1]], {"size": [4, 6]}, {"size": [9, 9], "counts": "0"},
+                                   {"size": [4, 6], "counts": "\x7f\x7f"}, [["a", "b"]]])
+def test_a_segmentation_of_another_form_is_one_sentence(tmp_path, shape):
+    listed = [{"image_id": 5, "category_id": 3, "segmentation": shape}]
+    (tmp_path / "instances.json").write_text(json.dumps({
+        "images": [{"id": 5, "file_name": "a.jpg"}], "annotations": listed,
+        "categories": [{"id": 3}]}))
+    with pytest.raises(ValueError, match="instances.json has an entry"):
+        eval_seg.Instances(tmp_path / "instances.json").render("a.jpg", 4, 6)
+
+
+@pytest.mark.parametrize("field, value", [("images", 3), ("categories", [3]),
+                                          ("annotations", [None])])
+def test_a_json_of_wrong_types_is_one_sentence(tmp_path, field, value):
+    (tmp_path / "instances.json").write_text(json.dumps(instances() | {field: value}))
+    with pytest.raises(ValueError, match="has an entry of another form"):
+        eval_seg.Instances(tmp_path / "instances.json")
+
+
 def test_an_image_without_objects_is_background_and_one_of_another_split_is_refused(tmp_path):
     content = instances() | {"annotations": []}
     (tmp_path / "instances.json").write_text(json.dumps(content))
@@ -288,15 +307,17 @@ def test_label_images_are_one_number_a_pixel(tmp_path, mode):
 
 
 def test_labels_of_16_bits(tmp_path):
-    """Values beyond 255, as of PASCAL-Context's 459 classes."""
+    """More classes than 8 bits have, as PASCAL-Context's 459; the last ones don't wrap around."""
     write("voc20", tmp_path)
     path = str(tmp_path / PLACES["voc20"][1]).format(0)
     label = np.asarray(Image.open(path))
     Image.fromarray(label.astype(np.uint16) + 300).save(path)
-    moved = dataclasses.replace(KNOWN_BENCHMARKS["voc20"], values=range(301, 321),
-                                void=(300, 555))
-    expected = expected_label("voc20", 0)
-    assert np.array_equal(SegmentationImages(moved, tmp_path)[0][1], expected)
+    many = dataclasses.replace(KNOWN_BENCHMARKS["voc20"], values=range(301), void=())
+    with pytest.raises(ValueError, match="that are no class"):
+        SegmentationImages(many, tmp_path)[0]
+    many = dataclasses.replace(many, values=range(400), void=(555,))
+    expected = np.where(label == 255, VOID, label.astype(int) + 300)
+    assert np.array_equal(SegmentationImages(many, tmp_path)[0][1], expected)
 
 
 def test_labels_that_are_all_void_are_no_score(tmp_path, checkpoint):

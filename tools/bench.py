@@ -48,6 +48,7 @@ from data import (
     student_image,
 )
 from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
+    LONG_SIDE,
     SHORT_SIDE,
     STRIDE,
     WINDOW,

@@ -142,7 +142,7 @@ def score_image(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor)
 
     They are summed at the size that the model sees.
     """
-    h, w = resized_size(image, cfg.SHORT_SIDE)
+    h, w = resized_size(image, cfg.SHORT_SIDE, cfg.LONG_SIDE)
     resized = pad_to(resize(image, h, w), max(h, cfg.WINDOW), max(w, cfg.WINDOW))
     resized = normalize(resized, clip.mean, clip.std)
     total = resized.new_zeros(len(text), *resized.shape[1:])

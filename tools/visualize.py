@@ -33,6 +33,7 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     CKPT,
     CONTEXT,
     LOGIT_SCALE,
+    LONG_SIDE,
     MODEL,
     OUT,
     PRECISION,

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 from util import UserError
 
+ROOT = Path(__file__).parent.parent     # the repository
+
 
 def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
     """Calls `write` with a temporary name, flushes that file to the disk and renames it to `path`.
@@ -45,6 +47,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def find(path: str | Path) -> Path:
+    """A path as seen from the present folder or, if nothing is there, from the repository."""
+    in_repository = ROOT / path
+    return in_repository if in_repository.exists() and not Path(path).exists() else Path(path)
+
+
 def write_json(path: str | Path, content: dict) -> None:
     """Writes `content` as indented json."""
     text = json.dumps(content, indent=2)
@@ -71,7 +79,7 @@ def read_json(path: str | Path, *fields: str) -> dict:
                         "annotations there.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not json ({error}); download it again.") from None
     missing = [field for field in fields if not isinstance(content, dict) or field not in content]
     if missing:
@@ -82,9 +90,13 @@ def read_json(path: str | Path, *fields: str) -> dict:
 
 @contextmanager
 def fields_of(path: str | Path) -> Iterator[None]:
-    """Within it, entries of the json `path` are read: a missing field raises a UserError."""
+    """Within it, entries of the json `path` are read: UserError for one that lacks a field, or has
+    one of another type."""
     try:
         yield
     except KeyError as error:
         raise UserError(f"{path} has an entry without the field {error}; download it again."
                         ) from None
+    except (TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{path} has an entry of another form than COCO's ({error}); download it "
+                        "again.") from None

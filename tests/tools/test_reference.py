@@ -317,7 +317,7 @@ def test_segmentation_is_that_of_the_plain_form(threshold, lines):
 
 
 def test_confusion_matrix_leaves_void_out():
-    label = torch.tensor([[0, 1, VOID], [1, 1, VOID]]).byte()
+    label = torch.tensor([[0, 1, VOID], [1, 1, VOID]]).short()
     prediction = torch.tensor([[0, 1, 1], [0, 1, 0]])
     assert eval_seg.confusion_matrix(label, prediction, 2).tolist() == [[1, 0], [1, 2]]
 
