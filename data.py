@@ -5,6 +5,7 @@ it is resized, padded, cut into crops and normalised (`student_image`, `grid_cro
 model that sees it.
 """
 
+import math
 import os
 import random
 import signal
@@ -31,19 +32,23 @@ from util.distributed import Ranks
 from util.files import fields_of, find, read_json
 from util.run import ignore_signals
 
-MAX_PIXELS = 100_000_000     # larger images are not decoded: a small file could fill the memory
+MOST_PIXELS = 100_000_000    # larger images are not decoded: a small file could fill the memory
 Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Image files that are not read, and are named when they are left out.
+OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".dng",
+                  ".nef", ".cr2", ".arw", ".svg", ".eps", ".psd")
 # PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
 
 # --------------------------------------------------------------------------------- image files
 
-def read_image(path: str | Path, upright: bool = False) -> Tensor:
+def read_image(path: str | Path, upright: bool = False, most: int | None = None) -> Tensor:
     """An image file as RGB, uint8 (3, H, W). UserError names a file that can't be read.
 
     upright: turn it as its EXIF entry says. Annotations are made for images as they are stored.
+    most: an image of more pixels is reduced by a whole factor while it is decoded, None for never.
     """
     try:
         with warnings.catch_warnings():
@@ -51,7 +56,7 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
             if Path(path).exists() and not Path(path).is_file():
                 raise ValueError("it is no regular file")
             with Image.open(path, formats=FORMATS) as file:
-                return torch.from_numpy(decode(file, upright)).permute(2, 0, 1)
+                return torch.from_numpy(decode(file, upright, most)).permute(2, 0, 1)
     except Exception as error:      # decoders raise anything on damaged files
         reason = " ".join((str(error) or type(error).__name__).split())
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
@@ -59,36 +64,57 @@ def read_image(path: str | Path, upright: bool = False) -> Tensor:
                         ) from None
 
 
-def decode(file: Image.Image, upright: bool) -> np.ndarray:
+def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndarray:
     """An opened image as RGB, uint8 (H, W, 3).
 
     Raises ValueError if it is too large or has values of an unknown range.
     """
     if file.mode == "F":
         raise ValueError("it has floating-point values of an unknown range")
-    if file.width * file.height > MAX_PIXELS:
-        raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_PIXELS:,} pixels "
+    factor = reduction(file, most)
+    if factor > 1:      # a JPEG can be decoded at a half, a quarter or an eighth
+        file.draft(None, (max(1, file.width // factor), max(1, file.height // factor)))
+        factor = reduction(file, most)
+    if file.width * file.height > MOST_PIXELS:
+        raise ValueError(f"it is {file.width} x {file.height}, and at most {MOST_PIXELS:,} pixels "
                          "are decoded")
-    if file.mode.startswith("I"):       # 16 bits; PIL would clip them instead of scaling
-        values = np.array(file)
-        file = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
     if upright:
         ImageOps.exif_transpose(file, in_place=True)
+    shift = 8 if file.mode.startswith("I") and file.getextrema()[1] > 255 else 0
+    if factor == 1:
+        return to_rgb(file, shift)
+    # In strips: a copy of the whole image in RGB takes more memory than many files.
+    step = 32 * factor
+    strips = [file.crop((0, top, file.width, min(top + step, file.height)))
+              for top in range(0, file.height, step)]
+    return np.concatenate([np.array(Image.fromarray(to_rgb(strip, shift)).reduce(factor))
+                           for strip in strips])
+
+
+def reduction(file: Image.Image, most: int | None) -> int:
+    """The least factor by which both sides are divided to have at most `most` pixels."""
+    return math.ceil((file.width * file.height / most) ** 0.5) if most else 1
+
+
+def to_rgb(file: Image.Image, shift: int) -> np.ndarray:
+    """RGB, uint8 (H, W, 3). shift: bits by which values of 16 bits are scaled."""
+    if file.mode.startswith("I"):       # PIL would clip them
+        file = Image.fromarray((np.array(file) >> shift).astype(np.uint8))
     # A needless copy would cost a tenth of the time.
     return np.array(file if file.mode == "RGB" else file.convert("RGB"))
 
 
-def list_images(images: str | Path, root: str | Path | None = None, outside: bool = False
-                ) -> list[str]:
+def list_images(images: str | Path, root: str | Path | None = None, outside: bool = False,
+                others: Counter[str] | None = None) -> list[str]:
     """The sorted image files below a folder, or those that a COCO-style json names.
 
     root: folder of the json's images, by default the json's own. outside: a json may name images
-    that are not below it.
+    that are not below it. others: gets the number of image files of each suffix that is not read.
     Raises UserError that says where it looked if there are none.
     """
-    images = Path(images)
+    images, others = find(images), Counter() if others is None else others
     if images.suffix == ".json":
-        root = Path(root or images.parent)
+        root = find(root or images.parent)
         with fields_of(images):
             entries = read_json(images, "images")["images"]
             found = [str(root / entry["file_name"]) for entry in entries]
@@ -101,9 +127,10 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
             raise UserError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the "
                             "folder of its images.")
     else:
-        found = sorted(walk_images(images))
+        found = sorted(walk_images(images, others))
     if not found:
         state = "holds no image" if images.exists() else "does not exist"
+        state += f" but {counted(others)}, which are not read" if others else ""
         raise UserError(f"{images.absolute()} {state}; put images there (any folder of "
                         f"{', '.join(IMAGE_SUFFIXES)} files, or a COCO-style json) or set IMAGES "
                         "to where they are.")
@@ -116,7 +143,12 @@ def first_outside(paths: list[str], folder: Path) -> str | None:
     return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
 
 
-def walk_images(folder: Path) -> Iterator[str]:
+def counted(others: Counter[str]) -> str:
+    """Numbers of files by suffix, for a sentence."""
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())
+
+
+def walk_images(folder: Path, others: Counter[str]) -> Iterator[str]:
     """Image files below a folder except hidden ones; follows links, enters each folder once."""
     entered = set()
     for path, folders, names in os.walk(folder, followlinks=True):
@@ -124,8 +156,11 @@ def walk_images(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         entered.add(os.path.realpath(path))
-        yield from (os.path.join(path, name) for name in names
-                    if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+        names = [name for name in names if not name.startswith(".")]
+        suffixes = [os.path.splitext(name)[1].lower() for name in names]
+        others.update(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
+        yield from (os.path.join(path, name) for name, suffix in zip(names, suffixes)
+                    if suffix in IMAGE_SUFFIXES)
 
 
 class Sample(NamedTuple):
@@ -165,14 +200,17 @@ def time_limit(seconds: float) -> Iterator[None]:
 class TrainingImages(Dataset):
     """Unlabelled images. Item i is image i or, if that can't be read, the next one that can.
 
-    read_timeout: seconds after which a file counts as one that can't be read.
+    read_timeout: seconds after which a file counts as one that can't be read. most_pixels: of an
+    image; a larger one is reduced.
     """
 
     TRIES = 100         # files in a row that may be unreadable
 
     def __init__(self, images: str | Path, root: str | Path | None = None, outside: bool = False,
-                 read_timeout: float = 60.0):
-        self.paths, self.read_timeout = list_images(images, root, outside), read_timeout
+                 read_timeout: float = 60.0, most_pixels: int | None = None):
+        self.others: Counter[str] = Counter()       # image files that are left out, by suffix
+        self.paths = list_images(images, root, outside, self.others)
+        self.read_timeout, self.most_pixels = read_timeout, most_pixels
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,7 +229,7 @@ class TrainingImages(Dataset):
             path = self.paths[place % len(self)]
             try:
                 with time_limit(self.read_timeout):
-                    return Sample(read_image(path, upright=True), index, skipped)
+                    return Sample(read_image(path, True, self.most_pixels), index, skipped)
             except UserError as error:
                 skipped.append((path, str(error)))
         raise UserError(f"{len(skipped)} files in a row can't be read; the last "
@@ -324,6 +362,14 @@ def student_image(image: Tensor, size: int, mean: Sequence[float], std: Sequence
     return normalize(pad_to(resize(image, *fitted_size(image, size)), size, size), mean, std)
 
 
+def image_tokens(image: Tensor, size: int, patch_size: int) -> Tensor:
+    """Which patches of student_image(image, size, …) show some of the image: bool (N,)."""
+    rows, columns = (math.ceil(side / patch_size) for side in fitted_size(image, size))
+    shown = torch.zeros(size // patch_size, size // patch_size, dtype=torch.bool)
+    shown[:rows, :columns] = True
+    return shown.flatten()
+
+
 class Grid(NamedTuple):
     """A division of an image into rows x columns cells.
 
@@ -357,7 +403,7 @@ def grid_crops(image: Tensor, grid: Grid, size: int, mean: Sequence[float], std:
     """The cells of a grid, resized to size x size and normalised: uint8 -> (k, 3, size, size).
 
     All cells have one shape, so this is one resize of the image and a reshape. keep_aspect: the
-    longest side of a cell is resized to `size` and the rest padded, as the published code does.
+    longest side of a cell is resized to `size`, the other padded on both sides (published code).
     """
     H, W = image.shape[-2:]
     cell = (size, size)
@@ -367,10 +413,13 @@ def grid_crops(image: Tensor, grid: Grid, size: int, mean: Sequence[float], std:
     whole = resize(image, cell[0] * grid.rows, cell[1] * grid.columns)
     crops = whole.unflatten(2, (grid.columns, cell[1])).unflatten(1, (grid.rows, cell[0]))
     crops = crops.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    # The published code pads both sides alike.
+    above, before = (size - cell[0]) // 2, (size - cell[1]) // 2
+    crops = F.pad(crops, (before, size - cell[1] - before, above, size - cell[0] - above))
     if len(grid.cells) < len(crops):
         # A list as an index would be copied to the GPU, which waits for it.
         crops = torch.stack([crops[number] for number in grid.cells])
-    return normalize(pad_to(crops, size, size), mean, std)
+    return normalize(crops, mean, std)
 
 
 def grid_boxes(image: Tensor, grid: Grid, size: int) -> Tensor:

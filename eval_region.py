@@ -46,7 +46,7 @@ from model import (
     title,
 )
 from util import UserError, distributed, settings
-from util.files import fields_of, read_json, write_result
+from util.files import fields_of, find, read_json, write_result
 from util.precision import autocast, check_precision
 
 # The model
@@ -67,6 +67,7 @@ IMAGES = "data/coco/val2017"        # folder of its images
 CLASSES: str | None = "classes/coco_panoptic.txt"       # in the order of ids; None: the json's
 CROWD = False                       # also regions marked iscrowd, like CLIPSelf's evaluation
 MIN_AREA = 64                       # smallest box in pixels; 64 is CLIPSelf's
+BINARY_MASKS = False                # a patch that a mask touches counts wholly, as published
 
 # The evaluation
 SIZES = (560,)                      # longest side, one or several; the paper has 560 and 1024
@@ -90,8 +91,9 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     check_precision(cfg.PRECISION)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
+    dataset[0]      # a wrong folder is found before a model is loaded
     clip = open_model(cfg).to(ranks.device)
-    teacher = DeCLIP(clip.model_name, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
+    teacher = DeCLIP(clip.source, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
     text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
     result, hits = {}, {}
@@ -139,6 +141,7 @@ class Regions(NamedTuple):
     region_ids: Tensor  # int16 (H, W): the region that a pixel belongs to, -1 for none
     boxes: Tensor       # (k, 4) x0 y0 x1 y1 in pixels
     labels: Tensor      # (k,) class
+    left_out: int = 0   # regions that the PNG has no pixel of, or whose box is not in the image
 
 
 class PanopticRegions(Dataset):
@@ -149,8 +152,9 @@ class PanopticRegions(Dataset):
 
     def __init__(self, annotations: str | Path, pngs: str | Path, images: str | Path,
                  crowd: bool = False, min_area: int = 0):
+        annotations = find(annotations)
         content = read_json(annotations, "images", "annotations", "categories")
-        self.pngs, self.images = Path(pngs), Path(images)
+        self.pngs, self.images = find(pngs), find(images)
         self.crowd, self.min_area = crowd, min_area
         with fields_of(annotations):
             categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -176,9 +180,12 @@ class PanopticRegions(Dataset):
     def _read(self, annotation: dict) -> Regions:
         png = self.pngs / annotation["file_name"]
         image, ids = self._read_files(annotation, png)
-        kept = sorted((region for region in annotation["segments_info"] if self._counts(region)),
+        self._check(png, annotation["segments_info"])
+        wanted = [region for region in annotation["segments_info"] if self._counts(region)]
+        present = set(np.unique(ids).tolist())
+        kept = sorted((region for region in wanted if region["id"] in present
+                       and is_inside(region["bbox"], *image.shape[-2:])),
                       key=lambda region: region["id"])
-        self._check(png, kept, set(np.unique(ids).tolist()))
         known = np.array([region["id"] for region in kept] or [0])
         place = np.searchsorted(known, ids).clip(max=len(known) - 1)
         region_ids = np.where((known[place] == ids) & bool(kept), place, -1).astype(np.int16)
@@ -186,7 +193,7 @@ class PanopticRegions(Dataset):
         boxes[:, 2:] += boxes[:, :2]
         labels = [self.class_of[region["category_id"]] for region in kept]
         return Regions(image, torch.from_numpy(region_ids), boxes,
-                       torch.tensor(labels, dtype=torch.long))
+                       torch.tensor(labels, dtype=torch.long), len(wanted) - len(kept))
 
     def _read_files(self, annotation: dict, png: Path) -> tuple[Tensor, np.ndarray]:
         """The image, uint8 (3, H, W), and COCO's ids of its pixels' regions, (H, W)."""
@@ -200,22 +207,25 @@ class PanopticRegions(Dataset):
                             f"{tuple(image.shape[1:])}; they must be of one size.")
         return image, (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
 
-    def _check(self, png: Path, kept: list[dict], ids: set[int]) -> None:
-        """Raises UserError on a region of an unknown category, or one that the PNG lacks."""
-        for region in kept:
+    def _check(self, png: Path, regions: list[dict]) -> None:
+        """Raises UserError on a region of an unknown category."""
+        for region in regions:
             if region["category_id"] not in self.class_of:
                 raise UserError(f"{self.path} has the category_id {region['category_id']} in a "
                                 f"segment of {png.name}, but no such category in 'categories'; "
                                 "download the json again.")
-            if region["id"] not in ids:
-                raise UserError(f"{self.path} has the segment id {region['id']} for {png.name}, "
-                                "but the PNG has no pixel of it; take the json and the PNGs of one "
-                                "release.")
 
     def _counts(self, region: dict) -> bool:
+        """Whether the evaluation wants a region: no crowd, and no small one unless it is empty."""
         width, height = region["bbox"][2:]
-        is_wanted = self.crowd or not region.get("iscrowd", 0)
-        return is_wanted and width * height >= max(1, self.min_area)
+        is_small = 0 < width * height < self.min_area
+        return not is_small and (self.crowd or not region.get("iscrowd", 0))
+
+
+def is_inside(bbox: list[float], height: int, width: int) -> bool:
+    """Whether a box x, y, width, height has a part in an image."""
+    x, y, w, h = bbox
+    return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
 
 
 def region_masks(region_ids: Tensor, count: int, size: int, patch_size: int) -> Tensor:
@@ -246,18 +256,28 @@ def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, siz
              ranks: distributed.Ranks) -> dict[str, Tensor]:
     """All images at one size -> for each way the counts (K, 3) of count_hits, over all ranks."""
     ways = ("box", "mask", "crop") if models.teacher else ("box", "mask")
+    left_out = torch.zeros(1, dtype=torch.long, device=ranks.device)
     hits = {way: torch.zeros(len(models.classes), 3, dtype=torch.long, device=ranks.device)
             for way in ways}
     loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch",
                         disable=not ranks.is_main):
+        left_out += sum(sample.left_out for sample in samples)
         labels = torch.cat([sample.labels for sample in samples])
         labels = labels.to(ranks.device, non_blocking=True)
         encoded = encode_regions(cfg, models.clip, models.teacher, samples, size, ranks.device)
         for way, features in encoded.items():
             scores = (F.normalize(features, dim=-1) @ models.text.T).T
             hits[way] += count_hits(models.classes.best(scores).T, labels)
-    return {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
+    hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
+    left_out = distributed.sum_over_ranks(left_out).item()
+    if left_out and not hits["box"].any():
+        raise UserError(f"{cfg.ANNOTATIONS} and {cfg.PNGS} have no region in common that counts; "
+                        "take the json and the PNGs of one release.")
+    if left_out and ranks.is_main:
+        print(f"{left_out} regions were left out: the PNG has no pixel of them, or their box is "
+              "empty or not in the image")
+    return hits
 
 
 @torch.inference_mode()
@@ -271,6 +291,7 @@ def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
     boxes = [box_in_frame(sample, size).to(device, non_blocking=True) for sample in samples]
     masks = [region_masks(sample.region_ids.to(device, non_blocking=True), len(sample.labels),
                           size, clip.patch_size) for sample in samples]
+    masks = [mask > 0 for mask in masks] if cfg.BINARY_MASKS else masks
     features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
     if teacher:
         crops = [crop for image, sample in zip(images, samples)
@@ -295,7 +316,7 @@ def box_crops(teacher: DeCLIP, image: Tensor, boxes: Tensor) -> list[Tensor]:
     H, W = image.shape[-2:]
     crops = []
     for x0, y0, x1, y1 in boxes.tolist():
-        left, top = min(int(x0), W - 1), min(int(y0), H - 1)
+        left, top = min(max(int(x0), 0), W - 1), min(max(int(y0), 0), H - 1)
         crop = image[:, top:max(top + 1, round(y1)), left:max(left + 1, round(x1))]
         crop = resize(crop, teacher.image_size, teacher.image_size)
         crops.append(normalize(crop, teacher.mean, teacher.std))

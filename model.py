@@ -36,7 +36,14 @@ from data import Classes
 from util import UserError
 from util.files import atomic_write
 from util.precision import find_precision
-from util.towers import check_folder, create_open_clip, projection, timm_trunk
+from util.towers import (
+    check_folder,
+    create_open_clip,
+    locate,
+    paths_inside,
+    projection,
+    timm_trunk,
+)
 from util.weights import from_published, read_record, read_weights, write_checkpoint
 
 
@@ -327,11 +334,12 @@ def content_loss(regions: Tensor, crops: Tensor, counts: Sequence[int] | None = 
     return torch.stack([part.mean() for part in loss.split(list(counts))]).mean()
 
 
-def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
+def context_loss(context: Tensor, vfm_tokens: Tensor, kept: Tensor | None = None) -> Tensor:
     """Equations 8 and 9: the distance of two correlation matrices' rows, the mean -> scalar.
 
-    context (B, N, D) and vfm_tokens (B, N, D'), of one grid. Computed in float32 under autocast,
-    too. Raises UserError if the numbers of tokens differ.
+    context (B, N, D) and vfm_tokens (B, N, D'), of one grid. kept: bool (B, N), the tokens whose
+    rows and columns count, at least one of an image; None for all. Computed in float32 under
+    autocast, too. Raises UserError if the numbers of tokens differ.
     """
     if context.shape[:2] != vfm_tokens.shape[:2]:
         raise UserError(f"The student has {tuple(context.shape[:2])} images and tokens, the VFM "
@@ -339,8 +347,14 @@ def context_loss(context: Tensor, vfm_tokens: Tensor) -> Tensor:
                         "times its own patch size.")
     with torch.autocast(context.device.type, enabled=False):
         a, b = F.normalize(context.float(), dim=-1), F.normalize(vfm_tokens.float(), dim=-1)
+        if kept is not None:        # rows and columns of zeros add nothing to a distance
+            kept = kept.to(a.device, non_blocking=True)
+            a, b = a * kept[..., None], b * kept[..., None]
         is_large = a.shape[1] > a.shape[2] + b.shape[2]
-        return (row_distances_gram(a, b) if is_large else row_distances_direct(a, b)).mean()
+        distances = row_distances_gram(a, b) if is_large else row_distances_direct(a, b)
+        if kept is None:
+            return distances.mean()
+        return (distances * kept).sum(dim=1).div(kept.sum(dim=1)).mean()
 
 
 def row_distances_direct(a: Tensor, b: Tensor) -> Tensor:
@@ -419,17 +433,24 @@ def load_vfm(name: str = "vit_base_patch14_dinov2.lvd142m", pretrained: bool | s
     pretrained: True for timm's weights, a file of weights, or False for random ones.
     Raises UserError if timm has no such model, or if it is no plain ViT.
     """
+    source = locate(name)
     if name.startswith("local-dir:"):
-        check_folder(name, "config.json", "timm")
+        check_folder(source, "config.json", "timm")
     elif not timm.is_model(name):
         raise UserError(f"timm has no model named {name!r}; see timm.list_models('*dino*').")
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
     is_sam = name.startswith("samvit")      # takes images of any size as it is
     try:
-        trunk = timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay,
-                                  num_classes=0, **{} if is_sam else {"dynamic_img_size": True})
+        trunk = timm.create_model(source, pretrained=bool(pretrained),
+                                  pretrained_cfg_overlay=overlay, num_classes=0,
+                                  **{} if is_sam else {"dynamic_img_size": True})
     except TypeError:       # a model of a fixed image size does not know the last argument
         trunk = None
+    except (OSError, RuntimeError):
+        if not name.startswith("local-dir:"):
+            raise
+        raise UserError(f"{name} has no weights of a VFM in timm's format; name a folder that has "
+                        "them, such as local-dir:toy/vfm.") from None
     if not isinstance(trunk, eva.Eva | vision_transformer.VisionTransformer
                       | vision_transformer_sam.VisionTransformerSAM):
         raise UserError(f"{name} is no plain ViT whose patch tokens can be compared; use one, such "
@@ -469,7 +490,8 @@ class DeCLIP(nn.Module):
         scale = scale if scale is not None else record.get("scale")
         if context not in CONTEXTS:
             raise UserError(f"context is {context!r}; it must be one of {', '.join(CONTEXTS)}.")
-        self.text = create_open_clip(self.model_name, None if file else pretrained)
+        self.source = locate(self.model_name, file)     # as open_clip finds it
+        self.text = create_open_clip(self.source, None if file else pretrained)
         self.preprocess = dict(self.text.visual.preprocess_cfg)     # as open_clip keeps it
         mean, std = (record.get(name, self.preprocess[name]) for name in ("mean", "std"))
         trunk = timm_trunk(self.text.visual, self.model_name)
@@ -516,7 +538,8 @@ class DeCLIP(nn.Module):
         if self.text is None:
             raise UserError("The weights hold no text tower, so classes cannot be named; load the "
                             "model by an open_clip tag first, and this file on top of it.")
-        tokenizer = open_clip.get_tokenizer(self.model_name)
+        with paths_inside(self.source):
+            tokenizer = open_clip.get_tokenizer(self.source)
         device = self.text.logit_scale.device
         return open_clip.build_zero_shot_classifier(self.text, tokenizer, list(names), templates,
                                                     device=device).T
@@ -583,7 +606,10 @@ class DeCLIP(nn.Module):
     def check_record(self, path: str | Path, record: dict) -> None:
         """Raises UserError if a checkpoint says that it is another model than this one."""
         for name, asked in self.describe().items():
-            if asked != record[name]:
+            is_same = asked == record[name]
+            if name == "model" and not is_same:     # two paths of one folder
+                is_same = self.source == locate(record[name], path)
+            if not is_same:
                 raise UserError(f"{path} was trained with {name} {record[name]}, but {name} "
                                 f"{asked} was asked for; leave {name} out, or set it to "
                                 f"{record[name]}.")
@@ -646,7 +672,7 @@ def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
     """The CLIP that CKPT was made from, on the same device; `clip` itself without a CKPT."""
     if not cfg.CKPT:
         return clip
-    return DeCLIP(clip.model_name, cfg.PRETRAINED).to(clip.visual.trunk.pos_embed.device)
+    return DeCLIP(clip.source, cfg.PRETRAINED).to(clip.visual.trunk.pos_embed.device)
 
 
 def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
@@ -686,7 +712,7 @@ def checksum(clip: DeCLIP, prompts: Sequence[str], templates: Sequence) -> str:
     filled = [template.format("\0") if isinstance(template, str) else template("\0")
               for template in templates]
     # The configuration has the activation and the tokenizer.
-    config = open_clip.get_model_config(clip.model_name) or clip.model_name
+    config = open_clip.get_model_config(clip.source) or clip.model_name
     digest = hashlib.sha256(json.dumps([config, list(prompts), filled], default=str).encode())
     for name, value in sorted(clip.text.text.state_dict().items()):
         values = value.cpu().contiguous().view(-1).view(torch.uint8)

@@ -12,6 +12,7 @@ has what the published scripts do instead. The total batch is BATCH_SIZE on any 
 
 import copy
 import math
+import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from data import (
+    IMAGE_SUFFIXES,
     Grid,
     TrainingImages,
+    counted,
     epoch_order,
     grid_boxes,
     grid_crops,
+    image_tokens,
     sample_grid,
     student_image,
     training_batches,
@@ -60,9 +64,11 @@ GRID_ASPECT: float | None = None    # largest ratio of rows and columns; None: a
 MAX_CROPS: int | None = None        # crops of an image; None: all; published: 20; less saves memory
 CROP_SIZE = 224                     # side of a crop for the teacher; a multiple of its patch size
 KEEP_ASPECT = False                 # pad crops instead of stretching them to a square (published)
+MAX_PIXELS: int | None = 16_000_000     # larger images are reduced as they are decoded; None: never
 
 # The optimisation
 LAMBDA = 0.25                       # weight of the context loss; 0: self-distillation, no VFM
+PADDING = True                      # black padding counts in the context loss, as published
 BATCH_SIZE = 16                     # images of one optimiser step, over all GPUs
 MICRO_BATCH = 4                     # most images of a forward pass; lower it if memory runs out
 EPOCHS = 6                          # passes over the images
@@ -73,6 +79,7 @@ WEIGHT_DECAY = 0.1                  # of matrices; biases and norms have none
 BETAS = (0.9, 0.98)                 # of AdamW
 EPS = 1e-6                          # of AdamW
 PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a GPU, fp32 on a CPU
+TF32 = False                        # fp32 products with 10 bits on a GPU: faster, the losses' too
 SEED = 0                            # of the order of images and of their grids
 
 # The machinery
@@ -80,6 +87,7 @@ COMPILE = False                     # torch.compile of every block; tools.bench 
 CHECKPOINTING = False               # compute blocks again in backward: less memory, 1/3 more time
 NUM_WORKERS = 4                     # processes that decode images, for each GPU
 READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
+TIMEOUT = 600.0                     # seconds after which a step that does not end ends the run
 LOG_EVERY = 20                      # steps between lines of log.jsonl
 SAVE_EVERY = 1000                   # steps between checkpoints; each epoch ends with one, too
 KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
@@ -90,7 +98,7 @@ MAX_BAD_STEPS = 20                  # steps in a row without a finite gradient b
 def main(argv: list[str] | None = None) -> None:
     """Trains as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
-    with distributed.session(__file__) as ranks:
+    with distributed.session(__file__, cfg.TF32) as ranks:
         train(cfg, ranks)
 
 
@@ -99,8 +107,10 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     check(cfg)
     micro_batch, accumulate = distributed.divide_batch(cfg.BATCH_SIZE, cfg.MICRO_BATCH,
                                                        ranks.world_size)
-    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT,
-                             cfg.READ_TIMEOUT)
+    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT, cfg.READ_TIMEOUT,
+                             cfg.MAX_PIXELS)
+    if dataset.others and ranks.is_main:
+        print(f"left out: {counted(dataset.others)}; only {' '.join(IMAGE_SUFFIXES)} are read")
     steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
     with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", HARMLESS) as run:
         clip, teacher, vfm = build(cfg, ranks.device)
@@ -137,8 +147,9 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                 break
         run.finish()
     if ranks.is_main:
+        preset = "@presets/toy_seg.txt " if cfg.MODEL == "local-dir:toy/clip" else ""
         print(f"{run.model_path} holds the model after {run.step} steps; evaluate it with "
-              f"python eval_seg.py --ckpt {run.model_path}")
+              f"python eval_seg.py {preset}--ckpt {shlex.quote(str(run.model_path))}")
 
 
 def distill(cfg: SimpleNamespace, student: nn.Module, teacher: VisionTower, vfm: VFM | None,
@@ -163,8 +174,10 @@ def distill(cfg: SimpleNamespace, student: nn.Module, teacher: VisionTower, vfm:
     regions, context = student(inputs, boxes)                           # (K, C), (B, N, D)
     # 3. Content distillation and context distillation
     content = content_loss(regions, cls, [len(grid.cells) for grid in grids])
+    shown = None if cfg.PADDING else torch.stack([
+        image_tokens(image, cfg.IMAGE_SIZE, teacher.patch_size) for image in images])   # (B, N)
     return {"content": content,
-            "context": context_loss(context, tokens) if vfm else torch.zeros_like(content)}
+            "context": context_loss(context, tokens, shown) if vfm else torch.zeros_like(content)}
 
 
 def sample_grids(cfg: SimpleNamespace, epoch: int, indices: list[int]) -> list[Grid]:
@@ -194,8 +207,9 @@ def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
                          SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
-                         CROP_SIZE=1, MAX_CROPS=1, GRID_ASPECT=1, UNLOCKED_BLOCKS=1, WARMUP=0,
-                         NUM_WORKERS=0, READ_TIMEOUT=0.001, LR=0, LAMBDA=0, WEIGHT_DECAY=0, EPS=0)
+                         CROP_SIZE=1, MAX_CROPS=1, MAX_PIXELS=1, GRID_ASPECT=1, UNLOCKED_BLOCKS=1,
+                         WARMUP=0, NUM_WORKERS=0, READ_TIMEOUT=0.001, TIMEOUT=1, LR=0, LAMBDA=0,
+                         WEIGHT_DECAY=0, EPS=0)
     check_precision(cfg.PRECISION)
     if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "

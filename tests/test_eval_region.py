@@ -241,6 +241,35 @@ def test_masks_are_shares_of_patches():
     assert eval_region.region_masks(region_ids, 0, 64, 16).shape == (0, 4, 4)
 
 
+@pytest.mark.parametrize("change", [{"id": 77}, {"bbox": [0, 0, 0, 9]}, {"bbox": [500, 0, 9, 9]},
+                                    {"bbox": [0, -9, 9, 9]}])
+def test_regions_that_are_not_there_are_left_out_and_counted(panoptic, tmp_path, capsys, change):
+    def spoil_first(content):
+        content["annotations"][0]["segments_info"][0].update(change)
+    whole = eval_region.PanopticRegions(**panoptic_arguments(panoptic))[0]
+    sample = first(panoptic, tmp_path, spoil_first)
+    assert (len(sample.labels), sample.left_out) == (len(whole.labels) - 1, 1)
+    result = eval_region.main(options(**TINY | panoptic | {"annotations": tmp_path / "x.json",
+                                                           "out": tmp_path}))
+    assert "1 regions were left out: the PNG has no pixel of them" in capsys.readouterr().out
+    assert sum(row["regions"] for way, row in result["64"]["mAcc"].items() if "box" in way) == 14
+
+
+def test_masks_may_be_binary(panoptic):
+    """Every patch that a mask touches has the same weight, as in the published evaluation."""
+    clip = DeCLIP("tiny-eva")
+    cfg = settings.parse(options(**TINY, binary_masks="true"), eval_region)
+    sample = eval_region.PanopticRegions(**panoptic_arguments(panoptic))[0]
+    found = eval_region.encode_regions(cfg, clip, None, [sample], 64, torch.device("cpu"))["mask"]
+    with torch.inference_mode():
+        content, _ = clip.encode_dense(eval_region.student_image(sample.image, 64, clip.mean,
+                                                                 clip.std)[None])
+    weights = eval_region.region_masks(sample.region_ids, len(sample.labels), 64, clip.patch_size)
+    expected = torch.stack([content[0, :, each > 0].mean(dim=1) for each in weights])
+    torch.testing.assert_close(found, expected)
+    assert ((0 < weights) & (weights < 0.99)).any()
+
+
 def first(panoptic: dict, tmp_path, change) -> eval_region.Regions:
     """The first item after `change` has been made to the json."""
     content = json.loads(open(panoptic["annotations"]).read())
@@ -262,8 +291,10 @@ def spoil(panoptic: dict, tmp_path, **changes) -> dict:
      "has the category_id 7 in a segment of 0.png, but no such"),
     (lambda p, t: first(p, t, lambda c: c["images"].pop(0)),
      "has the image_id 0 for 0.png, but no such image in 'images'"),
-    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].update(id=77)),
-     "has the segment id 77 for"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].update(bbox=3)),
+     "an entry of another form than COCO's"),
+    (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].update(bbox=[3])),
+     "an entry of another form than COCO's"),
     (lambda p, t: first(p, t, lambda c: c["annotations"][0]["segments_info"][0].pop("bbox")),
      "without the field 'bbox'"),
     (lambda p, t: first(p, t, lambda c: c["annotations"][0].update(file_name="no.png")),

@@ -421,6 +421,20 @@ def test_context_loss_is_equations_8_and_9(form):
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], gradient)
 
 
+@pytest.mark.parametrize("width", [6, 40])
+def test_tokens_that_do_not_count_change_nothing(width):
+    """As if there were none: the loss and its gradient are those of the rest, image by image."""
+    x, y = torch.randn(2, 20, width, requires_grad=True), torch.randn(2, 20, 4)
+    kept = torch.arange(20)[None] < torch.tensor([[7], [16]])
+    expected = sum(direct_context_loss(x[i:i + 1, :n], y[i:i + 1, :n])
+                   for i, n in enumerate((7, 16))) / 2
+    loss = context_loss(x, y, kept)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0],
+                               torch.autograd.grad(expected, x)[0])
+    assert not torch.isclose(loss, context_loss(x, y), rtol=1e-3)
+
+
 def test_losses_are_float32_under_autocast():
     x, y = torch.randn(1, 20, 64), torch.randn(1, 20, 32)
     with torch.autocast("cpu", torch.bfloat16):

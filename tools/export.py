@@ -22,6 +22,7 @@ from timm.models.eva import Eva
 from model import DeCLIP
 from util import UserError, settings
 from util.files import atomic_write, write_json
+from util.towers import paths_inside
 from util.weights import eva_layout, open_clip_layout, read_record
 
 CKPT = "out/declip/declip.safetensors"      # checkpoint of train.py
@@ -68,14 +69,15 @@ def write_eva(clip: DeCLIP, path: Path) -> None:
 
 def write_open_clip(clip: DeCLIP, folder: Path) -> None:
     """open_clip_config.json, open_clip_model.safetensors, and files that the config points to."""
-    config = open_clip.get_model_config(clip.model_name)
-    merges = config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
-    if merges:      # a tokenizer of its own
-        config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copy_into(folder, Path(merges))
-    tower = config["vision_cfg"].get("timm_model_name", "")
-    if tower.startswith("local-dir:"):      # a timm tower of its own
-        copy_into(folder, Path(tower.removeprefix("local-dir:")) / "config.json")
-        config["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
+    config, folder = open_clip.get_model_config(clip.source), folder.absolute()
+    with paths_inside(clip.source):
+        merges = config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
+        if merges:      # a tokenizer of its own
+            config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copy_into(folder, Path(merges))
+        tower = config["vision_cfg"].get("timm_model_name", "")
+        if tower.startswith("local-dir:"):      # a timm tower of its own
+            copy_into(folder, Path(tower.removeprefix("local-dir:")) / "config.json")
+            config["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
     state = open_clip_layout(clip.state(), isinstance(clip.visual.trunk, Eva))
     state = {name: value.contiguous() for name, value in state.items()}
     atomic_write(folder / "open_clip_model.safetensors", lambda file: save_file(state, file))

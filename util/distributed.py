@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import UserError
+from util.precision import fp32_products
 
 
 class Ranks(NamedTuple):
@@ -76,14 +77,17 @@ def store_of_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Stor
 
 
 @contextmanager
-def session(script: str) -> Iterator[Ranks]:
+def session(script: str, tf32: bool = False) -> Iterator[Ranks]:
     """Joins the process group for a script's run and leaves it at the end.
+
+    tf32: whether a GPU may round what it multiplies in fp32 to TF32.
 
     A UserError ends the script with its sentence alone, and so do errors that users meet often.
     """
     ranks, name = start(), Path(script).name
     try:
-        yield ranks
+        with fp32_products(tf32):
+            yield ranks
     except UserError as error:
         # An error in a worker of a DataLoader brings the worker's traceback along.
         sentence = str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1]

@@ -97,6 +97,8 @@ def fields_of(path: str | Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{path} has an entry without the field {error}; download it again."
                         ) from None
-    except (TypeError, AttributeError, IndexError, OverflowError) as error:
+    except UserError:
+        raise
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} has an entry of another form than COCO's ({error}); download it "
                         "again.") from None

@@ -1,5 +1,8 @@
 """The numeric precision that models compute in: fp32, bf16, fp16, or what suits the device."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from util import UserError
@@ -29,6 +32,23 @@ def autocast(name: str, device: torch.device) -> torch.autocast:
     """The context in which models compute in a precision of PRECISIONS."""
     dtype = DTYPES[find_precision(name, device)]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def fp32_products(tf32: bool = False) -> Iterator[None]:
+    """Within it, a GPU multiplies fp32 matrices and convolutions exactly, or with TF32's 10 bits.
+
+    torch's own defaults differ: exact for matrices, TF32 for convolutions.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = tf32
+        yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 class StepFilter(torch.amp.GradScaler):

@@ -15,17 +15,19 @@
         run.finish()
 
 The settings it reads: OUT, RESUME, EPOCHS, STEPS, BATCH_SIZE, LOG_EVERY, SAVE_EVERY, KEEP,
-MAX_BAD_FILES, MAX_BAD_STEPS. Its files in OUT: the model, `resume-STEP.pt`, `log.jsonl`,
+MAX_BAD_FILES, MAX_BAD_STEPS, TIMEOUT. Its files in OUT: the model, `resume-STEP.pt`, `log.jsonl`,
 `skipped.txt`, `bad_steps.jsonl`.
 """
 
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -44,7 +46,7 @@ from util.files import atomic_write
 
 # Settings that may differ when a run is resumed: any other would make it another run.
 HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "NUM_WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS",
-            "KEEP", "MAX_BAD_FILES", "MAX_BAD_STEPS")
+            "KEEP", "MAX_BAD_FILES", "MAX_BAD_STEPS", "TIMEOUT")
 # What a line of log.jsonl has besides the losses.
 LOG_FIELDS = ("step", "epoch", "lr", "images_per_second", "memory_mb", "bad_steps", "bad_files")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)      # a scheduler's before it takes a machine; Ctrl-C
@@ -86,6 +88,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.has_begun:
+            self.watchdog.rest()
         if kind and issubclass(kind, Exception):
             self.save_what_is_there()
         if self.has_begun:
@@ -129,6 +133,7 @@ class Run:
         self.is_saved, self.has_begun = True, True
         self.is_stepping = False        # between the gradients of a step and its end
         self.is_due = False             # a checkpoint is to be written after the next good step
+        self.watchdog = Watchdog(self)
         self.progress = tqdm(initial=self.step, total=self.last, desc="train", unit="step",
                              disable=not self.ranks.is_main)
 
@@ -164,14 +169,17 @@ class Run:
 
         A step whose gradient is not finite changes no weights: the scaler leaves it out.
         """
-        self.is_stepping = True
         is_bad = is_bad_step(self.optimizer, self.scaler, self.losses)
         self.guard.watch(self.step + 1, is_bad, self.files)
+        self.watchdog.changing.acquire()        # until end_step
+        self.is_stepping = True
 
     def end_step(self, lr: float) -> bool:
         """Logs and saves where it is time to -> whether to stop, because a signal came."""
         self.step += 1
         self.is_stepping = False
+        self.watchdog.beat()
+        self.watchdog.changing.release()
         self.log.add({name: sum(losses[name] for losses in self.losses) / len(self.losses)
                       for name in self.losses[0]}, self.failures)
         self.losses, self.files, self.failures = [], [], []
@@ -190,7 +198,9 @@ class Run:
             self.postpone(is_last)
         elif saves:
             self.is_due = False
-            self.is_saved = self.save() if self.ranks.is_main else True
+            with self.watchdog.changing:
+                self.is_saved = self.save() if self.ranks.is_main else True
+            self.watchdog.beat()
         return self.guard.stops
 
     def postpone(self, is_last: bool) -> None:
@@ -244,6 +254,7 @@ class Run:
         Raises UserError if the last checkpoint could not be written.
         """
         self.progress.close()
+        self.watchdog.beat()
         distributed.barrier()
         if self.guard.stops:
             raise SystemExit(self.guard.leave(self.step))
@@ -286,6 +297,75 @@ def is_bad_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     values = torch.stack([loss for each in losses for loss in each.values()])
     overflows = (scale > 1) & values.isfinite().all()
     return ~is_finite & ~overflows
+
+
+class Watchdog:
+    """Ends a process whose step does not end, from a thread: the main one waits for something.
+
+    A step of more than TIMEOUT seconds hangs; after a signal, GRACE seconds are enough to wait for
+    an image or another rank. What is saved is the last whole step.
+    """
+
+    GRACE = 5.0
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.changing = threading.RLock()       # held while weights change or are written
+        self.resting = threading.Event()
+        self.last_beat, self.signalled = time.monotonic(), math.inf
+        self.is_copied = None       # on a GPU: when the last step's weights are there
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def beat(self) -> None:
+        """Notes the end of a step."""
+        self.last_beat = time.monotonic()
+        if self.run.ranks.device.type == "cuda":
+            self.is_copied = torch.cuda.current_stream().record_event()
+
+    def rest(self) -> None:
+        """Looks no more; waits for a save that has begun, with which the process ends."""
+        with self.changing:
+            self.resting.set()
+
+    def look(self) -> None:
+        """Looks a few times a second whether it is time to end the process."""
+        # The main rank saves, so the others give it time: without them it ends with an error.
+        grace = self.GRACE if self.run.ranks.is_main else 3 * self.GRACE
+        while not self.resting.wait(0.2):
+            now, number = time.monotonic(), self.run.guard.signal
+            self.signalled = min(self.signalled, now) if number else math.inf
+            if now - self.signalled > grace:
+                self.end(128 + number, f"stopped by {signal.Signals(number).name} while step "
+                         f"{self.run.step + 1} waited for an image or another process; go on with "
+                         "--resume")
+            elif now - self.last_beat > self.run.cfg.TIMEOUT:
+                self.end(1, f"step {self.run.step + 1} did not end within TIMEOUT, "
+                         f"{self.run.cfg.TIMEOUT:g} s, so a process or a disk hangs; go on with "
+                         "--resume, or raise TIMEOUT if steps take that long")
+
+    def end(self, status: int, sentence: str) -> None:
+        """Saves the last whole step and ends the process, unless a step has ended meanwhile."""
+        beat = self.last_beat
+        is_stable = self.changing.acquire(timeout=self.run.cfg.TIMEOUT)
+        if self.resting.is_set() or self.last_beat != beat:
+            if is_stable:
+                self.changing.release()
+            return
+        if is_stable:
+            with torch.cuda.stream(self.side_stream()):
+                self.run.save_what_is_there()
+        print(f"rank {self.run.ranks.rank}: {sentence}", file=sys.stderr, flush=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        os._exit(status)
+
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """A stream that waits for the last step's weights alone: the usual one may hang, too."""
+        if not self.is_copied:
+            return None
+        stream = torch.cuda.Stream()
+        stream.wait_event(self.is_copied)
+        return stream
 
 
 class Guard:

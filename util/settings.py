@@ -5,7 +5,8 @@
 gives `--lr 2e-5`. The type is that of the default (or of an annotation such as `float | None`), the
 comment is its help. A constant imported from another script, `from eval_seg import WINDOW`, is an
 option of both: its default, type and help are said once. `@presets/published.txt` reads options
-from a file: any number a line, `#` starts a comment. Of two values for an option the later wins.
+from a file, in the present folder or the repository: any number a line, `#` starts a comment. Of
+two values for an option the later wins.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 from util import UserError
+from util.files import find
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -136,7 +138,7 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
         add_option(parser, name, setting)
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [in_repository(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         given = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
     except RecursionError:
@@ -146,6 +148,11 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
                      "line")
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
                               for name, value in vars(given).items()})
+
+
+def in_repository(word: str) -> str:
+    """A word of the command line; `@file` as util.files.find finds the file."""
+    return f"@{find(word[1:])}" if word.startswith("@") else word
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, setting: Constant) -> None:

@@ -1,6 +1,7 @@
 """open_clip's models by name, and their vision towers as timm trunks: one code path serves all."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +18,53 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from util import UserError
+from util.files import ROOT, fields_of, read_json
 
 TIMM_VITS = eva.Eva | vision_transformer.VisionTransformer
+
+
+def locate(name: str, near: str | Path | None = None) -> str:
+    """A `local-dir:FOLDER` name with the folder's whole path; any other name as it is.
+
+    A relative folder is looked for in the present one, above the file `near` (a checkpoint that
+    names it), and in the repository.
+    """
+    if not name.startswith("local-dir:"):
+        return name
+    folder = Path(name.removeprefix("local-dir:"))
+    above = Path(near).absolute().parents if near else ()
+    places = [place / folder for place in (Path.cwd(), *above, ROOT)]
+    return f"local-dir:{next((place for place in places if place.is_dir()), places[0])}"
+
+
+@contextmanager
+def paths_inside(source: str) -> Iterator[None]:
+    """Within it, the relative paths that a local model's configuration names are found.
+
+    open_clip looks for them in the present folder; they are relative to one above the model's own.
+    Raises UserError if they are nowhere.
+    """
+    if not source.startswith("local-dir:"):
+        yield
+        return
+    folder, before = Path(source.removeprefix("local-dir:")), Path.cwd()
+    config = read_json(folder / "open_clip_config.json", "model_cfg")["model_cfg"]
+    with fields_of(folder / "open_clip_config.json"):
+        tower = config["vision_cfg"].get("timm_model_name") or ""
+        named = [config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path"),
+                 tower.removeprefix("local-dir:") if tower.startswith("local-dir:") else None]
+    named = [path for path in named if path]
+    for place in (folder, *folder.parents, before):
+        if all((place / path).exists() for path in named):
+            os.chdir(place)
+            break
+    else:
+        raise UserError(f"{folder} says that it needs {' and '.join(named)}, which is not there; "
+                        "put the folder back to where it was written, or write it again.")
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
@@ -33,7 +79,8 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
     elif schema != "hf-hub":
         check_tag(model_name, tag)
     try:
-        with silenced():        # open_clip would warn of missing weights
+        # open_clip would warn of missing weights.
+        with silenced(), paths_inside(model_name):
             return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
                                           force_custom_text=True)
     except (RuntimeError, OSError) as error:
@@ -48,7 +95,7 @@ def check_folder(name: str, file: str, library: str) -> None:
     """Raises UserError unless the folder of a `local-dir:` name has the library's `file`."""
     if not (Path(name.removeprefix("local-dir:")) / file).is_file():
         raise UserError(f"{name} has no {file}; name a folder that holds a model in {library}'s "
-                        "format, relative to the folder that you are in.")
+                        "format, by its whole path if it is elsewhere.")
 
 
 def check_tag(model_name: str, tag: str | None) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from util import distributed
 from util.precision import autocast, check_precision, grad_scaler
 
 
@@ -17,6 +18,17 @@ def test_auto_on_a_gpu(monkeypatch, has_bf16, dtype):
 
 def test_auto_on_a_cpu_is_fp32():
     assert not autocast("auto", torch.device("cpu"))._enabled
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_script_says_what_fp32_is_on_a_gpu(tf32):
+    """torch's defaults differ between matrices and convolutions; they come back afterwards."""
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before = allowed()
+    with distributed.session("x.py", tf32):
+        assert allowed() == (tf32, tf32)
+    assert allowed() == before and before[0] != before[1]
 
 
 def test_only_fp16_scales_the_loss():

@@ -187,6 +187,43 @@ def test_two_ranks_killed_and_restarted(images, tmp_path):
     assert_same(whole, parts)
 
 
+def test_a_hung_rank_ends_the_run(images, tmp_path):
+    """The other rank says so after TIMEOUT, and the run goes on from its last step."""
+    out, given = tmp_path / "run", {"epochs": 60, "batch_size": 4}
+    process = start(out, images, 2, timeout=3, **given)
+    assert wait_for_steps(process, out / "log.jsonl", 8)
+    hung, = (pid for pid in family_of(process.pid) if is_rank(pid, 1))
+    os.kill(hung, signal.SIGSTOP)
+    printed, deadline = Path(f"{out}.printed"), time.time() + 30
+    while "hangs; go on with --resume" not in printed.read_text() and time.time() < deadline:
+        time.sleep(0.1)
+    os.kill(hung, signal.SIGKILL)       # torchrun would wait half a minute before
+    assert process.wait(60) == 1
+    step = int(resume_files(out)[0].stem.split("-")[1])
+    assert f"rank 0: step {step + 1} did not end within TIMEOUT, 3 s" in printed.read_text()
+    assert run(images, out, steps=step + 1, resume="true", **given)[-1]["step"] == step + 1
+
+
+def test_sigterm_saves_while_an_image_does_not_come(images, tmp_path):
+    """A worker that is stopped stands for a mount that hangs."""
+    out, given = tmp_path / "run", {"epochs": 60, "save_every": 10**6}
+    process = start(out, images, 1, **given)
+    assert wait_for_steps(process, out / "log.jsonl", 8)
+    worker, = (pid for pid in family_of(process.pid) if pid != process.pid)
+    os.kill(worker, signal.SIGSTOP)
+    time.sleep(1)
+    began = time.time()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143 and time.time() - began < 10
+    os.kill(worker, signal.SIGKILL)
+    printed = Path(f"{out}.printed").read_text()
+    step = int(resume_files(out)[0].stem.split("-")[1])
+    assert f"stopped by SIGTERM while step {step + 1} waited for an image" in printed
+    run(images, out, resume="true", **given)
+    run(images, tmp_path / "whole", **given)
+    assert_same(tmp_path / "whole", out)
+
+
 def is_rank(pid: int, rank: int) -> bool:
     """Whether a process is that rank's, and not one of its workers."""
     with contextlib.suppress(OSError):
