@@ -12,7 +12,7 @@ import signal
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -164,15 +164,15 @@ def walk_images(folder: Path, others: Counter[str]) -> Iterator[str]:
 
 
 class Sample(NamedTuple):
-    """One training image."""
-    image: Tensor       # uint8 (3, H, W)
-    index: int          # of the image asked for
+    """What one training image gives."""
+    data: Tensor | tuple    # uint8 (3, H, W), or a named tuple of it and its labels
+    index: int              # of the image asked for
     skipped: list[tuple[str, str]]      # files that could not be read in its place, and why
 
 
 class Batch(NamedTuple):
     """A micro batch of a rank: the samples' fields, a list of each. Images keep their sizes."""
-    images: list[Tensor]
+    data: list
     indices: list[int]
     skipped: list[list[tuple[str, str]]]
 
@@ -197,20 +197,21 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class TrainingImages(Dataset):
-    """Unlabelled images. Item i is image i or, if that can't be read, the next one that can.
+class TrainingData(Dataset):
+    """Images to train with. Item i is that of image i or, if it can't be read, of the next one.
 
-    read_timeout: seconds after which a file counts as one that can't be read. most_pixels: of an
-    image; a larger one is reduced.
+    paths: the image files. read_timeout: seconds after which one counts as unreadable. A subclass
+    says what `read` returns: a tensor or a named tuple of tensors, for the device.
     """
 
     TRIES = 100         # files in a row that may be unreadable
 
-    def __init__(self, images: str | Path, root: str | Path | None = None, outside: bool = False,
-                 read_timeout: float = 60.0, most_pixels: int | None = None):
-        self.others: Counter[str] = Counter()       # image files that are left out, by suffix
-        self.paths = list_images(images, root, outside, self.others)
-        self.read_timeout, self.most_pixels = read_timeout, most_pixels
+    def __init__(self, paths: Sequence[str], read_timeout: float = 60.0):
+        self.paths, self.read_timeout = paths, read_timeout
+
+    def read(self, index: int) -> Tensor | tuple:
+        """What image `index` gives. Raises UserError if it can't be read."""
+        raise NotImplementedError
 
     @cached_property
     def fingerprint(self) -> str:
@@ -226,14 +227,26 @@ class TrainingImages(Dataset):
     def __getitem__(self, index: int) -> Sample:
         skipped = []
         for place in range(index, index + min(self.TRIES, len(self))):
-            path = self.paths[place % len(self)]
             try:
                 with time_limit(self.read_timeout):
-                    return Sample(read_image(path, True, self.most_pixels), index, skipped)
+                    return Sample(self.read(place % len(self)), index, skipped)
             except UserError as error:
-                skipped.append((path, str(error)))
+                skipped.append((self.paths[place % len(self)], str(error)))
         raise UserError(f"{len(skipped)} files in a row can't be read; the last "
                         f"reason: {skipped[-1][1]}")
+
+
+class TrainingImages(TrainingData):
+    """Unlabelled images, uint8 (3, H, W). most_pixels: of an image; a larger one is reduced."""
+
+    def __init__(self, images: str | Path, root: str | Path | None = None, outside: bool = False,
+                 read_timeout: float = 60.0, most_pixels: int | None = None):
+        self.others: Counter[str] = Counter()       # image files that are left out, by suffix
+        super().__init__(list_images(images, root, outside, self.others), read_timeout)
+        self.most_pixels = most_pixels
+
+    def read(self, index: int) -> Tensor:
+        return read_image(self.paths[index], True, self.most_pixels)
 
 
 # --------------------------------------------------------------------------- batches and ranks
@@ -261,9 +274,9 @@ def rank_batches(order: Tensor, ranks: Ranks, micro_batch: int, first_step: int 
     return order[:, ranks.rank].reshape(-1, micro_batch).tolist()
 
 
-def training_batches(cfg: SimpleNamespace, dataset: TrainingImages, micro_batch: int,
+def training_batches(cfg: SimpleNamespace, dataset: TrainingData, micro_batch: int,
                      first_step: int, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's micro batches from a step to the end of EPOCHS, images on the rank's device."""
+    """This rank's micro batches from a step to the end of EPOCHS, data on the rank's device."""
     def all_batches() -> Iterator[list[int]]:
         first_epoch, skip = divmod(first_step, len(dataset) // cfg.BATCH_SIZE)
         for epoch in range(first_epoch, cfg.EPOCHS):
@@ -278,29 +291,37 @@ def training_batches(cfg: SimpleNamespace, dataset: TrainingImages, micro_batch:
 
 
 def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches with images on `device`; a GPU copies the next one while it computes on this one."""
+    """Batches with data on `device`; a GPU copies the next ones while it computes on these."""
     if device.type != "cuda":
         yield from batches
         return
     stream, sent = torch.cuda.Stream(device), None
     for batch in batches:
         with torch.cuda.stream(stream):
-            images = [image.to(device, non_blocking=True) for image in batch.images]
+            data = each_tensor(lambda tensor: tensor.to(device, non_blocking=True), batch.data)
             copied = torch.cuda.Event()
             copied.record()
         if sent:
             yield arrived(*sent)
-        sent = batch._replace(images=images), copied
+        sent = batch._replace(data=data), copied
     if sent:
         yield arrived(*sent)
 
 
 def arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """A batch whose copy the current stream waits for, and whose memory it keeps while it works."""
-    torch.cuda.current_stream().wait_event(copied)
-    for image in batch.images:
-        image.record_stream(torch.cuda.current_stream())
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+    each_tensor(lambda tensor: tensor.record_stream(stream), batch.data)
     return batch
+
+
+def each_tensor(function: Callable[[Tensor], object], data: Tensor | list | tuple) -> object:
+    """The same lists and named tuples with what a function makes of each tensor."""
+    if isinstance(data, Tensor):
+        return function(data)
+    made = [each_tensor(function, part) for part in data]
+    return made if isinstance(data, list) else type(data)(*made)
 
 
 def load_share(dataset: Dataset, ranks: Ranks, batch_size: int, wanted_workers: int) -> DataLoader:

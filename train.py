@@ -14,7 +14,6 @@ import copy
 import math
 import shlex
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +129,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
             for micro_step in range(accumulate):
                 images, indices, skipped = next(batches)
                 grids = sample_grids(cfg, epoch, indices)
-                with synchronized(student, micro_step == accumulate - 1):
+                with distributed.synchronized(student, micro_step == accumulate - 1):
                     with autocast(cfg.PRECISION, ranks.device):
                         losses = distill(cfg, student, teacher, vfm, images, grids)
                         # Equation 10
@@ -189,12 +188,6 @@ def sample_grids(cfg: SimpleNamespace, epoch: int, indices: list[int]) -> list[G
 def vfm_size(image_size: int, clip: VisionTower, vfm: VFM) -> int:
     """The side of the VFM's image that gives it as many tokens as the student has."""
     return image_size // clip.patch_size * vfm.patch_size
-
-
-def synchronized(student: nn.Module, is_last: bool) -> object:
-    """Ranks average their gradients once a step, in the backward of its last micro batch."""
-    waits = isinstance(student, nn.parallel.DistributedDataParallel) and not is_last
-    return student.no_sync() if waits else nullcontext()
 
 
 # ---------------------------------------------------------------------------------- the set-up

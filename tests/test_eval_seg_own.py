@@ -70,7 +70,8 @@ def test_what_is_not_said_has_a_default(own):
     listed = json.dumps(OWN | {"names": "names.txt", "classes": "toy.txt", "values": [*range(18)]})
     own.write_text(listed)      # a list of names, and a class file of the repository
     own.with_name("names.txt").write_text("été 1 {}\n\n  été 0 {}\n")
-    assert SegmentationImages(find_benchmark(str(own)), "data").names == ["été 1 {}", "été 0 {}"]
+    dataset = SegmentationImages(find_benchmark(str(own)), "data")
+    assert dataset.names == ["été 1 {}", "été 0 {}"]
 
 
 @pytest.mark.parametrize("change, sentence", [

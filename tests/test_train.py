@@ -7,7 +7,6 @@ import shutil
 
 import ddp_gradients
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from conftest import options, succeeds, torchrun

@@ -5,7 +5,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,6 +128,15 @@ def wrap(module: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.world_size == 1:
         return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def synchronized(module: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Ranks average their gradients once a step, in the backward of its last micro batch.
+
+    module: what `wrap` returned.
+    """
+    waits = isinstance(module, DistributedDataParallel) and not is_last
+    return module.no_sync() if waits else nullcontext()
 
 
 def all_equal(number: int, device: torch.device) -> bool:

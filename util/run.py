@@ -152,9 +152,11 @@ class Run:
         return state["step"]
 
     def trained(self) -> dict[str, Tensor]:
-        """The weights that training changes, by name."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad}
+        """The weights that training changes and the statistics of norms, by name."""
+        frozen = {name for name, parameter in self.model.named_parameters()
+                  if not parameter.requires_grad}
+        return {name: value for name, value in self.model.state_dict().items()
+                if name not in frozen}
 
     def record(self, losses: dict[str, Tensor], indices: Sequence[int],
                skipped: Sequence[list[tuple[str, str]]]) -> None:
