@@ -129,14 +129,6 @@ def options(**given) -> list[str]:
     return out
 
 
-def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """Runs `tests/<script>` under torchrun on the CPU to its end."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                str(ranks)]
-    return subprocess.run([*launcher, *command], cwd=tiny.ROOT, capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
 def succeeds(done: subprocess.CompletedProcess) -> str:
     """What a finished process printed, if it ended well."""
     assert done.returncode == 0, done.stdout + done.stderr

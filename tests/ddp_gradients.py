@@ -1,4 +1,4 @@
-"""Run under torchrun by test_train.py: writes the gradients that the ranks of one step agree on.
+"""Run in two ranks by test_train.py: writes the gradients that the ranks of one step agree on.
 
     torchrun --nproc_per_node 2 tests/ddp_gradients.py IMAGES OUT [bypass]
 

@@ -1,4 +1,4 @@
-"""Run under torchrun by util/test_run.py: trains, then writes each rank's trained weights.
+"""Run in two ranks by util/test_run.py: trains, then writes each rank's trained weights.
 
     torchrun --nproc_per_node 2 tests/keep_weights.py OUT <options of train.py>
 """

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, succeeds, torchrun
+import warm
+from conftest import options, succeeds
 from PIL import Image
 
 import data
@@ -143,8 +144,8 @@ def test_ranks_share_the_images(panoptic, tmp_path):
     """Five images over two ranks: every region counts once."""
     given = TINY | panoptic | {"out": tmp_path / "one"}
     alone = eval_region.main(options(**given))["64"]["mAcc"]
-    succeeds(torchrun("tests/tiny.py", "eval_region",
-                      *options(**given | {"out": tmp_path / "two"})))
+    succeeds(warm.ranks("tests/tiny.py", "eval_region",
+                        *options(**given | {"out": tmp_path / "two"})))
     together = json.loads((tmp_path / "two" / "region.json").read_text())["sizes"]["64"]["mAcc"]
     assert {name: row["regions"] for name,
             row in together.items()} == {name: row["regions"] for name, row in alone.items()}

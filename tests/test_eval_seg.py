@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, succeeds, torchrun
+import warm
+from conftest import options, succeeds
 
 import data
 import eval_seg
@@ -177,8 +178,8 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
 def test_ranks_share_the_images(voc, checkpoint, tmp_path):
     given = OF_CHECKPOINT | {"benchmarks": "voc21"}
     alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
-    succeeds(torchrun("tests/tiny.py", "eval_seg",
-                      *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
+    succeeds(warm.ranks("tests/tiny.py", "eval_seg",
+                        *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
     together = json.loads((tmp_path / "two" / "seg.json").read_text())["benchmarks"]
     assert together["voc21"]["mIoU"] == pytest.approx(alone["voc21"]["mIoU"], abs=0.1)
     # five images over two ranks, each once

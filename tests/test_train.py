@@ -9,7 +9,8 @@ import ddp_gradients
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options, succeeds, torchrun
+import warm
+from conftest import options, succeeds
 
 import eval_seg
 import train
@@ -260,7 +261,7 @@ def test_ensemble_is_what_is_saved(images, tmp_path):
 
 def test_two_ranks_have_the_gradients_of_one(images, tmp_path):
     """Each of two ranks with one image ends with the gradients that one process gets from both."""
-    succeeds(torchrun("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients")))
+    succeeds(warm.ranks("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients")))
     alone = ddp_gradients.gradients(ddp_gradients.settings_for(str(images)), ALONE)
     for rank in range(2):
         together = torch.load(tmp_path / f"gradients.{rank}", weights_only=True)
@@ -271,7 +272,8 @@ def test_two_ranks_have_the_gradients_of_one(images, tmp_path):
 
 def test_ranks_that_bypass_ddp_do_not_agree(images, tmp_path):
     """The test above can fail: this is what the published code does."""
-    succeeds(torchrun("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients"), "bypass"))
+    succeeds(warm.ranks("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients"),
+                        "bypass"))
     first, second = (torch.load(tmp_path / f"gradients.{rank}", weights_only=True)
                      for rank in range(2))
     assert max((first[name] - second[name]).abs().max() for name in first) > 1e-3
@@ -286,10 +288,10 @@ def test_accumulation_does_not_change_the_gradients(images):
 
 
 def test_two_ranks_train_the_model_of_one(images, tmp_path):
-    """A whole run under torchrun, accumulation included, against the same run in one process."""
+    """A whole run of two ranks, accumulation included, against the same run in one process."""
     given = TINY | {"images": images, "batch_size": 4, "micro_batch": 1, "epochs": 3}
     train.main(options(**given, out=tmp_path / "one"))
-    succeeds(torchrun("tests/tiny.py", "train", *options(**given, out=tmp_path / "two")))
+    succeeds(warm.ranks("tests/tiny.py", "train", *options(**given, out=tmp_path / "two")))
     one, two = (DeCLIP("tiny-eva", str(tmp_path / name / "declip.safetensors")).state()
                 for name in ("one", "two"))
     for name, weight in one.items():
@@ -348,10 +350,9 @@ def test_a_run_goes_on_from_its_last_checkpoint(images, tmp_path, monkeypatch, c
 def test_ranks_must_see_one_checkpoint(images, tmp_path):
     """Two machines without a shared disk would train from different steps, unnoticed."""
     run(images, tmp_path / "0", epochs=3, steps=1)
-    done = torchrun("tests/tiny.py", "train",
-                    *options(**TINY | {"images": images, "epochs": 3, "resume": "true",
-                                                                 "out": tmp_path / "RANK"}))
-    assert done.returncode != 0 and "put OUT on a disk that all machines share" in done.stderr
+    given = {"images": images, "epochs": 3, "resume": "true", "out": tmp_path / "RANK"}
+    done = warm.ranks("tests/tiny.py", "train", *options(**TINY | given))
+    assert done.returncode != 0 and "put OUT on a disk that all machines share" in done.stdout
 
 
 def test_schedule():

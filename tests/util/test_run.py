@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import options, succeeds, torchrun
+import warm
+from conftest import options, succeeds
 from PIL import Image
 from test_train import TINY, run
 
@@ -36,15 +37,20 @@ from util.weights import read_record
 LONG = TINY | {"epochs": 60, "save_every": 7, "num_workers": 1}
 
 
-def start(out: Path, images: Path, ranks: int, launch=(), **given) -> subprocess.Popen:
-    """A training in processes of its own, which print into `out`.printed."""
+def start(out: Path, images: Path, ranks: int, launch=(), **given
+          ) -> subprocess.Popen | warm.Process:
+    """A training in a process of its own, of two ranks by torchrun; it prints into `out`.printed.
+    """
+    command = ["tests/tiny.py", "train", *options(**LONG | given | {"images": images, "out": out})]
+    printed = Path(f"{out}.printed")
+    printed.write_text("")
+    if ranks == 1:
+        return warm.Process(command, printed)
     launcher = ["-m", "torch.distributed.run", "--standalone", *launch, "--nproc_per_node",
-                str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "tests/tiny.py", "train",
-               *options(**LONG | given | {"images": images, "out": out})]
-    with open(f"{out}.printed", "w") as printed:
-        return subprocess.Popen(command, cwd=tiny.ROOT, stdout=printed, stderr=subprocess.STDOUT,
-                                start_new_session=True,
+                str(ranks)]
+    with open(printed, "w") as file:
+        return subprocess.Popen([sys.executable, *launcher, *command], cwd=tiny.ROOT, stdout=file,
+                                stderr=subprocess.STDOUT, start_new_session=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -60,7 +66,7 @@ def family_of(pid: int) -> list[int]:
     return family
 
 
-def kill_tree(process: subprocess.Popen) -> None:
+def kill_tree(process: subprocess.Popen | warm.Process) -> None:
     """SIGKILL to a process and all that it has started, as when a machine is lost."""
     for pid in family_of(process.pid):
         with contextlib.suppress(ProcessLookupError):
@@ -68,7 +74,7 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> bool:
+def wait_for_steps(process: subprocess.Popen | warm.Process, log: Path, steps: int) -> bool:
     """Waits until the log has `steps` more lines; False if the training ended or hangs."""
     first, deadline = None, time.time() + 120
     while process.poll() is None and time.time() < deadline:
@@ -251,10 +257,9 @@ def test_a_run_goes_on_with_other_ranks(images, tmp_path):
     kept."""
     run(images, tmp_path / "one", epochs=4, batch_size=4)
     run(images, tmp_path / "both", epochs=4, batch_size=4, steps=2)
-    succeeds(torchrun("tests/tiny.py", "train",
-                      *options(**TINY | {"images": images, "out": tmp_path / "both", "epochs": 4,
-                                                                   "batch_size": 4,
-                                         "resume": "true"})))
+    given = {"images": images, "out": tmp_path / "both", "epochs": 4, "batch_size": 4}
+    succeeds(warm.ranks("tests/tiny.py", "train",
+                        *options(**TINY | given | {"resume": "true"})))
     (losses, weights), (other_losses,
                         other_weights) = outcome(tmp_path / "one"), outcome(tmp_path / "both")
     np.testing.assert_allclose(np.array(losses), np.array(other_losses), rtol=1e-4)
@@ -384,12 +389,12 @@ def test_an_error_ends_the_process_at_once(images, tmp_path):
     """The workers do not keep it, and the real error is its last words: in less than two seconds on
     an idle machine."""
     given = options(**LONG | {"images": images, "out": tmp_path / "run", "num_workers": 2})
-    process = subprocess.Popen([sys.executable, "-c", FAILS, *given], cwd=tiny.ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    printed, errors = process.communicate(timeout=120)
-    ended = time.time()
-    raised = float(re.search("raised (.*)", printed)[1])
-    assert process.returncode == 1 and "RuntimeError: a kernel failed" in errors.splitlines()[-1]
+    script, printed = tmp_path / "fails.py", tmp_path / "printed"
+    script.write_text(FAILS)
+    status = warm.Process([str(script), *given], printed).wait(120)
+    ended, lines = time.time(), printed.read_text().splitlines()
+    raised = float(re.search("raised (.*)", "\n".join(lines))[1])
+    assert status == 1 and "RuntimeError: a kernel failed" in lines[-1]
     assert ended - raised < 8
 
 
@@ -491,8 +496,8 @@ def test_ranks_stay_in_step_with_a_bad_image_on_one(images, tmp_path):
         shutil.copy(folder / "1.png", folder / f"copy{index}.png")
     (folder / "bad.png").write_bytes(b"")
     given = options(**TINY | {"images": folder, "epochs": 1, "batch_size": 4, "max_bad_files": 0.5})
-    succeeds(torchrun("tests/keep_weights.py", str(tmp_path / "weights"), *given, "--out",
-                      str(tmp_path / "two")))
+    succeeds(warm.ranks("tests/keep_weights.py", str(tmp_path / "weights"), *given, "--out",
+                        str(tmp_path / "two")))
     train.main([*given, "--out", str(tmp_path / "one")])
     first, second = (torch.load(tmp_path / f"weights.{rank}", weights_only=True)
                      for rank in range(2))
