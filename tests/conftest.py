@@ -41,6 +41,7 @@ def draw_scene(seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarr
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=2,
                      help="how often the training of util/test_run.py is killed")
+    parser.addoption("--ranks", type=int, default=1, help="the processes of that training")
 
 
 @pytest.fixture(autouse=True)

@@ -88,10 +88,24 @@ def two_threads():
     torch.set_num_threads(1)
 
 
+def share_first_blocks(visual, monkeypatch) -> None:
+    """All attentions differ in the last block alone; the blocks before it run once."""
+    run_blocks, found = visual._run, {}
+
+    def run_once(blocks, x, extra):
+        if len(blocks) not in found:
+            found[len(blocks)] = x, run_blocks(blocks, x, extra)
+        assert torch.equal(found[len(blocks)][0], x)
+        return found[len(blocks)][1]
+
+    monkeypatch.setattr(visual, "_run", run_once)
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("case", [0, 1], ids=["224px", "336px"])
-def test_published_implementation(golden, published, case):
+def test_published_implementation(golden, published, case, monkeypatch):
     """Every figure that the published code returns for the same weights and inputs, within 1e-4."""
+    share_first_blocks(published.visual, monkeypatch)
     case = golden["cases"][case]
     size = case["size"]
     x = images(size, size, seed=1000 + size)
