@@ -50,17 +50,23 @@ def read_image(path: str | Path, upright: bool = False, most: int | None = None)
     upright: turn it as its EXIF entry says. Annotations are made for images as they are stored.
     most: an image of more pixels is reduced by a whole factor while it is decoded, None for never.
     """
+    with unreadable(path, "an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # of metadata that is not used here
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no regular file")
+        with Image.open(path, formats=FORMATS) as file:
+            return torch.from_numpy(decode(file, upright, most)).permute(2, 0, 1)
+
+
+@contextmanager
+def unreadable(path: str | Path, what: str) -> Iterator[None]:
+    """Within it, any error becomes a UserError: the file can't be read as `what`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # of metadata that is not used here
-            if Path(path).exists() and not Path(path).is_file():
-                raise ValueError("it is no regular file")
-            with Image.open(path, formats=FORMATS) as file:
-                return torch.from_numpy(decode(file, upright, most)).permute(2, 0, 1)
+        yield
     except Exception as error:      # decoders raise anything on damaged files
         reason = " ".join((str(error) or type(error).__name__).split())
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
-        raise UserError(f"{path} can't be read as an image ({reason}); replace or remove it."
+        raise UserError(f"{path} can't be read as {what} ({reason}); replace or remove it."
                         ) from None
 
 

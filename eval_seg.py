@@ -29,7 +29,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data import Classes, constant, load_share, normalize, pad_to, read_classes, read_image, resize
+from data import (
+    Classes,
+    constant,
+    load_share,
+    normalize,
+    pad_to,
+    read_classes,
+    read_image,
+    resize,
+    unreadable,
+)
 from model import DeCLIP, encode_classes, open_model, title
 from util import UserError, distributed, settings
 from util.files import fields_of, find, read_json, write_result
@@ -311,8 +321,11 @@ class SegmentationImages(Dataset):
 
 
 def read_label(path: Path) -> np.ndarray:
-    """A label PNG -> its values, 0 to 65535, (H, W); UserError for colours or a mask of two."""
-    with Image.open(path, formats=("PNG",)) as file:
+    """A label PNG -> its values, 0 to 65535, (H, W).
+
+    Raises UserError for a damaged file, for colours and for a mask of two.
+    """
+    with unreadable(path, "a label image"), Image.open(path, formats=("PNG",)) as file:
         values = np.array(file)
     if values.ndim != 2 or values.dtype == bool or values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} is an image of mode {file.mode}, but a label image has one class "
