@@ -503,8 +503,8 @@ def read_classes(path: str | Path) -> Classes:
     """
     path = find(path)
     if not path.is_file():
-        raise UserError(f"There is no class file {path.absolute()}; write one, a class a line, "
-                        "synonyms after commas.")
+        raise UserError(f"There is no class file {path}; write one, a class a line, synonyms after "
+                        "commas.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
