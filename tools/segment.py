@@ -144,15 +144,15 @@ def panels_of(cfg: SimpleNamespace, clip: DeCLIP) -> dict[str, tuple[DeCLIP, Sim
     panels = {f"{name} ({model}, context {clip.context})": (clip, rules_of(cfg, clip, None))}
     if cfg.ATTENTION:
         original = open_original(cfg, clip)
-        panels[f"{METHODS[cfg.ATTENTION]} ({model})"] = (
+        panels[f"{METHOD_NAMES[cfg.ATTENTION]} ({model})"] = (
             original, rules_of(cfg, clip, cfg.ATTENTION))
     return panels
 
 
 # Rows of model.ATTENTIONS as titles have them.
-METHODS = {"clip": "CLIP", "maskclip": "MaskCLIP", "sclip": "SCLIP", "clearclip": "ClearCLIP",
-           "q": "CLIP, last block by q", "k": "CLIP, last block by k",
-           "qk": "CLIP, last block by q and k"}
+METHOD_NAMES = {"clip": "CLIP", "maskclip": "MaskCLIP", "sclip": "SCLIP", "clearclip": "ClearCLIP",
+                "q": "CLIP, last block by q", "k": "CLIP, last block by k",
+                "qk": "CLIP, last block by q and k"}
 
 
 def readable(name: str) -> str:
@@ -268,7 +268,7 @@ def write_labels(prediction: Tensor, classes: Classes, path: Path) -> None:
 def describe(prediction: Tensor, classes: Classes) -> str:
     """One line for a screen: the classes with the largest shares."""
     largest = list(shares(prediction, classes).items())[:8]
-    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in largest)
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in largest if share >= 0.005)
 
 
 # -------------------------------------------------------------------------------- the figure
@@ -420,8 +420,8 @@ def named(prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> li
 def legend_columns(entries: Sequence[patches.Patch], inches: float) -> int:
     """How many columns a legend has, at most 4 and so many inches, with no entry alone in a row."""
     longest = max(len(entry.get_label()) for entry in entries)
-    # a letter is about 0.075 inches wide
-    return balanced(len(entries), max(1, min(4, int(inches / (0.075 * longest + 0.45)))))
+    # a letter is about 0.065 inches wide
+    return balanced(len(entries), max(1, min(4, int(inches / (0.065 * longest + 0.4)))))
 
 
 def balanced(count: int, most: int) -> int:
