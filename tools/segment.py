@@ -296,7 +296,7 @@ def colours(panels: dict[str, Tensor], classes: Classes) -> dict[str, str]:
                 total[name] = total.get(name, 0) + share
         order = sorted(total.keys() - {"background"}, key=lambda name: (-total[name], name))
     colour_of = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(order)}
-    return colour_of | {"background": NEUTRAL}
+    return colour_of | {name: NEUTRAL for name in classes.names if name == "background"}
 
 
 def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, name: str, largest: int,
@@ -309,7 +309,7 @@ def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, name: str, 
     photo, drawn = resized(photo, panels, largest)
     H, W = photo.shape[-2:]
     width, height = INCHES * W / max(H, W), max(INCHES * H / max(H, W), 0.1)
-    column = max(width, 2.6)        # what a title and a legend need
+    column = max(width, 3.0)        # what a title and a legend need
     titles = [textwrap.fill(title, int(column / 0.085)) for title in (name, *panels)]
     entries = {title: named(prediction, classes, colour_of)
                for title, prediction in panels.items()}
@@ -420,8 +420,8 @@ def named(prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> li
 def legend_columns(entries: Sequence[patches.Patch], inches: float) -> int:
     """How many columns a legend has, at most 4 and so many inches, with no entry alone in a row."""
     longest = max(len(entry.get_label()) for entry in entries)
-    # a letter is about 0.065 inches wide
-    return balanced(len(entries), max(1, min(4, int(inches / (0.065 * longest + 0.4)))))
+    # a letter is about 0.062 inches wide
+    return balanced(len(entries), max(1, min(4, int(inches / (0.062 * longest + 0.36)))))
 
 
 def balanced(count: int, most: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from data import Classes, read_classes, student_image
 from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
 from model import DeCLIP, encode_classes
-from tools.segment import LEGEND, PALETTE, balanced, deepest
+from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest
 from tools.visualize import token_of
 from toy.world import THINGS
 from util import UserError, settings
@@ -80,7 +80,8 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 TITLES = ("scene and anchor", "ground truth", "CLIP", "DeCLIP", "CLIP's attention",
           "DeCLIP's attention")
-COLOURS = colors.to_rgba_array(PALETTE)[:, :3]
+# As tools/segment.py draws them, over a light grey.
+COLOURS = OPACITY * colors.to_rgba_array(PALETTE)[:, :3] + (1 - OPACITY) * 0.85
 
 
 @torch.inference_mode()
