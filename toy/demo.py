@@ -21,7 +21,7 @@ from torch import Tensor
 from data import Classes, read_classes, student_image
 from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
 from model import DeCLIP, encode_classes
-from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest
+from tools.segment import LEAST_NAMED, LEGEND, OPACITY, PALETTE, balanced, deepest
 from tools.visualize import token_of
 from toy.world import THINGS
 from util import UserError, settings
@@ -105,13 +105,19 @@ def draw(cfg: SimpleNamespace) -> None:
         maps = [attention_of(clip, image, attention, anchor)
                 for clip, attention in ((before, "clip"), (after, None))]
         draw_row(row, image, [label, *found], maps, anchor)
-        seen.update(*(each.unique().tolist() for each in (label, *found)))
+        seen.update(*(each.unique().tolist() for each in (label, *map(visible, found))))
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen)
     Path(cfg.FIGURE).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(cfg.FIGURE, dpi=110)
     plt.close(figure)
+
+
+def visible(label: Tensor) -> Tensor:
+    """The pixels of the classes that a legend names: those that cover enough to be seen."""
+    counts = label.flatten().bincount()
+    return label[counts[label] >= LEAST_NAMED * label.numel()]
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],
