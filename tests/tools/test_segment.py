@@ -235,7 +235,7 @@ def test_nothing_hangs_over_the_edge_of_a_figure(tmp_path, monkeypatch, shape, c
     classes = make_classes(["background", *(f"some thing {k}" for k in range(count))])
     found = torch.arange(shape[0] * shape[1]).view(shape) % len(classes)
     segment.draw(torch.zeros(3, *shape).byte(), {"DeCLIP (EVA02-B-16, context q)": found}, classes,
-                 "a photograph of a long name.jpg", 200, str(tmp_path / "a.png"))
+                 "a photograph of a really long name, taken at dusk.jpg", 200, str(tmp_path / "a.png"))
     figure, = drawn
     whole = figure.bbox.bounds
     for axis in figure.axes:
@@ -281,7 +281,8 @@ def test_a_legend_names_what_is_seen():
 
 
 @pytest.mark.parametrize("count, most, columns", [(4, 3, 2), (25, 8, 7), (5, 4, 3), (1, 4, 1),
-                                                  (9, 4, 3), (24, 4, 4), (7, 2, 2)])
+                                                  (9, 4, 3), (24, 4, 4), (7, 2, 2),
+                                                  (17, 4, 3)])
 def test_no_entry_of_a_legend_is_alone_in_its_row(count, most, columns):
     assert segment.balanced(count, most) == columns
 
