@@ -235,7 +235,7 @@ def test_nothing_hangs_over_the_edge_of_a_figure(tmp_path, monkeypatch, shape, c
     classes = make_classes(["background", *(f"some thing {k}" for k in range(count))])
     found = torch.arange(shape[0] * shape[1]).view(shape) % len(classes)
     segment.draw(torch.zeros(3, *shape).byte(), {"DeCLIP (EVA02-B-16, context q)": found}, classes,
-                 "a photograph of a really long name, taken at dusk.jpg", 200, str(tmp_path / "a.png"))
+                 "a photograph of a very long name, at dusk.jpg", 200, str(tmp_path / "a.png"))
     figure, = drawn
     whole = figure.bbox.bounds
     for axis in figure.axes:
