@@ -61,10 +61,10 @@ DATA = "data"                       # folder that holds the data sets in their o
 CLASSES: str | None = None          # class file instead of the benchmark's own in classes/
 
 # The protocol
-SHORT_SIDE = 448                    # of the image, in pixels; larger is finer and takes longer
+SHORT_SIDE: int | None = None       # of the image, in pixels; None: 448, less for small models
 LONG_SIDE = 2048                    # most that the longer side may have; the authors' limit
-WINDOW = 336                        # side of a window; a multiple of the patch size
-STRIDE = 112                        # from window to window
+WINDOW: int | None = None           # side, a multiple of the patch size; None: 336, or less
+STRIDE: int | None = None           # from window to window; None: a third of WINDOW
 LOGIT_SCALE: float | None = None    # factor of the cosines before the softmax; None: 40 (VOC21: 80)
 THRESHOLD: float | None = None      # background where no class is more probable; None: benchmark's
 WINDOW_BATCH = 16                   # windows of one forward pass
@@ -88,18 +88,21 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     clip = open_model(cfg).to(ranks.device)
     result = {}
     for name, (dataset, classes) in sets.items():
-        rules = dataset.benchmark.rules(cfg)
-        check_patches(rules, clip)
+        rules = fit_windows(dataset.benchmark.rules(cfg), clip)
         text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
         segmenter = partial(predict, rules, clip, classes, text)
         confusion = evaluate(cfg, segmenter, dataset, len(classes), ranks, name)
-        result[name] = summarize(confusion, classes)
+        result[name] = summarize(confusion, classes) | {"protocol": {
+            key.lower(): getattr(rules, key) for key in PROTOCOL}}
         if ranks.is_main:
             print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "seg", {"benchmarks": result} | clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing))
     return result
+
+
+PROTOCOL = ("SHORT_SIDE", "LONG_SIDE", "WINDOW", "STRIDE", "LOGIT_SCALE", "THRESHOLD")
 
 
 def protocol(cfg: SimpleNamespace, logit_scale: float, threshold: float | None
@@ -119,28 +122,49 @@ def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_windows(cfg)
-    if cfg.BENCHMARKS != ("all",):
-        for name in cfg.BENCHMARKS:
-            check_windows(find_benchmark(name).rules(cfg))
+    names = PAPER_BENCHMARKS if cfg.BENCHMARKS == ("all",) else cfg.BENCHMARKS
+    benchmarks = [find_benchmark(name) for name in names]
+    for benchmark in benchmarks:
+        check_windows(benchmark.rules(cfg))
+    idle = [name for name in ("THRESHOLD", "LOGIT_SCALE") if getattr(cfg, name) is not None]
+    if idle and all(benchmark.threshold is None for benchmark in benchmarks):
+        raise UserError(f"{idle[0]} is for background, which gets what no class is sure of, but "
+                        f"{', '.join(names)} has none; leave it out.")
 
 
 def check_windows(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting of the sliding window that is out of its range."""
     check_precision(cfg.PRECISION)
-    settings.check_least(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, WINDOW_BATCH=1, LOGIT_SCALE=1)
+    settings.check_least(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1,
+                         LOGIT_SCALE=1)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
-    if not 0 < cfg.STRIDE <= cfg.WINDOW:
+    if None not in (cfg.STRIDE, cfg.WINDOW) and not 0 < cfg.STRIDE <= cfg.WINDOW:
         raise UserError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or "
                         "pixels are left out.")
 
 
-def check_patches(cfg: SimpleNamespace, clip: DeCLIP) -> None:
-    """Raises UserError if the model's patches don't fill a window."""
-    if cfg.WINDOW % clip.patch_size:
-        fits = cfg.WINDOW // clip.patch_size * clip.patch_size or clip.patch_size
-        raise UserError(f"WINDOW {cfg.WINDOW} is no multiple of {clip.model_name}'s patch size; "
+def fit_windows(cfg: SimpleNamespace, clip: DeCLIP) -> SimpleNamespace:
+    """The settings with SHORT_SIDE, WINDOW and STRIDE where none were given: 448, 336 and 112.
+
+    Those are the paper's, for a CLIP that learned from images of 224 px; one that learned from
+    smaller images has them in proportion, because in larger ones it recognises little.
+    Raises UserError if the model's patches don't fill a window, or if windows leave out pixels.
+    """
+    share, p = min(1.0, clip.image_size / 224), clip.patch_size
+    fitted = SimpleNamespace(**vars(cfg))
+    if cfg.SHORT_SIDE is None:
+        fitted.SHORT_SIDE = round(448 * share)
+    if cfg.WINDOW is None:
+        fitted.WINDOW = max(1, int(336 * share) // p) * p
+    if cfg.STRIDE is None:
+        fitted.STRIDE = max(1, round(fitted.WINDOW / 3))
+    if fitted.WINDOW % p:
+        fits = fitted.WINDOW // p * p or p
+        raise UserError(f"WINDOW {fitted.WINDOW} is no multiple of {clip.model_name}'s patch size; "
                         f"set it to {fits}.")
+    check_windows(fitted)
+    return fitted
 
 
 # ---------------------------------------------------------------------------------- benchmarks
@@ -224,8 +248,9 @@ def find_benchmark(name: str) -> Benchmark:
                         "field of a benchmark or has a wrong value; docs/data.md shows a whole "
                         "file.")
     folder = Path(name).absolute().parent
-    own_classes = folder / content["classes"]
-    classes = own_classes if own_classes.is_file() else CLASS_FILES / content["classes"]
+    classes = folder / content["classes"]
+    if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
+        classes = CLASS_FILES / content["classes"]
     content = {"names": "*", "values": range(len(read_classes(classes)))} | content
     return Benchmark(**content | {"folder": str(folder / content.get("folder", "")),
                                   "classes": str(classes)})

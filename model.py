@@ -529,7 +529,8 @@ class DeCLIP(nn.Module):
 
         templates: texts with `{}` or functions of the name, such as
             open_clip.OPENAI_IMAGENET_TEMPLATES.
-        Raises UserError if names are no list, for a template without {}, and without a text tower.
+        Raises UserError if names are no list, for a template without {}, for a name that is longer
+        than what the text tower reads, and without a text tower.
         """
         texts = [template for template in templates if isinstance(template, str)]
         if isinstance(names, str) or any("{}" not in text for text in texts):
@@ -540,6 +541,10 @@ class DeCLIP(nn.Module):
                             "model by an open_clip tag first, and this file on top of it.")
         with paths_inside(self.source):
             tokenizer = open_clip.get_tokenizer(self.source)
+        cut = first_cut(tokenizer, names, templates)
+        if cut:
+            raise UserError(f"The class name {cut!r} is longer than the {tokenizer.context_length} "
+                            f"tokens that {self.model_name} reads; shorten it.")
         device = self.text.logit_scale.device
         return open_clip.build_zero_shot_classifier(self.text, tokenizer, list(names), templates,
                                                     device=device).T
@@ -613,6 +618,21 @@ class DeCLIP(nn.Module):
                 raise UserError(f"{path} was trained with {name} {record[name]}, but {name} "
                                 f"{asked} was asked for; leave {name} out, or set it to "
                                 f"{record[name]}.")
+
+
+def first_cut(tokenizer: Callable, names: Sequence[str],
+              templates: Sequence[str | Callable[[str], str]]) -> str | None:
+    """The first name of which the tokenizer cuts something off in the longest template, or None."""
+    longest = max(templates, key=lambda template: len(fill(template, "")))
+    most = tokenizer.context_length
+    tokens = tokenizer(["", *(fill(longest, name) for name in names)], 2 * most)
+    is_cut = (tokens[1:, most:] != tokens[0, -1]).any(dim=1)        # the rest is not padding
+    return names[is_cut.tolist().index(True)] if is_cut.any() else None
+
+
+def fill(template: str | Callable[[str], str], name: str) -> str:
+    """A template's text with a name in it."""
+    return template.format(name) if isinstance(template, str) else template(name)
 
 
 def recorded_model(file: str | None, record: dict) -> str:
@@ -709,8 +729,7 @@ def encode_classes(clip: DeCLIP, classes: Classes, templates: str, cache: str | 
 
 def checksum(clip: DeCLIP, prompts: Sequence[str], templates: Sequence) -> str:
     """24 hexadecimal digits of everything that text embeddings depend on."""
-    filled = [template.format("\0") if isinstance(template, str) else template("\0")
-              for template in templates]
+    filled = [fill(template, "\0") for template in templates]
     # The configuration has the activation and the tokenizer.
     config = open_clip.get_model_config(clip.source) or clip.model_name
     digest = hashlib.sha256(json.dumps([config, list(prompts), filled], default=str).encode())

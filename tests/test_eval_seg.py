@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,8 @@ def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_p
     ({"classes": "classes/voc20.txt", "benchmarks": "voc21"}, "has 20 classes, but voc21 has 21"),
     ({"ckpt": "no.safetensors"}, "There is no checkpoint no.safetensors"),
     ({"attention": "csa"}, "ATTENTION is 'csa'; it must be one of clip"),
+    ({"threshold": 0.3, "benchmarks": "voc20"}, "THRESHOLD is for background, which gets what no"),
+    ({"logit_scale": 9, "benchmarks": ["voc20", "context59"]}, "but voc20, context59 has none"),
     ({"window_batch": 0}, "WINDOW_BATCH is 0; it must be at least 1"),
     ({"threshold": 5}, "THRESHOLD is 5.0; it is a probability"),
     ({"templates": "{} and {}"}, "TEMPLATES is"),
@@ -305,9 +308,39 @@ def test_a_threshold_is_for_background_only():
 def test_the_defaults_are_the_papers():
     """Section 9.2: a shorter side of 448 for every benchmark, windows of 336 every 112."""
     cfg = settings.parse([], eval_seg)
-    assert (cfg.SHORT_SIDE, cfg.WINDOW, cfg.STRIDE, cfg.TEMPLATES) == (448, 336, 112, "imagenet")
+    assert sides(cfg, 224, 16) == (448, 336, 112) and cfg.TEMPLATES == "imagenet"
     authors = settings.parse(["@presets/published_cityscapes_seg.txt"], eval_seg)
     assert (authors.SHORT_SIDE, authors.BENCHMARKS) == (560, ("cityscapes",))
+
+
+def sides(cfg, image_size: int, patch_size: int) -> tuple[int, int, int]:
+    """Shorter side, window and stride for a CLIP that learned from images of a size."""
+    clip = SimpleNamespace(image_size=image_size, patch_size=patch_size, model_name="some")
+    rules = eval_seg.fit_windows(cfg, clip)
+    return rules.SHORT_SIDE, rules.WINDOW, rules.STRIDE
+
+
+def test_a_small_model_has_the_papers_sides_in_proportion():
+    """What was given stays; a window holds whole patches, and none is larger than the paper's."""
+    cfg = settings.parse([], eval_seg)
+    assert sides(cfg, 64, 8) == (128, 96, 32)
+    assert sides(cfg, 336, 14) == (448, 336, 112)
+    assert sides(cfg, 224, 32) == (448, 320, 107)
+    assert sides(cfg, 8, 8) == (16, 8, 3)
+    given = settings.parse(options(window=64, short_side=100), eval_seg)
+    assert sides(given, 224, 16) == (100, 64, 21)
+    with pytest.raises(ValueError, match="STRIDE is 97; it must be from 1 to WINDOW, 96"):
+        sides(settings.parse(options(stride=97), eval_seg), 64, 8)
+
+
+def test_the_result_says_which_protocol_was_used(voc, tmp_path):
+    given = TINY | {"data": voc, "out": tmp_path, "benchmarks": ["voc20", "voc21"]}
+    eval_seg.main(options(**{key: value for key, value in given.items()
+                             if key not in ("short_side", "window", "stride")}))
+    result = json.loads((tmp_path / "seg.json").read_text())["benchmarks"]
+    common = {"short_side": 64, "long_side": 2048, "window": 48, "stride": 16}
+    assert result["voc20"]["protocol"] == common | {"logit_scale": 40, "threshold": None}
+    assert result["voc21"]["protocol"] == common | {"logit_scale": 80, "threshold": 0.4}
 
 
 @pytest.mark.parametrize("name, content, sentence", [

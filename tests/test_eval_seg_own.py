@@ -80,10 +80,11 @@ def test_what_is_not_said_has_a_default(own):
     ({"void": [-1]}, "has 'void'"), ({"threshold": "0.4"}, "has 'threshold'"),
     ({"protocol": {"windows": 3}}, "has 'protocol'"), ({"mean": 3}, "has 'mean'"),
     ({"protocol": {"stride": 0}}, "STRIDE is 0"), ({"threshold": 4}, "THRESHOLD is 4"),
-    ({"classes": "no.txt"}, "There is no class file"), ({"values": [1, 2]}, "has 3 classes"),
+    ({"classes": "no.txt"}, "There is no class file FOLDER/no.txt"),
+    ({"values": [1, 2]}, "has 3 classes"),
     ({"label": "no/{}.png"}, "There is no"), ({"values": [3, 4, 1]}, "no class and not void"),
 ])
 def test_a_wrong_file_is_one_sentence_before_a_model_is_loaded(own, change, sentence):
     own.write_text(json.dumps(OWN | change))
-    with pytest.raises(SystemExit, match=re.escape(sentence)):
+    with pytest.raises(SystemExit, match=re.escape(sentence.replace("FOLDER", str(own.parent)))):
         eval_seg.main(options(model="no-model", benchmarks=own))

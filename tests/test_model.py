@@ -734,6 +734,7 @@ def test_two_models_share_what_their_text_towers_share(encode):
     (lambda: load_vfm("swin_tiny_patch4_window7_224", pretrained=False),
      "swin_tiny_patch4_window7_224 is no plain ViT"),
     (lambda: DeCLIP("tiny-eva").encode_text("cat"), "give a list of names"),
+    (lambda: DeCLIP("tiny-eva").encode_text(["cat", "so " * 75 + "a"]), "a' is longer than the"),
     (lambda: DeCLIP("tiny-eva").encode_text(["cat"], ["a photo"]), "and templates with {}"),
     (lambda: DeCLIP("tiny-eva", context="v"), "context is 'v'; it must be one of q, k, qk"),
     (lambda: DeCLIP("tiny-eva").visual.freeze(4),

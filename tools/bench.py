@@ -165,7 +165,7 @@ class Bench:
         self.clip, self.teacher, self.vfm = train.build(self.training, device)
         self.student = self.clip.visual
         self.models = self.student, self.teacher, self.vfm
-        eval_seg.check_patches(self.evaluation, self.clip)
+        self.evaluation = eval_seg.fit_windows(self.evaluation, self.clip)
         self.grids = self.find_grids()
 
     def find_grids(self) -> list[Grid]:

@@ -7,12 +7,17 @@
 
 Writes photo.segmentation.png beside each photograph (or into OUT): every class in its own colour,
 named on its regions and in a legend with its share of the image. --attention adds a panel of the
-CLIP that the model was made from. --json writes photo.segmentation.json with the numbers.
+CLIP that the model was made from. --json writes photo.segmentation.json with the numbers, --labels
+photo.labels.png, the number of each pixel's class, and photo.labels.json with their names.
 """
 
+import math
+import re
 import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +25,20 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Classes, fitted_size, list_images, make_classes, read_classes, read_image, resize
+from data import (
+    Classes,
+    first_twice,
+    fitted_size,
+    list_images,
+    make_classes,
+    read_classes,
+    read_image,
+    resize,
+)
 from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     ATTENTION,
     CACHE,
@@ -43,8 +58,8 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     WINDOW,
     WINDOW_BATCH,
     Benchmark,
-    check_patches,
     check_windows,
+    fit_windows,
     predict,
     protocol,
 )
@@ -53,13 +68,14 @@ from util import UserError, distributed, settings
 from util.files import atomic_write, write_json
 
 matplotlib.use("agg")       # writes files, on machines without a screen too
-from matplotlib import patches, patheffects  # noqa: E402
+from matplotlib import font_manager, ft2font, patches, patheffects  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 
 CLASSES = ""                        # names with commas between, synonyms with | ; or a .txt file
 BACKGROUND = False                  # a class for everything else, named as in classes/voc21.txt
 JSON = False                        # write the numbers too
-LARGEST = 1280                      # longest side of the written image
+LABELS = False                      # write a label map too, of the photograph's own size
+LARGEST = 1280                      # longest side of each picture in the figure, in pixels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,10 +89,14 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Segments every photograph; one that can't be read is named at the end."""
     check_windows(cfg)
+    if not 100 <= cfg.LARGEST <= 10_000:
+        raise UserError(f"LARGEST is {cfg.LARGEST}; it is the longest side of each picture in the "
+                        "figure, from 100 to 10000 pixels.")
     classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
+    check_readable(photos)
+    use_fonts([*classes.names, *(path.name for path in photos)])
     clip = open_model(cfg).to(device)
     panels = panels_of(cfg, clip)
-    check_patches(cfg, clip)
     text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
     failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
     for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
@@ -85,11 +105,12 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         except UserError as error:
             failed.append(str(error))
             continue
-        photo = for_display(photo, cfg.LARGEST)
         found = {title: predict(rules, model, classes, text, [photo.to(device)])[0].cpu()
                  for title, (model, rules) in panels.items()}
         out = outputs[path]
-        atomic_write(out, partial(draw, photo, found, classes))
+        atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
+        if cfg.LABELS:
+            write_labels(next(iter(found.values())), classes, labels_of(out))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), {title: shares(prediction, classes)
                                                   for title, prediction in found.items()})
@@ -98,32 +119,50 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         raise UserError(" ".join(failed))
 
 
-def rules_of(cfg: SimpleNamespace, attention: str | None) -> SimpleNamespace:
+def check_readable(photos: Sequence[Path]) -> None:
+    """Raises UserError if none of the photographs can be read, before a model is loaded."""
+    failed = []
+    for path in photos:
+        try:
+            read_image(path)
+            return
+        except UserError as error:
+            failed.append(str(error))
+    raise UserError(" ".join(failed))
+
+
+def rules_of(cfg: SimpleNamespace, clip: DeCLIP, attention: str | None) -> SimpleNamespace:
     """The settings of segmentation with one attention; a threshold only where it was given."""
-    rules = protocol(cfg, Benchmark.logit_scale, cfg.THRESHOLD)
+    rules = fit_windows(protocol(cfg, Benchmark.logit_scale, cfg.THRESHOLD), clip)
     return SimpleNamespace(**vars(rules) | {"ATTENTION": attention})
-
-
-def for_display(photo: Tensor, largest: int) -> Tensor:
-    """A photograph uint8 (3, H, W), its longest side at most `largest` and at least 640.
-
-    Smaller ones are enlarged, for smooth borders.
-    """
-    side = min(max(*photo.shape[-2:], 640), largest)
-    if side == max(photo.shape[-2:]):
-        return photo
-    return (resize(photo, *fitted_size(photo, side)) * 255).round().byte()
 
 
 def panels_of(cfg: SimpleNamespace, clip: DeCLIP) -> dict[str, tuple[DeCLIP, SimpleNamespace]]:
     """Titles -> (model, its settings): the model, and with ATTENTION the CLIP it was made from."""
-    name = "DeCLIP" if cfg.CKPT else "decoupled"
-    panels = {f"{name} ({clip.model_name}, context {clip.context})": (clip, rules_of(cfg, None))}
+    name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
+    model = readable(clip.model_name)
+    panels = {f"{name} ({model}, context {clip.context})": (clip, rules_of(cfg, clip, None))}
     if cfg.ATTENTION:
         original = open_original(cfg, clip)
-        panels[f"{clip.model_name}, attention {cfg.ATTENTION}"] = (
-            original, rules_of(cfg, cfg.ATTENTION))
+        panels[f"{METHOD_NAMES[cfg.ATTENTION]} ({model})"] = (
+            original, rules_of(cfg, clip, cfg.ATTENTION))
     return panels
+
+
+# Rows of model.ATTENTIONS as titles have them.
+METHOD_NAMES = {"clip": "CLIP", "maskclip": "MaskCLIP", "sclip": "SCLIP", "clearclip": "ClearCLIP",
+                "q": "CLIP, last block by q", "k": "CLIP, last block by k",
+                "qk": "CLIP, last block by q and k"}
+
+
+def readable(name: str) -> str:
+    """A model's name for a title: a folder's last two parts; DINOv2 ViT-B/14 instead of timm's."""
+    if name.startswith("local-dir:"):
+        return "/".join(Path(name.removeprefix("local-dir:")).parts[-2:])
+    shape, family = re.match(r"vit_(\w)[a-z]+_patch(\d+)", name), re.search(r"dino(v\d)?", name)
+    if shape and family:
+        return f"DINO{family[1] or ''} ViT-{shape[1].upper()}/{shape[2]}"
+    return name.split(".")[0]
 
 
 def outputs_of(photos: Sequence[Path], given: Sequence[str], out: str | None) -> dict[Path, Path]:
@@ -140,8 +179,17 @@ def outputs_of(photos: Sequence[Path], given: Sequence[str], out: str | None) ->
     return places
 
 
+def labels_of(figure: Path) -> Path:
+    """Where the label map of a figure's photograph goes."""
+    return figure.with_name(figure.name.removesuffix(".segmentation.png") + ".labels.png")
+
+
 def find_classes(cfg: SimpleNamespace) -> Classes:
-    """CLASSES, and background in front of them; UserError if there is none, or one twice."""
+    """CLASSES, and background in front of them.
+
+    Raises UserError if there is none, for a name twice, in capitals or not, and for settings of the
+    background without one.
+    """
     if cfg.CLASSES.endswith(".txt"):
         classes = read_classes(cfg.CLASSES)
         lines = [line_of(classes, k) for k in range(len(classes))]
@@ -153,15 +201,18 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
         raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
                         'wooden chair, grass", or give a class file.')
     if cfg.BACKGROUND:      # less what is asked for by name
-        wanted = {name for line in lines for name in line.split(", ")}
+        wanted = {name.casefold() for line in lines for name in line.split(", ")}
         rest = [name for name in line_of(read_classes("classes/voc21.txt"), 0).split(", ")
-                if name not in wanted]
+                if name.casefold() not in wanted]
         lines.insert(0, ", ".join(rest))
     elif cfg.THRESHOLD is not None:
         raise UserError("THRESHOLD is for --background, which gets what no class is sure of; add "
                         "it, or leave --threshold out.")
+    if cfg.LOGIT_SCALE is not None and cfg.THRESHOLD is None:
+        raise UserError("LOGIT_SCALE makes the probability that --background gets its pixels by; "
+                        "give --background and --threshold too, or leave --logit_scale out.")
     classes = make_classes(lines)
-    twice = next((name for name in classes.prompts if classes.prompts.count(name) > 1), None)
+    twice = first_twice(classes.prompts)
     if twice:
         raise UserError(f"CLASSES names {twice!r} twice; remove one.")
     return classes
@@ -172,8 +223,11 @@ def line_of(classes: Classes, k: int) -> str:
     return ", ".join(name for name, owner in zip(classes.prompts, classes.owner) if owner == k)
 
 
+OWN_FILES = (".segmentation.png", ".labels.png")
+
+
 def find_photos(given: Sequence[str]) -> list[Path]:
-    """Files as they are named, folders with all images below them except earlier figures.
+    """Files as they are named, folders with all images below them except what this tool wrote.
 
     Raises UserError if there is none.
     """
@@ -183,7 +237,7 @@ def find_photos(given: Sequence[str]) -> list[Path]:
             raise UserError(f"There is no photograph {path}; give an image file or a folder of "
                             "them.")
         below = [] if path.is_file() else [Path(each) for each in list_images(path)
-                                           if not each.endswith(".segmentation.png")]
+                                           if not each.endswith(OWN_FILES)]
         found += [path] if path.is_file() else below
     if not found:
         raise UserError(f"{' '.join(given)} holds no photograph but figures of an earlier run; "
@@ -200,52 +254,97 @@ def shares(prediction: Tensor, classes: Classes) -> dict[str, float]:
             if counts[k] > 0}
 
 
+def write_labels(prediction: Tensor, classes: Classes, path: Path) -> None:
+    """Classes of pixels (H, W) -> a PNG of their numbers, of 16 bits for more than 256 classes.
+
+    Beside it a json has `names`: that of class 0, 1, and so on. The label is that of an upright
+    photograph, as its EXIF entry says.
+    """
+    values = prediction.numpy().astype(np.uint8 if len(classes) <= 256 else np.uint16)
+    atomic_write(path, lambda file: Image.fromarray(values).save(file, format="PNG"))
+    write_json(path.with_suffix(".json"), {"names": classes.names})
+
+
 def describe(prediction: Tensor, classes: Classes) -> str:
     """One line for a screen: the classes with the largest shares."""
     largest = list(shares(prediction, classes).items())[:8]
-    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in largest)
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in largest if share >= 0.005)
 
 
 # -------------------------------------------------------------------------------- the figure
 
-# Okabe and Ito's colours, which differ for colour-blind eyes, then lighter and darker ones.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442",
-           "#332288", "#999933", "#882255", "#44aa99", "#aa4499", "#117733", "#ddcc77",
-           "#6699cc", "#661100", "#88ccee", "#cc6677", "#bbbbbb", "#4d4d4d")
-MOST_NAMED = 24     # classes in a legend
+# Laid over grey, any two differ by at least 19 in CIELAB, and by 13 to eyes that lack one kind of
+# cone; the first ones differ most.
+PALETTE = ("#005ba1", "#ff8700", "#4aff94", "#d90012", "#b702ff", "#90c9ff", "#bd674e", "#f5e547",
+           "#f800b8", "#eeaf50", "#7b00ba", "#a859ff", "#9697ff", "#0000ff", "#8d0066", "#175d14",
+           "#47c98b", "#aff800", "#e74b00", "#fe6fc6")
+OPACITY = 0.6       # of a colour over the photograph in grey
+NEUTRAL = "#9a9a9a"         # of the background in legends; in pictures it has no tint
+MOST_NAMED = 24     # entries of a legend
+LEAST_NAMED = 0.0005        # the share of an image from which on a class is in the legend: 0.1 %
+INCHES = 5.5        # the longest side of a picture
+matplotlib.rcParams["text.parse_math"] = False      # a $ is a $
 
 
 def colours(panels: dict[str, Tensor], classes: Classes) -> dict[str, str]:
     """A colour for each class, always the same; of many classes, for those that occur most."""
-    if len(classes) <= len(PALETTE):
-        return dict(zip(classes.names, PALETTE))
-    total: dict[str, float] = {}
-    for prediction in panels.values():
-        for name, share in shares(prediction, classes).items():
-            total[name] = total.get(name, 0) + share
-    order = sorted(total, key=lambda name: -total[name])
-    return {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(order)}
+    order = [name for name in classes.names if name != "background"]
+    if len(order) > len(PALETTE):
+        total: dict[str, float] = {}
+        for prediction in panels.values():
+            for name, share in shares(prediction, classes).items():
+                total[name] = total.get(name, 0) + share
+        order = sorted(total.keys() - {"background"}, key=lambda name: (-total[name], name))
+    colour_of = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(order)}
+    return colour_of | {name: NEUTRAL for name in classes.names if name == "background"}
 
 
-def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, path: str) -> None:
-    """The photograph and, for each title, its regions in colour with names, and a legend."""
+def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, name: str, largest: int,
+         path: str) -> None:
+    """The photograph and, for each title, its regions in colour with names, and a legend.
+
+    name: of the photograph, its title. largest: the longest side of each picture, in pixels.
+    """
     colour_of = colours(panels, classes)
+    photo, drawn = resized(photo, panels, largest)
     H, W = photo.shape[-2:]
-    columns = 1 + len(panels)
-    inches = 5.5 if W >= H else 4.0         # of a panel
-    figure, axes = plt.subplots(1, columns, figsize=(inches * columns, inches * H / W))
-    # Titles and legends lie outside, so panels keep their size.
-    figure.subplots_adjust(0, 0, 1, 1, wspace=0.03)
-    axes[0].imshow(photo.permute(1, 2, 0))
-    axes[0].set_title("photograph", fontsize=9)
-    for axis, (title, prediction) in zip(axes[1:], panels.items()):
-        paint(axis, photo, prediction, classes, colour_of, inches)
-        axis.set_title(title, fontsize=9, wrap=True)
-        legend(axis, prediction, classes, colour_of, inches)
-    for axis in axes:
+    width, height = INCHES * W / max(H, W), max(INCHES * H / max(H, W), 0.1)
+    column = max(width, 3.0)        # what a title and a legend need
+    titles = [textwrap.fill(title, int(column / 0.085)) for title in (name, *panels)]
+    entries = {title: named(prediction, classes, colour_of)
+               for title, prediction in panels.items()}
+    ncols = {title: legend_columns(labels, column) for title, labels in entries.items()}
+    above = 0.12 + 0.17 * max(1 + title.count("\n") for title in titles)
+    below = 0.1 + 0.175 * max(math.ceil(len(entries[title]) / ncols[title]) for title in panels)
+    whole = above + height + below, column * len(titles) + 0.15 * len(panels)
+    figure = plt.figure(figsize=whole[::-1], dpi=largest / INCHES)
+    for place, (title, heading) in enumerate(zip((None, *panels), titles)):
+        left = (column + 0.15) * place + (column - width) / 2
+        axis = figure.add_axes((left / whole[1], below / whole[0], width / whole[1],
+                                height / whole[0]))
         axis.set_axis_off()
-    figure.savefig(path, dpi=110, format="png", bbox_inches="tight")
+        axis.set_title(heading, fontsize=10.5, pad=4)
+        if title is None:
+            axis.imshow(photo.permute(1, 2, 0), aspect="auto")
+        else:
+            paint(axis, photo, drawn[title], classes, colour_of, width)
+            axis.legend(handles=entries[title], loc="upper center", bbox_to_anchor=(0.5, 0),
+                        ncols=ncols[title], **LEGEND)
+    figure.savefig(path, format="png")
     plt.close(figure)
+
+
+LEGEND = {"fontsize": 8.5, "frameon": False, "handlelength": 1.3, "handletextpad": 0.5,
+          "columnspacing": 1.2, "labelspacing": 0.35, "borderaxespad": 0.3, "borderpad": 0.2}
+
+
+def resized(photo: Tensor, panels: dict, largest: int) -> tuple[Tensor, dict]:
+    """A photograph uint8 (3, H, W) and classes of its pixels (H, W), longest side to `largest`."""
+    size = fitted_size(photo, largest)
+    drawn = {key: F.interpolate(prediction[None, None].float(), size, mode="nearest-exact")[0, 0]
+             for key, prediction in panels.items()}
+    picture = (resize(photo, *size) * 255).round().byte()
+    return picture, {key: prediction.long() for key, prediction in drawn.items()}
 
 
 def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes,
@@ -254,15 +353,17 @@ def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes,
 
     inches: about the width of the panel, so that no name covers another.
     """
-    palette = np.array([matplotlib.colors.to_rgb(colour_of.get(name, "#000000"))
+    palette = np.array([matplotlib.colors.to_rgb(colour_of.get(name, NEUTRAL))
                         for name in classes.names])
+    opacity = np.array([0 if name == "background" else OPACITY for name in classes.names])
     grey = photo.float().mean(dim=0, keepdim=True).permute(1, 2, 0).numpy() / 255
-    axis.imshow((0.4 * grey + 0.6 * palette[prediction.numpy()]).clip(0, 1))
+    over = opacity[prediction.numpy()][..., None]
+    axis.imshow(((1 - over) * grey + over * palette[prediction.numpy()]).clip(0, 1), aspect="auto")
     border = torch.zeros_like(prediction, dtype=torch.bool)
     border[1:] |= prediction[1:] != prediction[:-1]
     border[:, 1:] |= prediction[:, 1:] != prediction[:, :-1]
     thick = F.max_pool2d(border[None].float(), 3, 1, 1)[0].numpy()
-    axis.imshow(np.zeros((*thick.shape, 4)) + thick[..., None] * [0, 0, 0, 0.55])
+    axis.imshow(np.zeros((*thick.shape, 4)) + thick[..., None] * [0, 0, 0, 0.55], aspect="auto")
     write_names(axis, prediction, classes, letter=9 / 72 / inches * prediction.shape[1])
 
 
@@ -302,21 +403,59 @@ def deepest(mask: Tensor) -> tuple[float, float, float]:
     return (x + 0.5) * factor, (y + 0.5) * factor, depth.max().item() * factor
 
 
-def legend(axis: plt.Axes, prediction: Tensor, classes: Classes, colour_of: dict[str, str],
-           inches: float) -> None:
-    """Below a panel of so many inches: colour, name and share of each class, the largest first."""
+def named(prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> list[patches.Patch]:
+    """Legend entries: colour, name and share of the classes that are seen, the largest first."""
     found = shares(prediction, classes)
-    handles = [patches.Patch(color=colour_of[name], label=f"{name}  {100 * share:.1f} %")
-               for name, share in list(found.items())[:MOST_NAMED]]
-    if len(found) > MOST_NAMED:
-        rest = sum(list(found.values())[MOST_NAMED:])
-        handles.append(patches.Patch(color="none",
-                                     label=f"{len(found) - MOST_NAMED} more  {100 * rest:.1f} %"))
-    longest = max(len(handle.get_label()) for handle in handles)
-    # a letter is about 0.07 inches wide
-    columns = max(1, min(3, int(inches / (0.07 * longest + 0.5))))
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=columns,
-                fontsize=8, frameon=False)
+    seen = [name for name, share in found.items() if share >= LEAST_NAMED]
+    shown = seen if len(seen) <= MOST_NAMED else seen[:MOST_NAMED - 1]
+    entries = [patches.Patch(color=colour_of[name], label=f"{name}  {100 * found[name]:.1f} %")
+               for name in shown]
+    if len(shown) < len(seen):
+        rest = 100 * sum(found[name] for name in seen[len(shown):])
+        entries.append(patches.Patch(color="none",
+                                     label=f"{len(seen) - len(shown)} more  {rest:.1f} %"))
+    return entries
+
+
+def legend_columns(entries: Sequence[patches.Patch], inches: float) -> int:
+    """How many columns a legend has, at most 4 and so many inches, with no entry alone in a row."""
+    longest = max(len(entry.get_label()) for entry in entries)
+    # a letter is about 0.062 inches wide
+    return balanced(len(entries), max(1, min(4, int(inches / (0.062 * longest + 0.36)))))
+
+
+def balanced(count: int, most: int) -> int:
+    """Columns, at most `most`, in as few rows as that gives; another number if one were alone."""
+    rows = math.ceil(count / most)
+    columns = math.ceil(count / rows)
+    fitting = [number for number in range(columns, 1, -1) if count % number != 1]
+    return fitting[0] if fitting else columns
+
+
+def use_fonts(names: Sequence[str]) -> None:
+    """Takes installed fonts for letters that the usual one lacks; says which letters none has.
+
+    Matplotlib would draw empty boxes without a word.
+    """
+    usual = letters_in(font_manager.findfont(font_manager.FontProperties()))
+    missing = {letter for name in names for letter in name if not letter.isspace()} - usual
+    families = ["sans-serif"]
+    for font in font_manager.fontManager.ttflist if missing else []:
+        found = missing & letters_in(font.fname)
+        if found and not font.name.startswith("Last Resort"):       # that has boxes for all letters
+            families.append(font.name)
+            missing -= found
+    matplotlib.rcParams["font.family"] = families
+    if missing:
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        tqdm.write(f"no installed font has the letters {''.join(sorted(missing))}, so the figure "
+                   "shows boxes; install one that has them, such as Noto Sans")
+
+
+@cache
+def letters_in(font: str) -> frozenset[str]:
+    """The letters that a font file has."""
+    return frozenset(map(chr, ft2font.FT2Font(font).get_charmap()))
 
 
 if __name__ == "__main__":

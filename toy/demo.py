@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,14 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps, patches
+from matplotlib import colors, patches
 from matplotlib import pyplot as plt
 from torch import Tensor
 
 from data import Classes, read_classes, student_image
 from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
 from model import DeCLIP, encode_classes
-from tools.segment import deepest
+from tools.segment import LEAST_NAMED, LEGEND, OPACITY, PALETTE, balanced, deepest
 from tools.visualize import token_of
 from toy.world import THINGS
 from util import UserError, settings
@@ -79,8 +80,8 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 TITLES = ("scene and anchor", "ground truth", "CLIP", "DeCLIP", "CLIP's attention",
           "DeCLIP's attention")
-# Things are strong, stuff is pale.
-PALETTE = np.concatenate([colormaps["tab10"].colors, colormaps["Set2"].colors])
+# As tools/segment.py draws them, over a light grey.
+COLOURS = OPACITY * colors.to_rgba_array(PALETTE)[:, :3] + (1 - OPACITY) * 0.85
 
 
 @torch.inference_mode()
@@ -93,7 +94,7 @@ def draw(cfg: SimpleNamespace) -> None:
     scenes = SegmentationImages(KNOWN_BENCHMARKS["toy"], cfg.DATA)
     matplotlib.use("agg")
     shape = len(cfg.SCENES), len(TITLES)
-    size = 2 * shape[1], 2.1 * shape[0] + 0.9
+    size = 2 * shape[1], 2.02 * shape[0] + 0.8
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
     seen = set()
     for row, number in zip(axes, cfg.SCENES):
@@ -104,7 +105,7 @@ def draw(cfg: SimpleNamespace) -> None:
         maps = [attention_of(clip, image, attention, anchor)
                 for clip, attention in ((before, "clip"), (after, None))]
         draw_row(row, image, [label, *found], maps, anchor)
-        seen.update(*(each.unique().tolist() for each in (label, *found)))
+        seen.update(*(each.unique().tolist() for each in (label, *map(visible, found))))
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen)
@@ -113,14 +114,22 @@ def draw(cfg: SimpleNamespace) -> None:
     plt.close(figure)
 
 
+def visible(label: Tensor) -> Tensor:
+    """The pixels of the classes that a legend names: those that cover enough to be seen."""
+    counts = label.flatten().bincount()
+    return label[counts[label] >= LEAST_NAMED * label.numel()]
+
+
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],
              anchor: tuple[int, int]) -> None:
     """A scene (3, H, W) with its anchor, classes of its pixels (H, W), and attention (H, W)."""
     row[0].imshow(image.permute(1, 2, 0))
     for axis, label in zip(row[1:], labels):
-        axis.imshow(PALETTE[label], interpolation="nearest")
+        axis.imshow(COLOURS[label], interpolation="nearest")
     for axis, values in zip(row[-len(maps):], maps):
-        axis.imshow(values, cmap="magma", vmin=0, vmax=max(float(each.max()) for each in maps))
+        # The root, so that small values are seen, too.
+        axis.imshow(values.sqrt(), cmap="magma", vmin=0,
+                    vmax=max(float(each.max()) for each in maps) ** 0.5)
     for axis in (row[0], *row[-len(maps):]):
         axis.plot(*anchor, "P", color="white", markeredgecolor="black", markersize=9)
     for axis in row:
@@ -129,10 +138,12 @@ def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Te
 
 def add_legend(figure: plt.Figure, classes: Classes, seen: set[int]) -> None:
     """The colours of the classes that were seen, below all rows."""
-    handles = [patches.Patch(color=PALETTE[index], label=classes.names[index])
+    handles = [patches.Patch(color=COLOURS[index], label=classes.names[index])
                for index in sorted(seen)]
-    figure.legend(handles=handles, loc="lower center", ncols=9, frameon=False, fontsize=10)
-    figure.tight_layout(rect=(0, 0.7 / figure.get_figheight(), 1, 1), pad=0.5)
+    columns = balanced(len(handles), 9)
+    figure.legend(handles=handles, loc="lower center", ncols=columns, **LEGEND | {"fontsize": 10})
+    band = 0.1 + 0.22 * math.ceil(len(handles) / columns)
+    figure.tight_layout(rect=(0, band / figure.get_figheight(), 1, 1), pad=0.4)
 
 
 def find_anchor(label: Tensor) -> tuple[int, int]:

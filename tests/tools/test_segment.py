@@ -3,20 +3,23 @@ shape, bad input."""
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import options
+from matplotlib import font_manager
+from matplotlib.colors import to_rgba_array
 from PIL import Image
 from tiny import ROOT
 
 from data import make_classes
+from eval_seg import read_label
 from model import DeCLIP
 from tools import segment
 from toy.world import NAMES, draw_scene
 
-TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.",
-       "short_side": 128, "window": 128, "stride": 64}
+TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.", "largest": 300}
 EVERYTHING = ", ".join(NAMES)
 
 
@@ -50,7 +53,7 @@ def found_shares(folder) -> dict[str, float]:
 def test_numbers_are_those_of_the_scene(photo, tmp_path):
     """Every class that is well visible in the scene is found; shares sum to one."""
     path, scene = photo()
-    run(path, classes=EVERYTHING, json="true", scale=0.7)
+    run(path, classes=EVERYTHING, json="true", scale=0.7, short_side=128, window=128)
     found, = json.loads((tmp_path / "scene.segmentation.json").read_text()).values()
     assert sum(found.values()) == pytest.approx(1, abs=1e-5)
     assert list(found.values()) == sorted(found.values(), reverse=True)
@@ -94,7 +97,7 @@ def test_attention_adds_a_panel_of_the_clip_that_was_trained(photo, tmp_path):
     trained.save(tmp_path / "declip.safetensors")
     run(path, **given, ckpt=tmp_path / "declip.safetensors")
     panels = json.loads((tmp_path / "scene.segmentation.json").read_text())
-    assert [title.split(" ")[0] for title in panels] == ["DeCLIP", TOY["model"] + ","]
+    assert list(panels) == ["DeCLIP (toy/clip, context q)", "CLIP (toy/clip)"]
     (own, clip), (untrained, same_clip) = panels.values(), plain.values()
     assert clip == same_clip and own != untrained
 
@@ -111,11 +114,11 @@ def test_photographs_of_one_name_have_figures_of_their_own(photo, tmp_path):
 
 def test_background_is_not_what_was_asked_for():
     """Grass is among the background's names; who asks for it gets it."""
-    cfg = segment.settings.parse(["x", "--classes", "dog, meadow | grass", "--background"], segment,
+    cfg = segment.settings.parse(["x", "--classes", "dog, meadow | Grass", "--background"], segment,
                                  positional="PHOTOS")
     classes = segment.find_classes(cfg)
-    assert classes.prompts.count("grass") == 1
-    assert classes.owner[classes.prompts.index("grass")] == 2
+    assert "grass" not in classes.prompts
+    assert classes.owner[classes.prompts.index("Grass")] == 2
     assert "sky" in classes.prompts and classes.owner[classes.prompts.index("sky")] == 0
 
 
@@ -161,6 +164,162 @@ def test_names_stand_inside_their_regions(shape):
     assert depth == pytest.approx(min(30, shape[0] // 2 - 5) / 2, abs=2)
 
 
+def lab(colours: np.ndarray) -> np.ndarray:
+    """Linear RGB (..., 3) -> CIELAB, white D65."""
+    xyz = colours @ np.array([[0.4124564, 0.2126729, 0.0193339], [0.3575761, 0.7151522, 0.1191920],
+                              [0.1804375, 0.0721750, 0.9503041]])
+    x, y, z = np.moveaxis(xyz / [0.95047, 1, 1.08883], -1, 0)
+    x, y, z = (np.where(v > 0.008856, np.cbrt(v), 7.787 * v + 16 / 116) for v in (x, y, z))
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+# What eyes without one kind of cone see, in linear RGB (Machado et al. 2009, severity 1).
+EYES = {"all cones": np.eye(3),
+        "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                       [-0.003882, -0.048116, 1.051998]],
+        "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                         [-0.011820, 0.042940, 0.968881]],
+        "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                       [0.004733, 0.691367, 0.303900]]}
+
+
+@pytest.mark.parametrize("eyes, least", [("all cones", 19), ("protanopia", 13),
+                                         ("deuteranopia", 13), ("tritanopia", 13)])
+def test_colours_differ_as_they_are_drawn(eyes, least):
+    """The smallest CIELAB distance of two of the 20 colours over grey, and of one and plain greys,
+    which are the background."""
+    greys = np.array([0.3, 0.5, 0.7, 0.85])[:, None].repeat(3, axis=1)
+    over_grey = segment.OPACITY * to_rgba_array(segment.PALETTE)[:, :3] + (1 - segment.OPACITY) / 2
+    shown = np.concatenate([over_grey, greys])
+    linear = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    found = lab((linear @ np.transpose(EYES[eyes])).clip(0, 1))
+    distance = np.linalg.norm(found[:20, None] - found, axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    assert len(segment.PALETTE) == 20 and distance.min() > least
+
+
+def test_labels_are_of_the_photographs_own_size(photo, tmp_path):
+    """Pixels are numbers of classes, whose names the json has; LARGEST changes the figure alone."""
+    path, _ = photo(crop=(0, 0, 128, 70))
+    maps, widths = [], []
+    for largest in (200, 400):
+        run(path, classes="dots, star, waves", labels="true", json="true", largest=largest)
+        with Image.open(tmp_path / "scene.labels.png") as file:
+            assert (file.size, file.mode) == ((128, 70), "L")
+            maps.append(np.array(file))
+        with Image.open(tmp_path / "scene.segmentation.png") as figure:
+            widths.append(figure.width)
+    assert np.array_equal(*maps) and widths[1] == pytest.approx(2 * widths[0], abs=2)
+    names = json.loads((tmp_path / "scene.labels.json").read_text())["names"]
+    assert names == ["dots", "star", "waves"]
+    for name, share in found_shares(tmp_path).items():
+        assert (maps[0] == names.index(name)).mean() == pytest.approx(share, abs=1e-6)
+    assert segment.find_photos([str(tmp_path)]) == [path]       # what it wrote is no photograph
+
+
+def test_many_classes_have_16_bits(tmp_path):
+    prediction = torch.arange(300).view(10, 30)
+    classes = make_classes([f"n{k}" for k in range(300)])
+    segment.write_labels(prediction, classes, tmp_path / "a.labels.png")
+    assert np.array_equal(read_label(tmp_path / "a.labels.png"), prediction.numpy())
+    assert json.loads((tmp_path / "a.labels.json").read_text())["names"][299] == "n299"
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 40)], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("count", [1, 25])
+def test_nothing_hangs_over_the_edge_of_a_figure(tmp_path, monkeypatch, shape, count):
+    """Titles, pictures and legends lie within the figure, a title close to its upper edge; pictures
+    have the size that was asked for."""
+    drawn = []
+    monkeypatch.setattr(segment.plt, "close", drawn.append)
+    classes = make_classes(["background", *(f"some thing {k}" for k in range(count))])
+    found = torch.arange(shape[0] * shape[1]).view(shape) % len(classes)
+    segment.draw(torch.zeros(3, *shape).byte(), {"DeCLIP (EVA02-B-16, context q)": found}, classes,
+                 "a photograph of a very long name, at dusk.jpg", 200, str(tmp_path / "a.png"))
+    figure, = drawn
+    whole = figure.bbox.bounds
+    for axis in figure.axes:
+        picture = axis.get_window_extent()
+        assert max(picture.width, picture.height) == pytest.approx(200, abs=1)
+        boxes = [axis.title.get_window_extent()]
+        boxes += [axis.get_legend().get_window_extent()] if axis.get_legend() else []
+        for box in boxes:
+            assert 0 <= box.x0 and box.x1 <= whole[2] and 0 <= box.y0 and box.y1 <= whole[3]
+    tops = [axis.title.get_window_extent().y1 for axis in figure.axes]
+    assert whole[3] - max(tops) < 0.15 * figure.dpi
+    segment.plt.figure(figure)
+    monkeypatch.undo()
+    segment.plt.close(figure)
+
+
+def test_the_background_has_no_tint():
+    """Its pixels are the photograph in grey; its legend is neutral, and a colour of no class."""
+    classes = make_classes(["background, wall", "cat"])
+    colour_of = segment.colours({}, classes)
+    assert colour_of == {"background": segment.NEUTRAL, "cat": segment.PALETTE[0]}
+    figure, axis = segment.plt.subplots()
+    photo = torch.full((3, 8, 8), 102, dtype=torch.uint8)
+    found = torch.zeros(8, 8, dtype=torch.long)
+    found[:, 4:] = 1
+    segment.paint(axis, photo, found, classes, colour_of, 2)
+    shown = axis.images[0].get_array()
+    assert np.allclose(shown[:, :4], 0.4) and np.ptp(shown[0, 7]) > 0.2
+    segment.plt.close(figure)
+
+
+def test_a_legend_names_what_is_seen():
+    """No entry of 0.0 %; of more classes than it has room for, the rest is one entry."""
+    classes = make_classes([f"n{k}" for k in range(40)])
+    found = torch.zeros(100, 100, dtype=torch.long)
+    found[0, :4] = 1        # 0.04 %
+    found[1:3, :3] = 2      # 0.06 %
+    entries = segment.named(found, classes, segment.colours({"x": found}, classes))
+    assert [entry.get_label() for entry in entries] == ["n0  99.9 %", "n2  0.1 %"]
+    found = torch.arange(40).repeat_interleave(100).view(40, 100)
+    entries = segment.named(found, classes, segment.colours({"x": found}, classes))
+    assert len(entries) == 24 and entries[-1].get_label() == "17 more  42.5 %"
+
+
+@pytest.mark.parametrize("count, most, columns", [(4, 3, 2), (25, 8, 7), (5, 4, 3), (1, 4, 1),
+                                                  (9, 4, 3), (24, 4, 4), (7, 2, 2),
+                                                  (17, 4, 3)])
+def test_no_entry_of_a_legend_is_alone_in_its_row(count, most, columns):
+    assert segment.balanced(count, most) == columns
+
+
+def test_letters_that_no_font_has_are_named(capsys, monkeypatch):
+    """Another installed font is taken for letters that the usual one lacks; a sentence names those
+    that none has. The last resort, which has boxes for all, does not count."""
+    usual = segment.letters_in(font_manager.findfont("DejaVu Sans"))
+    other = next(font for font in font_manager.fontManager.ttflist if font.name == "STIXNonUnicode")
+    letter = min(segment.letters_in(other.fname) - usual)
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
+    segment.use_fonts(["cat", letter])
+    assert matplotlib.rcParams["font.family"][0] == "sans-serif"
+    assert len(matplotlib.rcParams["font.family"]) > 1
+    assert "no installed font" not in capsys.readouterr().out
+    unassigned = chr(0x378)
+    segment.use_fonts([f"cat {unassigned}"])
+    assert f"no installed font has the letters {unassigned}," in capsys.readouterr().out
+    assert matplotlib.rcParams["font.family"] == ["sans-serif"]
+
+
+@pytest.mark.parametrize("name, title", [
+    ("EVA02-B-16", "EVA02-B-16"), ("local-dir:/a/b/toy/clip", "toy/clip"),
+    ("vit_base_patch14_dinov2.lvd142m", "DINOv2 ViT-B/14"),
+    ("vit_large_patch14_reg4_dinov2.lvd142m", "DINOv2 ViT-L/14"),
+    ("vit_base_patch16_224.dino", "DINO ViT-B/16"),
+    ("samvit_base_patch16.sa1b", "samvit_base_patch16")])
+def test_names_of_models_are_readable(name, title):
+    assert segment.readable(name) == title
+
+
+def test_data_are_checked_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(segment, "open_model", None)
+    with pytest.raises(SystemExit, match="README.md can't be read"):
+        run("README.md", classes="cat")
+
+
 def test_colours_stay_with_their_classes():
     classes = make_classes(["a", "b", "c"])
     one, other = torch.zeros(4, 4, dtype=torch.long), torch.full((4, 4), 2)
@@ -178,12 +337,17 @@ def test_colours_stay_with_their_classes():
     (["README.md"], {}, "CLASSES names no class"),
     (["README.md"], {"classes": " , |"}, "CLASSES names no class"),
     (["README.md"], {"classes": "cat, dog, cat"}, "names 'cat' twice"),
-    (["README.md"], {"classes": "cat, dog | cat"}, "names 'cat' twice"),
+    (["README.md"], {"classes": "cat, dog | Cat"}, "names 'cat' twice"),
     (["README.md"], {"classes": "cat", "threshold": 0.5}, "THRESHOLD is for --background"),
-    (["README.md"], {"classes": "cat", "window": 30, "stride": 30}, "WINDOW 30 is no multiple"),
-    (["README.md"], {"classes": "cat", "attention": "mean"}, "ATTENTION is 'mean'"),
+    (["README.md"], {"classes": "cat", "logit_scale": 9}, "LOGIT_SCALE makes the probability"),
+    (["README.md"], {"classes": "cat", "background": 1, "logit_scale": 9}, "give --background and"),
+    (["toy/demo.png"], {"classes": "cat", "window": 30, "stride": 30}, "WINDOW 30 is no multiple"),
+    (["toy/demo.png"], {"classes": "cat", "attention": "mean"}, "ATTENTION is 'mean'"),
+    (["toy/demo.png"], {"classes": "a" * 80}, "is longer than the 32 tokens that"),
+    (["README.md"], {"classes": "cat", "largest": -1}, "LARGEST is -1"),
+    (["README.md"], {"classes": "cat", "largest": 0}, "LARGEST is 0"),
     (["README.md"], {"classes": "cat", "short_side": 0}, "SHORT_SIDE is 0"),
-    (["README.md"], {"classes": "cat", "stride": 200}, "STRIDE is 200")])
+    (["README.md"], {"classes": "cat", "window": 128, "stride": 200}, "STRIDE is 200")])
 def test_bad_input_is_one_sentence(photos, given, words):
     with pytest.raises(SystemExit) as error:
         run(*photos, **given)

@@ -69,8 +69,9 @@ def test_the_hot_spot_is_where_the_maximum_is(size):
     grid = size[0] // 10, size[1] // 10
     values = torch.zeros(grid)
     values[2, grid[1] - 2] = 1
-    figure = visualize.panels(torch.zeros(3, *size).byte(), [("model", [(0, values)])], None,
-                              "title", visualize.Scale("unit", (0, 1)))
+    subject = visualize.Subject("a.jpg", torch.zeros(3, *size).byte(), None)
+    figure = visualize.panels(subject, [("model", [(0, values)])], "title",
+                              visualize.Scale("unit", (0, 1)))
     figure.canvas.draw()
     axis = figure.axes[1]
     box = axis.get_window_extent()
@@ -82,6 +83,33 @@ def test_the_hot_spot_is_where_the_maximum_is(size):
     assert ys * grid[0] == pytest.approx(2.5, abs=0.3)
     assert xs * grid[1] == pytest.approx(grid[1] - 1.5, abs=0.3)
     plt.close(figure)
+
+
+def test_the_photograph_is_there_once_and_last_layers_stand_together():
+    """Of a model of 3 layers and one of 2, the last columns are the last layers."""
+    subject = visualize.Subject("a.jpg", torch.zeros(3, 20, 30).byte(), (3, 4))
+    rows = [("CLIP", [(layer, torch.zeros(2, 3)) for layer in range(3)]),
+            ("VFM", [(layer, torch.zeros(2, 3)) for layer in range(2)])]
+    figure = visualize.panels(subject, rows, "title", visualize.Scale("unit", (0, 1)))
+    figure.canvas.draw()
+    titles = [axis.get_title() for axis in figure.axes[:7]]
+    assert titles == ["a.jpg", "layer 1", "layer 2", "layer 3", "", "layer 1", "layer 2"]
+    last = figure.axes[3].get_position().x0, figure.axes[6].get_position().x0
+    assert last[0] == pytest.approx(last[1], abs=1e-3)
+    assert figure.axes[4].get_ylabel() == "VFM"
+    plt.close(figure)
+
+
+def test_precision_is_that_of_the_maps(shown, photo):
+    """bf16 rounds maps and tokens a little; they come back in float32."""
+    image = visualize.read_image(photo)
+    clip = shown[1]
+    rounded = visualize.Shown("DeCLIP", clip.model, "q", "bf16")
+    for one, other in zip((*clip.attention_maps(image, (10, 16)), *clip.tokens(image, (10, 16))),
+                          (*rounded.attention_maps(image, (10, 16)),
+                           *rounded.tokens(image, (10, 16)))):
+        assert other.dtype == torch.float32 and not torch.equal(one, other)
+        assert (one - other).norm() < 0.1 * one.norm()
 
 
 def test_token_of_a_pixel():
@@ -130,8 +158,7 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.mark.parametrize("kind, given", [
     ("attention", {"anchor": "30,20"}), ("cls", {}), ("correlation", {"layers": 2}), ("proxy", {}),
     ("segmentation",
-     {"classes": "dots, star", "short_side": 128, "window": 128, "methods": ("clip", "clearclip"),
-                      "templates": "a {}."})])
+     {"classes": "dots, star", "methods": ("clip", "clearclip"), "templates": "a {}."})])
 def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
     given = {key: value for key, value in (TOY | given).items() if key not in ("scale",)}
     visualize.main([kind, str(photo),
@@ -245,6 +272,7 @@ def test_background_is_what_is_no_thing(tmp_path):
     (["curves", "toy/clip/log.jsonl"], "is no log of train.py"),
     (["attention", "PHOTO", "toy"], "but this figure is of one"),
     (["curves", "nothing"], "There is no nothing"),
+    (["attention", "PHOTO", "--precision", "fp8"], "PRECISION is 'fp8'"),
     (["attention", "PHOTO", "--layers", "0"], "LAYERS is 0")])
 def test_bad_input_is_one_sentence(photo, tmp_path, words, sentence):
     with pytest.raises(SystemExit) as error:
