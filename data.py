@@ -5,6 +5,7 @@ it is resized, padded, cut into crops and normalised (`student_image`, `grid_cro
 model that sees it.
 """
 
+import io
 import math
 import os
 import random
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from util import UserError
 from util.distributed import Ranks
 from util.files import fields_of, find, read_json
+from util.order import WindowOrder, check_batch
 from util.run import ignore_signals
+from util.shards import ShardChanged, Shards, expand, is_remote
 
 MOST_PIXELS = 100_000_000    # larger images are not decoded: a small file could fill the memory
 Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
@@ -50,12 +53,18 @@ def read_image(path: str | Path, upright: bool = False, most: int | None = None)
     upright: turn it as its EXIF entry says. Annotations are made for images as they are stored.
     most: an image of more pixels is reduced by a whole factor while it is decoded, None for never.
     """
-    with unreadable(path, "an image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # of metadata that is not used here
+    with unreadable(path, "an image"):
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is no regular file")
-        with Image.open(path, formats=FORMATS) as file:
-            return torch.from_numpy(decode(file, upright, most)).permute(2, 0, 1)
+        return open_image(path, upright, most)
+
+
+def open_image(file: str | Path | BinaryIO, upright: bool, most: int | None) -> Tensor:
+    """As read_image, of an opened file, too. Raises what decoders raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # of metadata that is not used here
+        with Image.open(file, formats=FORMATS) as opened:
+            return torch.from_numpy(decode(opened, upright, most)).permute(2, 0, 1)
 
 
 @contextmanager
@@ -137,6 +146,9 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
     if not found:
         state = "holds no image" if images.exists() else "does not exist"
         state += f" but {counted(others)}, which are not read" if others else ""
+        if images.is_dir() and any(images.glob("*.tar")):
+            raise UserError(f"{images.absolute()} {state}; for its shards, set IMAGES to "
+                            f"{images}/*.tar.")
         raise UserError(f"{images.absolute()} {state}; put images there (any folder of "
                         f"{', '.join(IMAGE_SUFFIXES)} files, or a COCO-style json) or set IMAGES "
                         "to where they are.")
@@ -219,6 +231,10 @@ class TrainingData(Dataset):
         """What image `index` gives. Raises UserError if it can't be read."""
         raise NotImplementedError
 
+    def order(self, batch_size: int, epoch: int, seed: int) -> Sequence:
+        """The image indices of every step of an epoch, (steps, batch_size); see epoch_order."""
+        return epoch_order(len(self), batch_size, epoch, seed)
+
     @cached_property
     def fingerprint(self) -> str:
         """The same for two lists of the same images in the same order, wherever they lie."""
@@ -236,6 +252,8 @@ class TrainingData(Dataset):
             try:
                 with time_limit(self.read_timeout):
                     return Sample(self.read(place % len(self)), index, skipped)
+            except ShardChanged:
+                raise
             except UserError as error:
                 skipped.append((self.paths[place % len(self)], str(error)))
         raise UserError(f"{len(skipped)} files in a row can't be read; the last "
@@ -255,6 +273,42 @@ class TrainingImages(TrainingData):
         return read_image(self.paths[index], True, self.most_pixels)
 
 
+class TrainingShards(TrainingData):
+    """As TrainingImages, of the images in tar shards. Members of other kinds are left out.
+
+    pattern: the shards, as util.shards.expand takes it. ranks: those that share the work if the
+    shards have no index yet.
+    """
+
+    def __init__(self, pattern: str, read_timeout: float = 60.0, most_pixels: int | None = None,
+                 ranks: Ranks | None = None):
+        shards = Shards(expand(pattern), IMAGE_SUFFIXES, ranks=ranks)
+        super().__init__(shards, read_timeout)
+        self.most_pixels, self.fingerprint = most_pixels, shards.fingerprint
+        self.others = Counter({suffix: count for suffix, count in shards.ignored.items()
+                               if suffix in OTHER_SUFFIXES})
+
+    def order(self, batch_size: int, epoch: int, seed: int) -> WindowOrder:
+        return WindowOrder(self.paths.counts, batch_size, epoch, seed)
+
+    def read(self, index: int) -> Tensor:
+        try:
+            return open_image(io.BytesIO(self.paths.read(index)), True, self.most_pixels)
+        except ShardChanged:
+            raise
+        except Exception:       # its name takes a look into the shard, so it is not found before
+            with unreadable(self.paths[index], "an image"):
+                raise
+
+
+def training_images(cfg: SimpleNamespace, ranks: Ranks) -> TrainingImages | TrainingShards:
+    """The unlabelled images that IMAGES names: of shards, or of a folder or a json."""
+    if cfg.IMAGES.endswith(".tar") or is_remote(cfg.IMAGES):
+        return TrainingShards(cfg.IMAGES, cfg.READ_TIMEOUT, cfg.MAX_PIXELS, ranks)
+    return TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT, cfg.READ_TIMEOUT,
+                          cfg.MAX_PIXELS)
+
+
 # --------------------------------------------------------------------------- batches and ranks
 
 def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
@@ -264,20 +318,18 @@ def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
     resume in the middle of an epoch, on another number of GPUs too.
     Raises UserError if there are fewer images than a batch has.
     """
-    if images < batch_size:
-        raise UserError(f"There are {images} images, fewer than BATCH_SIZE, {batch_size}; add "
-                        f"images, or set BATCH_SIZE to {images} or less.")
+    check_batch(images, batch_size)
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(images, generator=rng)
     return order[:images // batch_size * batch_size].view(-1, batch_size)
 
 
-def rank_batches(order: Tensor, ranks: Ranks, micro_batch: int, first_step: int = 0
-                 ) -> list[list[int]]:
+def rank_batches(order: Sequence, ranks: Ranks, micro_batch: int, first_step: int = 0
+                 ) -> Iterator[list[int]]:
     """One rank's share of `order` (steps, batch_size) from a step on, in micro batches."""
-    share = order.shape[1] // ranks.world_size
-    order = order[first_step:].view(-1, ranks.world_size, share)
-    return order[:, ranks.rank].reshape(-1, micro_batch).tolist()
+    for step in range(first_step, len(order)):
+        share = order[step].reshape(ranks.world_size, -1)[ranks.rank]
+        yield from share.reshape(-1, micro_batch).tolist()
 
 
 def training_batches(cfg: SimpleNamespace, dataset: TrainingData, micro_batch: int,
@@ -286,7 +338,7 @@ def training_batches(cfg: SimpleNamespace, dataset: TrainingData, micro_batch: i
     def all_batches() -> Iterator[list[int]]:
         first_epoch, skip = divmod(first_step, len(dataset) // cfg.BATCH_SIZE)
         for epoch in range(first_epoch, cfg.EPOCHS):
-            order = epoch_order(len(dataset), cfg.BATCH_SIZE, epoch, cfg.SEED)
+            order = dataset.order(cfg.BATCH_SIZE, epoch, cfg.SEED)
             yield from rank_batches(order, ranks, micro_batch, skip if epoch == first_epoch else 0)
 
     # One loader for all epochs: it forks its workers once, beside as few threads as possible.

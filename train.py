@@ -23,15 +23,14 @@ from torch import Tensor, nn
 from data import (
     IMAGE_SUFFIXES,
     Grid,
-    TrainingImages,
     counted,
-    epoch_order,
     grid_boxes,
     grid_crops,
     image_tokens,
     sample_grid,
     student_image,
     training_batches,
+    training_images,
 )
 from model import CONTEXTS, VFM, DeCLIP, VisionTower, content_loss, context_loss, load_vfm
 from util import UserError, distributed, settings
@@ -40,7 +39,7 @@ from util.run import Run
 from util.weights import read_record
 
 # What is read and written
-IMAGES = "data/coco/train2017"      # folder of images, searched with all below it; or a json
+IMAGES = "data/coco/train2017"      # folder of images, a json, or tar shards, "x/{000..123}.tar"
 IMAGE_ROOT: str | None = None       # folder of a COCO-style json's images; None: the json's own
 OUTSIDE_ROOT = False                # a json may name images that are not below that folder
 OUT = "out/declip"                  # folder of the run: declip.safetensors, log.jsonl, checkpoints
@@ -106,11 +105,10 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     check(cfg)
     micro_batch, accumulate = distributed.divide_batch(cfg.BATCH_SIZE, cfg.MICRO_BATCH,
                                                        ranks.world_size)
-    dataset = TrainingImages(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT, cfg.READ_TIMEOUT,
-                             cfg.MAX_PIXELS)
+    dataset = training_images(cfg, ranks)
     if dataset.others and ranks.is_main:
         print(f"left out: {counted(dataset.others)}; only {' '.join(IMAGE_SUFFIXES)} are read")
-    steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
+    steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
     with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", HARMLESS) as run:
         clip, teacher, vfm = build(cfg, ranks.device)
         optimizer = build_optimizer(cfg, clip.visual)

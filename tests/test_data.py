@@ -147,7 +147,7 @@ def test_ranks_share_each_step(world, micro_batch):
     at any step."""
     order = epoch_order(40, 8, 0, 0)
     ranks = [Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
-    shares = [rank_batches(order, each, micro_batch, first_step=2) for each in ranks]
+    shares = [list(rank_batches(order, each, micro_batch, first_step=2)) for each in ranks]
     per_step = 8 // world // micro_batch
     for step in range(2, 5):
         seen = [i for share in shares

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import warm
 from conftest import options, succeeds
 
+import data
 import eval_seg
 import train
 from data import Grid
@@ -153,7 +154,7 @@ def test_a_run_samples_its_grids_by_epoch_and_image(images, tmp_path, monkeypatc
     monkeypatch.setattr(train, "sample_grids", lambda cfg, epoch, indices:
                         asked.append((epoch, *indices)) or sample_grids(cfg, epoch, indices))
     run(images, tmp_path, epochs=2)
-    order = [train.epoch_order(5, 2, epoch, 0).tolist() for epoch in range(2)]
+    order = [data.epoch_order(5, 2, epoch, 0).tolist() for epoch in range(2)]
     assert asked == [(epoch, *batch) for epoch in range(2) for batch in order[epoch]]
 
 

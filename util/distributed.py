@@ -90,7 +90,7 @@ def session(script: str, tf32: bool = False) -> Iterator[Ranks]:
             yield ranks
     except UserError as error:
         # An error in a worker of a DataLoader brings the worker's traceback along.
-        sentence = str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1]
+        sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
         raise SystemExit(f"{name}: {sentence}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -125,10 +125,10 @@ class Run:
                             "on a disk that all machines share.")
         bad_steps = self.resumed["bad_steps"] if self.resumed else 0
         self.log = Log(self.cfg, self.ranks, len(self.images.paths), self.step)
-        self.guard = Guard(self.cfg, self.ranks, bad_steps)
+        self.guard = Guard(self.cfg, self.ranks, self.images.paths, bad_steps)
         # Of the present step: losses of each micro batch, its images, and files left out.
         self.losses: list[dict[str, Tensor]] = []
-        self.files: list[str] = []
+        self.indices: list[int] = []
         self.failures: list[tuple[str, str]] = []
         self.is_saved, self.has_begun = True, True
         self.is_stepping = False        # between the gradients of a step and its end
@@ -163,7 +163,7 @@ class Run:
         """Takes a micro batch: its losses, scalars by name, and for each image its index and the
         files that could not be read in its place, with the reasons."""
         self.losses.append({name: loss.detach() for name, loss in losses.items()})
-        self.files += [self.images.paths[index] for index in indices]
+        self.indices += indices
         self.failures += [failure for of_image in skipped for failure in of_image]
 
     def check_gradient(self) -> None:
@@ -172,7 +172,7 @@ class Run:
         A step whose gradient is not finite changes no weights: the scaler leaves it out.
         """
         is_bad = is_bad_step(self.optimizer, self.scaler, self.losses)
-        self.guard.watch(self.step + 1, is_bad, self.files)
+        self.guard.watch(self.step + 1, is_bad, self.indices)
         self.watchdog.changing.acquire()        # until end_step
         self.is_stepping = True
 
@@ -184,7 +184,7 @@ class Run:
         self.watchdog.changing.release()
         self.log.add({name: sum(losses[name] for losses in self.losses) / len(self.losses)
                       for name in self.losses[0]}, self.failures)
-        self.losses, self.files, self.failures = [], [], []
+        self.losses, self.indices, self.failures = [], [], []
         self.progress.update()
         self.guard.look()
         is_last = self.step == self.last or self.guard.stops
@@ -377,11 +377,12 @@ class Guard:
     never waits for it.
     """
 
-    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, bad_steps: int = 0):
-        self.cfg, self.ranks = cfg, ranks
+    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, paths: Sequence[str],
+                 bad_steps: int = 0):
+        self.cfg, self.ranks, self.paths = cfg, ranks, paths
         self.signal, self.stops = 0, False      # the signal that came; whether all ranks know it
         self.bad_steps, self.in_a_row = bad_steps, 0
-        self.pending: list[tuple[int, Callable[[], list], list[str]]] = []
+        self.pending: list[tuple[int, Callable[[], list], list[int]]] = []
         for number in SIGNALS:
             signal.signal(number, self.note)
 
@@ -390,13 +391,13 @@ class Guard:
         self.signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def watch(self, step: int, is_bad: Tensor, files: list[str]) -> None:
-        """Asks all ranks about a step; `files` are its images on this rank."""
+    def watch(self, step: int, is_bad: Tensor, indices: list[int]) -> None:
+        """Asks all ranks about a step; `indices` are those of its images on this rank."""
         # DDP averages gradients, so they are finite on all ranks or on none; a signal may have come
         # to one rank only.
         came = torch.full((), float(self.signal), device=self.ranks.device)
         flags = distributed.max_over_ranks(torch.stack([is_bad.float(), came]))
-        self.pending.append((step, distributed.fetch(flags), files))
+        self.pending.append((step, distributed.fetch(flags), indices))
 
     def is_bad_now(self) -> bool:
         """Whether the last steps had no finite gradient, those included that were not read yet."""
@@ -405,22 +406,24 @@ class Guard:
     def look(self, last: bool = False) -> None:
         """Reads the answers except the newest (`last`: all); UserError after too many bad steps."""
         while len(self.pending) > (0 if last else 1):
-            step, read, files = self.pending.pop(0)
+            step, read, indices = self.pending.pop(0)
             is_bad, number = read()
             self.stops, self.signal = self.stops or number > 0, self.signal or int(number)
             self.in_a_row = self.in_a_row + 1 if is_bad else 0
             if is_bad:
                 self.bad_steps += 1
-                self.list_bad_step(step, files)
+                self.list_bad_step(step, indices)
             if self.in_a_row >= self.cfg.MAX_BAD_STEPS:
                 raise UserError(
                     f"The gradient was not finite in {self.in_a_row} steps in a row, up to step "
                     f"{step}; lower LR or look at the images in bad_steps.jsonl; "
                     f"{last_checkpoint(self.cfg.OUT)}.")
 
-    def list_bad_step(self, step: int, files: list[str]) -> None:
+    def list_bad_step(self, step: int, indices: list[int]) -> None:
         """Adds a step and its images on all ranks to bad_steps.jsonl."""
-        files = [file for share in distributed.gather(files) for file in share]
+        # Names are looked up here only: for shards each takes a read.
+        files = distributed.gather([self.paths[index] for index in indices])
+        files = [file for share in files for file in share]
         if self.ranks.is_main:
             append(Path(self.cfg.OUT) / "bad_steps.jsonl",
                    json.dumps({"step": step, "files": files}) + "\n")

@@ -256,7 +256,7 @@ def test_a_training_step_does_not_wait_for_the_device(on_meta, tmp_path, monkeyp
     data.constant.cache_clear()
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     scaler = grad_scaler("fp32", ranks.device)
-    guard, log = run.Guard(cfg, ranks), run.Log(cfg, ranks, 20, 0)
+    guard, log = run.Guard(cfg, ranks, []), run.Log(cfg, ranks, 20, 0)
     waits = []
     for step in range(2):
         grids = train.sample_grids(cfg, 0, [step, step + 5])
