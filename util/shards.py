@@ -412,7 +412,8 @@ class OpenShard:
         block, headers, size, check = self.entries[place].item()
         headers *= BLOCK
         found = self.file.read(block * BLOCK, headers + size)
-        if len(found) != headers + size or zlib.crc32(found[:headers]) != check:
+        is_whole = headers > 0 and len(found) == headers + size
+        if not is_whole or zlib.crc32(found[:headers]) != check:
             raise ShardChanged(f"{self.file.name} has changed at byte {block * BLOCK:,} since it "
                                "was indexed; if it should have, index it again by python -m "
                                "tools.index.")
