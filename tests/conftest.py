@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,22 @@ def images(tmp_path_factory, scenes) -> Path:
     for index, (image, _) in enumerate(scenes):
         Image.fromarray(image).save(folder / ("more" if index == 0 else "") / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, images) -> str:
+    """The same images with captions in two tar shards, and one file that is no image; a
+    pattern."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "bad.png").write_bytes(b"no image")
+    (folder / "caption.txt").write_text("a drawn scene")
+    paths = [*sorted(images.rglob("*.png")), folder / "bad.png"]
+    for number in range(2):
+        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
+            for path in paths[number::2]:
+                tar.add(path, path.name)
+                tar.add(folder / "caption.txt", f"{path.stem}.txt")
+    return f"{folder}/{{00000..00001}}.tar"
 
 
 @pytest.fixture(scope="session")
