@@ -5,6 +5,7 @@ it is resized, padded, cut into crops and normalised (`student_image`, `grid_cro
 model that sees it.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -14,9 +15,10 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
@@ -31,9 +33,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from util import UserError
 from util.distributed import Ranks
 from util.files import fields_of, find, read_json
+from util.names import Names, write_sorted
 from util.order import WindowOrder, check_batch
 from util.run import ignore_signals
-from util.shards import ShardChanged, Shards, expand, is_remote
+from util.shards import CACHE, ShardChanged, Shards, expand, is_remote
 
 MOST_PIXELS = 100_000_000    # larger images are not decoded: a small file could fill the memory
 Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
@@ -43,6 +46,7 @@ OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".p
                   ".nef", ".cr2", ".arw", ".svg", ".eps", ".psd")
 # PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MOST_LISTED = 1_000_000     # paths that a process holds, 100 MB; longer lists are kept in a file
 
 
 # --------------------------------------------------------------------------------- image files
@@ -120,9 +124,11 @@ def to_rgb(file: Image.Image, shift: int) -> np.ndarray:
 
 
 def list_images(images: str | Path, root: str | Path | None = None, outside: bool = False,
-                others: Counter[str] | None = None) -> list[str]:
+                others: Counter[str] | None = None) -> Sequence[str]:
     """The sorted image files below a folder, or those that a COCO-style json names.
 
+    A folder of more than MOST_LISTED is listed once into a file of CACHE, and again when it has
+    changed; no process then holds all the paths.
     root: folder of the json's images, by default the json's own. outside: a json may name images
     that are not below it. others: gets the number of image files of each suffix that is not read.
     Raises UserError that says where it looked if there are none.
@@ -142,7 +148,7 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
             raise UserError(f"{images} names {found[0]}, which is not there; set IMAGE_ROOT to the "
                             "folder of its images.")
     else:
-        found = sorted(walk_images(images, others))
+        found = list_folder(images, others)
     if not found:
         state = "holds no image" if images.exists() else "does not exist"
         state += f" but {counted(others)}, which are not read" if others else ""
@@ -166,14 +172,39 @@ def counted(others: Counter[str]) -> str:
     return ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())
 
 
-def walk_images(folder: Path, others: Counter[str]) -> Iterator[str]:
-    """Image files below a folder except hidden ones; follows links, enters each folder once."""
+def list_folder(folder: Path, others: Counter[str]) -> Sequence[str]:
+    """The sorted image files below a folder: a list, or the Names in CACHE."""
+    place = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:16]
+    listed = Path(CACHE) / f"{folder.name}.{place}.names"
+    with suppress(OSError, ValueError, KeyError):
+        names = Names(listed, str(folder))
+        times, counts = names.about["times"], names.about["others"]
+        if all(os.stat(path).st_mtime_ns == time for path, time in times.items()):
+            others.update(counts)
+            return names
+    times: dict[str, int] = {}
+    found = walk_images(folder, others, times)
+    first = list(islice(found, MOST_LISTED + 1))
+    if len(first) <= MOST_LISTED:
+        return sorted(first)
+    print(f"{folder} holds more than {MOST_LISTED:,} images; listing them into {listed}")
+    names = (os.path.relpath(path, folder) for path in chain(first, found))
+    write_sorted(listed, names, {"times": times, "others": others})
+    return Names(listed, str(folder))
+
+
+def walk_images(folder: Path, others: Counter[str], times: dict[str, int]) -> Iterator[str]:
+    """Image files below a folder except hidden ones; follows links, enters each folder once.
+
+    others: gets the numbers of other image files by suffix. times: gets when each folder changed.
+    """
     entered = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(path) in entered:
             folders.clear()
             continue
         entered.add(os.path.realpath(path))
+        times[path] = os.stat(path).st_mtime_ns
         names = [name for name in names if not name.startswith(".")]
         suffixes = [os.path.splitext(name)[1].lower() for name in names]
         others.update(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
@@ -268,6 +299,13 @@ class TrainingImages(TrainingData):
         self.others: Counter[str] = Counter()       # image files that are left out, by suffix
         super().__init__(list_images(images, root, outside, self.others), read_timeout)
         self.most_pixels = most_pixels
+        if isinstance(self.paths, Names):
+            self.fingerprint = self.paths.fingerprint
+
+    def order(self, batch_size: int, epoch: int, seed: int) -> Sequence:
+        if isinstance(self.paths, Names):
+            return WindowOrder(np.array([len(self)]), batch_size, epoch, seed)
+        return super().order(batch_size, epoch, seed)
 
     def read(self, index: int) -> Tensor:
         return read_image(self.paths[index], True, self.most_pixels)

@@ -19,6 +19,7 @@ import data
 from data import Grid, epoch_order, grid_boxes, grid_crops, rank_batches, sample_grid, student_image
 from util import files
 from util.distributed import Ranks
+from util.names import Names
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -119,6 +120,28 @@ def test_links_are_followed_once_and_hidden_files_left_out(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert [path[len(str(tmp_path)) + 1:] for path in data.list_images(tmp_path)] in (["a/x.png"],
                                                                                       ["b/x.png"])
+
+
+def test_a_large_folder_is_listed_once(tmp_path, images, monkeypatch, capsys):
+    """Into a file, in the same order; again when a folder has changed. Training is by windows."""
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "x.gif").touch()
+    expected, small = data.list_images(folder), data.TrainingImages(folder)
+    monkeypatch.setattr(data, "MOST_LISTED", 3)
+    dataset = data.TrainingImages(folder)
+    assert isinstance(dataset.paths, Names) and list(dataset.paths) == expected
+    assert dataset[4].data.equal(small[4].data) and dataset.others == {".gif": 1}
+    order = dataset.order(2, 0, 0)
+    assert len(order) == 2 and len(set(np.concatenate([order[0], order[1]]).tolist())) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "walk_images", lambda *_: pytest.fail("it was listed again"))
+        again = data.TrainingImages(folder)
+    assert again.fingerprint == dataset.fingerprint and again.others == {".gif": 1}
+    shutil.copy(images / "1.png", folder / "more" / "9.png")
+    changed = data.TrainingImages(folder)
+    assert len(changed) == 6 and changed.fingerprint != dataset.fingerprint
+    assert capsys.readouterr().out.count("listing them into") == 2
 
 
 def test_fingerprint_is_of_names_not_of_places(tmp_path, images):

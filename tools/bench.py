@@ -12,15 +12,19 @@ batch, without the log.
 """
 
 import copy
+import os
+import re
+import shutil
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -39,7 +43,9 @@ import eval_seg
 import train
 from data import (
     Grid,
+    TrainingData,
     TrainingImages,
+    TrainingShards,
     grid_boxes,
     grid_crops,
     make_classes,
@@ -67,7 +73,9 @@ from train import (  # noqa: F401 - settings shared with train.py
     VFM_MODEL,
 )
 from util import UserError, distributed, settings
+from util.order import WindowOrder
 from util.precision import DTYPES, autocast, find_precision
+from util.shards import Shards
 
 IMAGE_SIZE: int | None = None       # of the student; None: train.py's on a GPU, 448 on a CPU
 CROPS = 12                          # crops of an image; the mean of the paper's grids is 12.25
@@ -76,7 +84,7 @@ PROMPTS = 171                       # of the segmentation; COCO-Stuff has 171 cl
 SEGMENT_BATCH: int | None = None    # images segmented together; None: eval_seg.py's, 2 on a CPU
 WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the cores
 IMAGES: str | None = None           # folder of photographs to read; None: made-up ones of 640x480
-PARTS = ("input", "operations", "train", "context", "segment")         # what to measure
+PARTS = ("input", "operations", "train", "context", "segment")     # what to measure; also: shards
 BASELINE = False                    # the plain forms too
 REPEATS: int | None = None          # measurements of each time; None: 10 on a GPU, 3 on a CPU
 
@@ -353,6 +361,78 @@ def images_per_second(dataset: Dataset, count: int) -> float:
     return images / (time.perf_counter() - start)
 
 
+# ------------------------------------------------------------------------------------------ shards
+
+SHARDS, IN_SHARD = 4, 256       # that are written for the measurement, of the photographs in turn
+
+
+def measure_shards(bench: Bench) -> Iterator[Row]:
+    """The same images from tar shards and from a folder: CPU, images a second, the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = write_shards(bench.dataset.paths, Path(folder))
+        for place, data in sources.items():
+            some = Subset(data, range(min(64, len(data))))
+            yield Row(f"CPU time from {place}, ms", {"this code": 1e3 * cpu_seconds(some)})
+        for count in sorted({num_workers(wanted) for wanted in bench.cfg.WORKER_COUNTS}):
+            speeds = {place: [] for place in sources}
+            for _, (place, data) in product(range(bench.cfg.REPEATS), sources.items()):
+                speeds[place].append(images_per_second(data, count))
+            for place, found in speeds.items():
+                yield Row(f"images/s from {place} with {count} worker{'s' if count > 1 else ''}",
+                          {"this code": statistics.median(found)}, more_is_better=True)
+        shards = sources["shards"].paths
+        order = [index for step in shards_order(shards) for index in step]
+        read, waits = read_from_disk(shards, order)
+        yield Row("bytes from the disk for each byte used", {"this code": read})
+        yield Row("waits for the disk for each image", {"this code": waits})
+
+
+def write_shards(photos: Sequence[str], folder: Path) -> dict[str, TrainingData]:
+    """The photographs in turn, in shards with captions and in a folder -> what reads them."""
+    for number, index in product(range(SHARDS), range(IN_SHARD)):
+        name, photo = f"{number:02}{index:06}", photos[index % len(photos)]
+        (folder / "folder").mkdir(exist_ok=True)
+        shutil.copy(photo, folder / "folder" / f"{name}{Path(photo).suffix}")
+        (folder / "caption").write_text("a photograph, made up")
+        with tarfile.open(folder / f"{number:02}.tar", "a") as tar:
+            tar.add(photo, f"{name}{Path(photo).suffix}")
+            tar.add(folder / "caption", f"{name}.txt")
+    return {"shards": TrainingShards(f"{folder}/*.tar"),
+            "a folder": TrainingImages(folder / "folder")}
+
+
+def shards_order(shards: Shards) -> WindowOrder:
+    return WindowOrder(shards.counts, batch_size=16, epoch=0, seed=0)
+
+
+def read_from_disk(shards: Shards, order: Sequence[int]) -> tuple[float, float]:
+    """Reads images that no memory holds -> bytes that came from the disk for each byte of an image,
+    and the share of images that were not in memory when they were asked for.
+
+    A millisecond passes between images, as when they are decoded. A file system in memory, such as
+    some machines' /tmp, gives 0.
+    """
+    def from_disk() -> int:
+        return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    os.sync()
+    for path in shards.paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin, used, waits = from_disk(), 0, 0
+    for index in order:
+        number, place = shards.place(index)
+        shard = shards.open(number)
+        block, headers, size, _ = shard.entries[place].item()
+        try:
+            os.preadv(shard.file.handle, [bytearray(size)], (block + headers) * 512, os.RWF_NOWAIT)
+        except BlockingIOError:
+            waits += 1
+        used += len(shards.read(index))
+        time.sleep(1e-3)
+    return (from_disk() - begin) / used, waits / len(order)
+
+
 # -------------------------------------------------------------------------------- the training step
 
 class Step(NamedTuple):
@@ -563,6 +643,7 @@ MEASURES = {
     "context": ("Context loss of an image and its gradient", measure_context),
     "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}",
                 measure_segmentation),
+    "shards": ("Input from shards and from a folder, the same images", measure_shards),
 }
 
 

@@ -52,6 +52,18 @@ def test_without_a_baseline_only_this_code_is_measured(capsys):
                for row in part.values())
 
 
+def test_shards_are_measured_beside_a_folder(monkeypatch):
+    """Of the same images; each byte comes from the disk about once."""
+    monkeypatch.setattr(bench, "SHARDS", 2)
+    monkeypatch.setattr(bench, "IN_SHARD", 8)
+    rows = measured(parts="shards")["shards"]
+    values = {name: row.values["this code"] for name, row in rows.items()}
+    assert values["CPU time from shards, ms"] > 0 and values["CPU time from a folder, ms"] > 0
+    assert values["images/s from shards with 1 worker"] > 0
+    assert 0 <= values["bytes from the disk for each byte used"] < 1.5
+    assert 0 <= values["waits for the disk for each image"] <= 0.5
+
+
 def test_ratios_say_how_much_better_this_code_is():
     assert bench.Row("ms", {"this code": 2.0, "plain": 10.0}).ratio == 5
     assert bench.Row("images/s", {"this code": 10.0, "plain": 2.0}, more_is_better=True).ratio == 5
