@@ -34,8 +34,10 @@ from torchvision.ops import roi_align
 
 from data import Classes
 from util import UserError
+from util.distributed import is_main
 from util.files import atomic_write
 from util.precision import find_precision
+from util.sharding import whole
 from util.towers import (
     check_folder,
     create_open_clip,
@@ -560,12 +562,16 @@ class DeCLIP(nn.Module):
 
         original, share: the weights saved are `share` of this model's and the rest of `original`'s,
             the tower that training began with (the published scripts; the paper's share is 1).
+        Of towers that are divided over ranks, all ranks call it, and the first one writes.
         """
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state().items()}
+        state = {name: whole(value.detach()).cpu().contiguous()
+                 for name, value in self.state().items()}
         if original is not None and share < 1:
             for name, value in original.trunk.state_dict().items():
                 own = state[f"visual.{name}"]
-                state[f"visual.{name}"] = torch.lerp(value.to(own), own, share)
+                state[f"visual.{name}"] = torch.lerp(whole(value).to(own), own, share)
+        if not is_main():
+            return
         write_checkpoint(path, state, self.describe() | {
             "mean": self.mean, "std": self.std, "settings": settings or {}})
 

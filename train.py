@@ -36,6 +36,7 @@ from model import CONTEXTS, VFM, DeCLIP, VisionTower, content_loss, context_loss
 from util import UserError, distributed, settings
 from util.precision import autocast, check_precision, grad_scaler
 from util.run import Run
+from util.sharding import shard
 from util.weights import read_record
 
 # What is read and written
@@ -83,6 +84,7 @@ SEED = 0                            # of the order of images and of their grids
 # The machinery
 COMPILE = False                     # torch.compile of every block; tools.bench shows what it gives
 CHECKPOINTING = False               # compute blocks again in backward: less memory, 1/3 more time
+FSDP = False                        # divide weights over the GPUs: for models too large for one
 NUM_WORKERS = 4                     # processes that decode images, for each GPU
 READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
 TIMEOUT = 600.0                     # seconds after which a step that does not end ends the run
@@ -110,7 +112,9 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         print(f"left out: {counted(dataset.others)}; only {' '.join(IMAGE_SUFFIXES)} are read")
     steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
     with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", HARMLESS) as run:
-        clip, teacher, vfm = build(cfg, ranks.device)
+        clip, teacher, vfm = build(cfg, torch.device("cpu") if cfg.FSDP else ranks.device)
+        if cfg.FSDP:        # before the optimiser, which takes the parts of the weights
+            shard_models(clip.visual, teacher, vfm, ranks)
         optimizer = build_optimizer(cfg, clip.visual)
         scaler = grad_scaler(cfg.PRECISION, ranks.device)
         run.begin(clip, optimizer, scaler,
@@ -273,6 +277,16 @@ def compile_blocks(student: VisionTower, teacher: VisionTower, vfm: VFM | None) 
         block.compile()
     for block in teacher.trunk.blocks:
         block.compile(dynamic=True)
+
+
+def shard_models(student: VisionTower, teacher: VisionTower, vfm: VFM | None,
+                 ranks: distributed.Ranks) -> None:
+    """Divides the three models over the ranks by blocks; last blocks stay with the rest of their
+    models, since a decoupled one is computed in parts."""
+    shard(student, student.trunk.blocks[:-1], ranks)
+    shard(teacher, teacher.trunk.blocks[:-1], ranks, "encode_image")
+    if vfm:
+        shard(vfm, vfm.trunk.blocks[:-1], ranks)
 
 
 if __name__ == "__main__":

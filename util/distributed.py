@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from util import UserError
@@ -124,8 +125,11 @@ def divide_batch(batch_size: int, micro_batch: int, world_size: int) -> tuple[in
 
 
 def wrap(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module under DDP, whose forward every training step must call; itself in one process."""
-    if ranks.world_size == 1:
+    """The module under DDP, whose forward every training step must call; itself in one process.
+
+    So is one whose weights are divided over the ranks already (util/sharding.py).
+    """
+    if ranks.world_size == 1 or isinstance(module, FSDPModule):
         return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
@@ -135,6 +139,8 @@ def synchronized(module: nn.Module, is_last: bool) -> AbstractContextManager:
 
     module: what `wrap` returned.
     """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(is_last)
     waits = isinstance(module, DistributedDataParallel) and not is_last
     return module.no_sync() if waits else nullcontext()
 
@@ -171,6 +177,11 @@ def fetch(tensor: Tensor) -> Callable[[], list]:
     arrived = torch.cuda.Event()
     arrived.record()
     return lambda: arrived.synchronize() or copy.tolist()
+
+
+def is_main() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def gather(thing: object) -> list:

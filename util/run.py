@@ -15,7 +15,8 @@
         run.finish()
 
 The settings it reads: OUT, RESUME, EPOCHS, STEPS, BATCH_SIZE, LOG_EVERY, SAVE_EVERY, KEEP,
-MAX_BAD_FILES, MAX_BAD_STEPS, TIMEOUT. Its files in OUT: the model, `resume-STEP.pt`, `log.jsonl`,
+MAX_BAD_FILES, MAX_BAD_STEPS, TIMEOUT; FSDP, if the model is divided over the ranks. Its files in
+OUT: the model, `resume-STEP.pt` (with FSDP a folder, `resume-STEP.parts`), `log.jsonl`,
 `skipped.txt`, `bad_steps.jsonl`.
 """
 
@@ -38,11 +39,16 @@ from typing import IO, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from tqdm import tqdm
 
 from util import UserError, distributed, settings
 from util.distributed import Ranks
 from util.files import atomic_write
+from util.sharding import own_part, read_about, read_parts, write_parts
 
 # Settings that may differ when a run is resumed: any other would make it another run.
 HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "NUM_WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS",
@@ -76,6 +82,7 @@ class Run:
         self.model_path = Path(cfg.OUT) / model_name
         # torchrun --max_restarts repeats the command after a crash.
         cfg.RESUME = cfg.RESUME or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        self.is_sharded = getattr(cfg, "FSDP", False)   # then all ranks save together
         self.fingerprint = images.fingerprint       # now: a save must not fail for want of it
         self.lock = hold_folder(cfg.OUT) if ranks.is_main else None
         self.resumed = find_resume(cfg, self.fingerprint, (*HARMLESS, *harmless))
@@ -102,7 +109,7 @@ class Run:
     def prepare_folder(self) -> None:
         """Removes files that a killed run left half-written, and prints the settings."""
         for half in Path(self.cfg.OUT).glob("*.tmp"):
-            half.unlink()
+            remove(half)
         print(settings.show(self.cfg))
         if self.cfg.RESUME:
             print(f"going on at step {self.resumed['step']}" if self.resumed else
@@ -140,16 +147,30 @@ class Run:
     def restore(self) -> int:
         """Puts the resumed state back and returns its step."""
         state = self.resumed
-        if set(state["model"]) != set(self.trained()):
+        try:
+            self.restore_parts() if self.is_sharded else self.restore_whole()
+        except KeyError:
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
-                            "before, or begin in another OUT.")
-        self.model.load_state_dict(state["model"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
+                            "before, or begin in another OUT.") from None
         # On another GPU the run may compute in another precision, which scales by other rules.
         if state["scaler"].get("growth_interval") == self.scaler.get_growth_interval():
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
+
+    def restore_whole(self) -> None:
+        """Weights and moments of a checkpoint file. Raises KeyError if it has not those."""
+        if set(self.resumed["model"]) != set(self.trained()):
+            raise KeyError("model")
+        self.model.load_state_dict(self.resumed["model"], strict=False)
+        self.optimizer.load_state_dict(self.resumed["optimizer"])
+
+    def restore_parts(self) -> None:
+        """This rank's parts of them, of a checkpoint folder that any number of ranks wrote."""
+        moments = get_optimizer_state_dict(self.model, self.optimizer)
+        read_parts(resume_file(self.cfg.OUT, self.resumed["step"], True),
+                   {"model": self.trained(), "moments": moments["state"]})
+        set_optimizer_state_dict(self.model, self.optimizer, moments)
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that training changes and the statistics of norms, by name."""
@@ -201,7 +222,7 @@ class Run:
         elif saves:
             self.is_due = False
             with self.watchdog.changing:
-                self.is_saved = self.save() if self.ranks.is_main else True
+                self.is_saved = self.save() if self.ranks.is_main or self.is_sharded else True
             self.watchdog.beat()
         return self.guard.stops
 
@@ -222,30 +243,46 @@ class Run:
         If the disk is full it says so and returns False; the files before stay.
         Raises UserError, and writes nothing, if the weights are not finite.
         """
-        trained = self.trained()
-        if not torch.stack([weight.isfinite().all() for weight in trained.values()]).all():
+        if not self.is_finite():
             raise UserError(f"The weights are not finite after step {self.step}, so they were not "
                             f"saved; {last_checkpoint(self.cfg.OUT)}; lower LR.")
-        state = {"step": self.step, "settings": vars(self.cfg), "images": self.fingerprint,
-                 "model": trained, "optimizer": self.optimizer.state_dict(),
+        about = {"step": self.step, "settings": vars(self.cfg), "images": self.fingerprint,
                  "scaler": self.scaler.state_dict(), "bad_steps": self.guard.bad_steps}
-        path = resume_file(self.cfg.OUT, self.step)
+        path = resume_file(self.cfg.OUT, self.step, self.is_sharded)
         try:
-            atomic_write(path, lambda file: torch.save(state, file))
+            if self.is_sharded:
+                moments = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+                write_parts(path, {"model": self.trained(), "moments": moments}, about, self.ranks)
+            else:
+                state = about | {"model": self.trained(), "optimizer": self.optimizer.state_dict()}
+                atomic_write(path, lambda file: torch.save(state, file))
             self.save_model(self.model_path, vars(self.cfg) | {"step": self.step})
         except OSError as error:
-            tqdm.write(f"the checkpoint of step {self.step} could not be written ({error}); make "
-                       "room: the one before it is kept")
+            if self.ranks.is_main:
+                tqdm.write(f"the checkpoint of step {self.step} could not be written ({error}); "
+                           "make room: the one before it is kept")
             return False
-        for old in resume_files(self.cfg.OUT)[self.cfg.KEEP:]:
-            old.unlink(missing_ok=True)
+        for old in resume_files(self.cfg.OUT)[self.cfg.KEEP:] if self.ranks.is_main else ():
+            remove(old)
         return True
 
+    def is_finite(self) -> bool:
+        """Whether all weights are; of divided ones each rank looks at its parts."""
+        parts = [own_part(weight).isfinite().all() for weight in self.trained().values()]
+        is_bad = (~torch.stack(parts).all()).float()
+        return not (distributed.max_over_ranks(is_bad) if self.is_sharded else is_bad).item()
+
     def save_what_is_there(self) -> None:
-        """After an error: saves the last step, if it is whole, good, and not yet saved."""
+        """After an error: saves the last step, if it is whole, good, and not yet saved.
+
+        One process can't, of a model that is divided over many.
+        """
+        if self.is_sharded and self.ranks.world_size > 1:
+            return
         if not (self.ranks.is_main and self.has_begun) or self.is_stepping or not self.step:
             return
-        if self.guard.is_bad_now() or resume_file(self.cfg.OUT, self.step).exists():
+        path = resume_file(self.cfg.OUT, self.step, self.is_sharded)
+        if self.guard.is_bad_now() or path.exists():
             return
         if self.save():
             print(f"step {self.step} was saved; go on with --resume")
@@ -292,7 +329,8 @@ def is_bad_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     In fp16 a scaled gradient may overflow where the losses are finite; then the scaler lowers its
     scale, which is no fault of the step unless the scale is 1.
     """
-    gradients = [parameter.grad for group in optimizer.param_groups
+    # Of weights that are divided a rank looks at its parts; Guard asks all ranks.
+    gradients = [own_part(parameter.grad) for group in optimizer.param_groups
                  for parameter in group["params"] if parameter.grad is not None]
     is_finite = nn.utils.get_total_norm(gradients, math.inf).isfinite()
     scale = scaler.scale(torch.ones((), device=is_finite.device))
@@ -331,8 +369,10 @@ class Watchdog:
 
     def look(self) -> None:
         """Looks a few times a second whether it is time to end the process."""
-        # The main rank saves, so the others give it time: without them it ends with an error.
-        grace = self.GRACE if self.run.ranks.is_main else 3 * self.GRACE
+        # The main rank saves, so the others give it time: without them it ends with an error. A
+        # model that is divided is saved by all together, after the step or not at all.
+        alone = self.run.ranks.is_main and not self.run.is_sharded
+        grace = self.GRACE if alone else 3 * self.GRACE
         while not self.resting.wait(0.2):
             now, number = time.monotonic(), self.run.guard.signal
             self.signalled = min(self.signalled, now) if number else math.inf
@@ -572,12 +612,27 @@ def hold_folder(out: str) -> IO:
 
 def resume_files(out: str | Path) -> list[Path]:
     """The checkpoints in OUT to go on from, the newest first."""
-    return sorted(Path(out).glob("resume-*.pt"), reverse=True)
+    paths = (path for path in Path(out).glob("resume-*") if path.suffix in (".pt", ".parts"))
+    return sorted(paths, reverse=True)
 
 
-def resume_file(out: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return Path(out) / f"resume-{step:08}.pt"
+def resume_file(out: str | Path, step: int, is_sharded: bool = False) -> Path:
+    """Where the checkpoint of a step is; a folder if it is in parts."""
+    return Path(out) / f"resume-{step:08}{'.parts' if is_sharded else '.pt'}"
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
+    files = path.iterdir() if path.is_dir() else [path] if path.exists() else []
+    return sum(file.stat().st_size for file in files)
 
 
 def last_checkpoint(out: str | Path) -> str:
@@ -596,8 +651,7 @@ def check_disk(cfg: SimpleNamespace, model: nn.Module, model_path: Path) -> None
     # A checkpoint has weights and two moments; while the newest is written there is one more than
     # KEEP, and the model is there twice.
     needed = 2 * everything + (cfg.KEEP + 1) * 3 * trained
-    present = sum(file.stat().st_size for file in (*resume_files(cfg.OUT), model_path)
-                  if file.exists())
+    present = sum(map(bytes_of, (*resume_files(cfg.OUT), model_path)))
     free = shutil.disk_usage(cfg.OUT).free
     if free + present < needed:
         raise UserError(f"{Path(cfg.OUT).absolute()} has {free / 1e9:.1f} GB free, but the run's "
@@ -636,8 +690,12 @@ def find_resume(cfg: SimpleNamespace, fingerprint: str, harmless: Sequence[str])
 
 
 def read_state(path: Path) -> dict | None:
-    """A checkpoint; None if it is damaged."""
+    """A checkpoint, without the tensors of one in parts; None if it is damaged."""
     try:
+        if path.is_dir():
+            state = read_about(path)
+            if STATE - {"model", "optimizer"} <= set(state):
+                return state
         # torch.load does not look at the checksums that the file, a zip archive, has.
         with zipfile.ZipFile(path) as archive:
             is_whole = archive.testzip() is None

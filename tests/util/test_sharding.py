@@ -1,0 +1,76 @@
+"""util/sharding.py, by train.py --fsdp: divided models learn what DDP's do, and go on on any number
+of ranks."""
+
+import errno
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import options, succeeds, torchrun
+from test_run import assert_same, outcome, start, wait_for_steps
+from test_train import TINY, run
+
+from util import sharding
+from util.run import resume_files
+
+
+def test_a_divided_run_is_that_of_ddp(images, tmp_path):
+    """Two ranks, two micro batches each. SIGTERM stops them and saves; one process goes on. Losses
+    and weights are those of two ranks under DDP."""
+    given = {"batch_size": 4, "micro_batch": 1, "epochs": 60, "lr": 1e-3, "ensemble": 0.8}
+    out, ddp = tmp_path / "fsdp", tmp_path / "ddp"
+    process = start(out, images, 2, fsdp="true", **given)
+    assert wait_for_steps(process, out / "log.jsonl", 3), Path(f"{out}.printed").read_text()
+    process.send_signal(signal.SIGTERM)         # torchrun passes it on
+    process.wait(60)
+    printed = Path(f"{out}.printed").read_text()
+    assert "stopped by SIGTERM after step" in printed, printed
+    step = int(resume_files(out)[0].stem.split("-")[1])
+    assert resume_files(out)[0].is_dir() and 4 <= step < 55
+    run(images, out, fsdp="true", resume="true", steps=step + 3, **given)
+    succeeds(torchrun("tests/tiny.py", "train", *options(
+        **TINY | given | {"images": images, "out": ddp, "steps": step + 3})))
+    (losses, weights), (others, other_weights) = outcome(out), outcome(ddp)
+    assert len(losses) == step + 3
+    np.testing.assert_allclose(losses, others, rtol=1e-3)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=2e-4)
+
+
+def test_checkpoints_in_parts_are_whole_or_not_at_all(images, tmp_path, monkeypatch, capsys):
+    """One process that keeps all: with the format of --fsdp a run goes on to the bit, passes over a
+    damaged checkpoint, says that the disk is full, and cleans up what was left half-written."""
+    given = {"fsdp": "true", "epochs": 4, "save_every": 1, "keep": 3}
+    run(images, tmp_path / "whole", epochs=4)
+    parts = tmp_path / "parts"
+    run(images, parts, steps=4, **given)
+    newest, before, _ = resume_files(parts)
+    file, = newest.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (parts / "resume-00000009.tmp").mkdir()
+    save = sharding.dcp.save
+
+    def full(tensors, checkpoint_id, **how):
+        if "00000005" in checkpoint_id.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, checkpoint_id=checkpoint_id, **how)
+    monkeypatch.setattr(sharding.dcp, "save", full)
+    run(images, parts, resume="true", **given)
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged, so the one before it is taken" in printed
+    assert "going on at step 3" in printed
+    assert "the checkpoint of step 5 could not be written" in printed
+    assert [path.name for path in resume_files(parts)] == [
+        f"resume-0000000{step}.parts" for step in (8, 7, 6)]
+    assert not list(parts.glob("*.tmp"))
+    assert_same(tmp_path / "whole", parts)
+
+
+def test_a_checkpoint_of_another_format_is_refused(images, tmp_path):
+    run(images, tmp_path, epochs=2, steps=1)
+    with pytest.raises(SystemExit, match="was begun with FSDP False, but now it is True; resume"):
+        run(images, tmp_path, epochs=2, fsdp="true", resume="true")
