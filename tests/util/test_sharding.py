@@ -18,8 +18,9 @@ from util.run import resume_files
 
 def test_a_divided_run_is_that_of_ddp(images, tmp_path):
     """Two ranks, two micro batches each. SIGTERM stops them and saves; one process goes on. Losses
-    and weights are those of two ranks under DDP."""
-    given = {"batch_size": 4, "micro_batch": 1, "epochs": 60, "lr": 1e-3, "ensemble": 0.8}
+    and weights are those of two ranks under DDP. With so large an EPS a gradient's size counts."""
+    given = {"batch_size": 4, "micro_batch": 1, "epochs": 60, "lr": 1e-2, "eps": 0.01,
+             "ensemble": 0.8}
     out, ddp = tmp_path / "fsdp", tmp_path / "ddp"
     process = start(out, images, 2, fsdp="true", **given)
     assert wait_for_steps(process, out / "log.jsonl", 3), Path(f"{out}.printed").read_text()
@@ -34,9 +35,9 @@ def test_a_divided_run_is_that_of_ddp(images, tmp_path):
         **TINY | given | {"images": images, "out": ddp, "steps": step + 3})))
     (losses, weights), (others, other_weights) = outcome(out), outcome(ddp)
     assert len(losses) == step + 3
-    np.testing.assert_allclose(losses, others, rtol=1e-3)
+    np.testing.assert_allclose(losses, others, rtol=1e-5)
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=2e-4)
+        torch.testing.assert_close(weight, other_weights[name], rtol=0, atol=1e-6)
 
 
 def test_checkpoints_in_parts_are_whole_or_not_at_all(images, tmp_path, monkeypatch, capsys):
