@@ -70,9 +70,9 @@ def test_a_billion_images_cost_no_memory_and_no_time():
     order, seconds = WindowOrder(BILLION, 512, 1, 0), []
     assert len(order) == 10**9 // 512
     for step in (*range(1000), *range(len(order) - 1000, len(order))):
-        start = time.perf_counter()
+        start = time.thread_time()
         order[step]
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     assert np.mean(seconds) < 1e-3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024      # KB
 
