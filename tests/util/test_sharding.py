@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import options, succeeds, torchrun
+import warm
+from conftest import options, succeeds
 from test_run import assert_same, outcome, start, wait_for_steps
 from test_train import TINY, run
 
@@ -31,7 +32,7 @@ def test_a_divided_run_is_that_of_ddp(images, tmp_path):
     step = int(resume_files(out)[0].stem.split("-")[1])
     assert resume_files(out)[0].is_dir() and 4 <= step < 55
     run(images, out, fsdp="true", resume="true", steps=step + 3, **given)
-    succeeds(torchrun("tests/tiny.py", "train", *options(
+    succeeds(warm.ranks("tests/tiny.py", "train", *options(
         **TINY | given | {"images": images, "out": ddp, "steps": step + 3})))
     (losses, weights), (others, other_weights) = outcome(out), outcome(ddp)
     assert len(losses) == step + 3
