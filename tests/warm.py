@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -66,15 +67,21 @@ def server() -> subprocess.Popen:
                             stdout=subprocess.PIPE, cwd=ROOT, env=os.environ | paths)
 
 
-def ranks(*command: str, count: int = 2, timeout: float = 200) -> subprocess.CompletedProcess:
-    """Runs `tests/<script>` in `count` processes that meet as torchrun's do, to their end."""
+def start_ranks(command: Sequence[str], printed: Path, count: int = 2) -> list[Process]:
+    """Starts `tests/<script>` in `count` processes that meet as torchrun's do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    printed = Path(f"/tmp/ranks-{os.getpid()}-{port}.printed")
     meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [Process(command, printed, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                 for rank in range(count)]
+    return [Process(command, printed, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)]
+
+
+def ranks(*command: str, count: int = 2, timeout: float = 200) -> subprocess.CompletedProcess:
+    """Runs `tests/<script>` in `count` processes that meet as torchrun's do, to their end."""
+    with tempfile.NamedTemporaryFile(prefix="ranks-", delete=False) as file:
+        printed = Path(file.name)
+    processes = start_ranks(command, printed, count)
     end = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         if any(process.poll() for process in processes):

@@ -281,26 +281,41 @@ def test_a_run_goes_on_with_other_ranks(images, tmp_path):
         torch.testing.assert_close(weights[name], other_weights[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_on_shards_is_killed_and_goes_on(shards, tmp_path, ranks):
-    """Killed in the middle of an epoch, one process goes on as if nothing had happened, to the bit;
-    after two ranks, up to their rounding. The file that is no image is listed once."""
-    given = {"batch_size": 2, "epochs": 16, "max_bad_files": 0.5}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    process = start(parts, shards, ranks, **given)
+@pytest.fixture(scope="module")
+def of_shards(shards, tmp_path_factory) -> Path:
+    """A run of 16 epochs on shards, 48 steps."""
+    out = tmp_path_factory.mktemp("shards")
+    run(shards, out, **OF_SHARDS)
+    return out
+
+
+OF_SHARDS = {"batch_size": 2, "epochs": 16, "max_bad_files": 0.5}
+
+
+def test_a_run_on_shards_is_killed_and_goes_on(shards, of_shards, tmp_path):
+    """In the middle of an epoch; it ends as if nothing had happened, to the bit. The file that is
+    no image is listed once."""
+    parts = tmp_path / "parts"
+    process = start(parts, shards, 1, **OF_SHARDS)
     assert wait_for_steps(process, parts / "log.jsonl", 6), Path(f"{parts}.printed").read_text()
     kill_tree(process)
     assert 0 < int(resume_files(parts)[0].stem.split("-")[1]) < 48
-    run(shards, parts, resume="true", **given)
-    run(shards, whole, **given)
-    if ranks == 1:
-        assert_same(whole, parts)
-    (losses, weights), (others, other_weights) = outcome(whole), outcome(parts)
+    run(shards, parts, resume="true", **OF_SHARDS)
+    assert_same(of_shards, parts)
+    for out in (of_shards, parts):
+        assert (out / "skipped.txt").read_text().count("00001.tar/bad.png\t") == 1
+
+
+def test_a_run_on_shards_goes_on_with_other_ranks(shards, of_shards, tmp_path):
+    """Two ranks stop in the middle of the third epoch, and one goes on."""
+    out = tmp_path / "run"
+    given = options(**TINY | OF_SHARDS | {"images": shards, "out": out, "steps": 7})
+    succeeds(warm.ranks("tests/tiny.py", "train", *given))
+    run(shards, out, resume="true", **OF_SHARDS)
+    (losses, weights), (others, other_weights) = outcome(out), outcome(of_shards)
     np.testing.assert_allclose(losses, others, rtol=1e-3)
     for name in weights:
         torch.testing.assert_close(weights[name], other_weights[name], rtol=0, atol=1e-5)
-    for out in (whole, parts):
-        assert (out / "skipped.txt").read_text().count("00001.tar/bad.png\t") == 1
 
 
 # -------------------------------------------------------------------------------------- checkpoints

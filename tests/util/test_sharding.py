@@ -3,14 +3,13 @@ of ranks."""
 
 import errno
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import warm
 from conftest import options, succeeds
-from test_run import assert_same, outcome, start, wait_for_steps
+from test_run import assert_same, outcome, wait_for_steps
 from test_train import TINY, run
 
 from util import sharding
@@ -18,22 +17,20 @@ from util.run import resume_files
 
 
 def test_a_divided_run_is_that_of_ddp(images, tmp_path):
-    """Two ranks, two micro batches each. SIGTERM stops them and saves; one process goes on. Losses
-    and weights are those of two ranks under DDP. With so large an EPS a gradient's size counts."""
+    """Two ranks, two micro batches each. SIGTERM to one stops both and saves; one process goes on.
+    Losses and weights are those of DDP. With so large an EPS a gradient's size counts."""
     given = {"batch_size": 4, "micro_batch": 1, "epochs": 60, "lr": 1e-2, "eps": 0.01,
              "ensemble": 0.8}
     out, ddp = tmp_path / "fsdp", tmp_path / "ddp"
-    process = start(out, images, 2, fsdp="true", **given)
-    assert wait_for_steps(process, out / "log.jsonl", 3), Path(f"{out}.printed").read_text()
-    process.send_signal(signal.SIGTERM)         # torchrun passes it on
-    process.wait(60)
-    printed = Path(f"{out}.printed").read_text()
-    assert "stopped by SIGTERM after step" in printed, printed
+    command = ["tests/tiny.py", "train", *options(**TINY | given | {"images": images})]
+    first, second = warm.start_ranks([*command, "--out", str(out), "--fsdp"], tmp_path / "printed")
+    assert wait_for_steps(first, out / "log.jsonl", 2), (tmp_path / "printed").read_text()
+    second.send_signal(signal.SIGTERM)          # to one of them
+    assert first.wait(60) == second.wait(60) == 143, (tmp_path / "printed").read_text()
     step = int(resume_files(out)[0].stem.split("-")[1])
-    assert resume_files(out)[0].is_dir() and 4 <= step < 55
+    assert resume_files(out)[0].is_dir() and 3 <= step < 55
     run(images, out, fsdp="true", resume="true", steps=step + 3, **given)
-    succeeds(warm.ranks("tests/tiny.py", "train", *options(
-        **TINY | given | {"images": images, "out": ddp, "steps": step + 3})))
+    succeeds(warm.ranks(*command, "--out", str(ddp), "--steps", str(step + 3)))
     (losses, weights), (others, other_weights) = outcome(out), outcome(ddp)
     assert len(losses) == step + 3
     np.testing.assert_allclose(losses, others, rtol=1e-5)
