@@ -331,7 +331,8 @@ class FViT(nn.Module):
                  design: Design | None = None, text: Tensor | None = None):
         super().__init__()
         visual, design = backbone.visual, design or Design()
-        check_design(design, visual.patch_size)
+        check_design(design)
+        check_side(design.image_size, visual.patch_size)
         self.backbone, self.design = backbone.requires_grad_(False), design
         self.layers = tapped_layers(visual.num_layers)
         self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
@@ -559,17 +560,20 @@ class FViT(nn.Module):
             "fvit": about, "settings": settings or {}})
 
 
-def check_design(design: Design, patch_size: int) -> None:
+def check_design(design: Design) -> None:
     """Raises UserError on a setting out of its range."""
     for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
         if getattr(design, name) not in known:
             raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
                             f"{', '.join(known)}.")
+
+
+def check_side(side: int, patch_size: int) -> None:
+    """Raises UserError if a level of the pyramid would not have a whole number of places."""
     coarsest = 2 * patch_size
-    if design.image_size % coarsest:
-        fits = max(1, round(design.image_size / coarsest)) * coarsest
-        raise UserError(f"IMAGE_SIZE {design.image_size} is no multiple of twice the backbone's "
-                        f"patch size, {coarsest}; set it to {fits}.")
+    if side % coarsest:
+        raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
+                        f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
 
 
 def tapped_layers(depth: int) -> list[int]:
