@@ -346,7 +346,7 @@ class FViT(nn.Module):
         self.mask_head = MaskHead(channels, norm) if design.masks else None
         self.tau = nn.Parameter(torch.tensor(50.0))
         text = encode_names(backbone, classes, design.templates) if text is None else text
-        self.register_buffer("text", text.float().clone())
+        self.register_buffer("text", text.clone())
         self.name_classes(classes, seen)
         self.trained = {clean(name) for name, is_seen in zip(classes, seen) if is_seen}
         self.eval()
@@ -365,7 +365,7 @@ class FViT(nn.Module):
         """
         seen = [clean(name) in self.trained for name in names] if seen is None else seen
         text = encode_names(self.backbone, names, self.design.templates, cache)
-        self.text = text.float().to(self.text.device)
+        self.text = text.to(self.text.device)
         self.name_classes(names, seen)
 
     def train(self, mode: bool = True) -> "FViT":
@@ -673,7 +673,7 @@ def encode_names(clip: DeCLIP, names: Sequence[str], templates: str, cache: str 
     words = [*map(clean, names), "background"]
     classes = Classes(words, words, list(range(len(words))))
     sentences = vild_sentences() if templates == "vild" else templates
-    return encode_classes(clip, classes, sentences, cache)
+    return encode_classes(clip, classes, sentences, cache).float().contiguous()
 
 
 # ---------------------------------------------------------------------------- opening the file
