@@ -223,13 +223,13 @@ def test_the_fingerprint_is_that_of_the_objects(coco):
 
 # --------------------------------------------------------------------------------- augmentation
 
-@pytest.mark.parametrize("key", ["a", "b", "c", "d"])
-def test_a_view_is_a_part_of_the_resized_image(coco, key):
+@pytest.mark.parametrize("key, mirrored", [("a", False), ("b", True), ("c", True)])
+def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     """Against a direct search: the view is found in the resized image, mirrored or not, and boxes
     and masks are where it is."""
     objects = DetectionData(find_annotations(config(DATA=coco, DATASET="coco"), "train"),
                             masks=True).read(0)
-    view = augment(objects, key, side=48, scales=(1.5, 1.5))
+    view = augment(objects, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
     whole = resize(objects.image, 72, 72)
     assert view.image.shape == (3, 48, 48)
     as_it_is = view.image, view.image.flip(-1)
@@ -237,6 +237,7 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key):
               for flipped in (False, True) if torch.allclose(
                   whole[:, top:top + 48, left:left + 48], as_it_is[flipped], atol=1e-6)]
     (top, left, flipped), = places
+    assert flipped == mirrored
     boxes = objects.boxes * 72 / 64 - torch.tensor([left, top, left, top])
     boxes = boxes.clamp(0, 48)
     boxes = torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]],
