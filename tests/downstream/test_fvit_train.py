@@ -88,7 +88,7 @@ def test_it_learns_four_scenes(scenes_json, tmp_path):
 
 def test_masks_are_learned(scenes_json, tmp_path):
     lines = run(scenes_json, tmp_path, epochs=8, lr=4e-3, masks="true", scales=(1, 1), flip=0)
-    assert lines[-1]["mask"] < 0.7 * lines[0]["mask"], lines
+    assert lines[-1]["mask"] < 0.8 * lines[0]["mask"], lines
 
 
 def test_log_and_file_tell_of_the_run(scenes_json, tmp_path, capsys):
@@ -153,16 +153,17 @@ def test_schedule(scenes_json):
 
 def test_two_ranks_train_the_detector_of_one(scenes_json, tmp_path):
     """Numbers of sampled anchors and regions differ between ranks. Norms of each image alone:
-    PyTorch shares the statistics of batch norms on GPUs only (the next test)."""
+    PyTorch shares the statistics of batch norms on GPUs only (the next test). A large EPS, because
+    AdamW would make noise of gradients that are 0 but for rounding."""
     given = {"norm": "group", "batch_size": 4, "micro_batch": 4, "epochs": 2, "anchors": 9000,
-             "regions": 100, "masks": "true", "lr": 1e-3, "warmup": 0, "precision": "fp32"}
+             "regions": 100, "masks": "true", "lr": 1e-2, "warmup": 0, "eps": 1e-2}
     one = run(scenes_json, tmp_path / "one", **given)
     everything = TINY | {"dataset": scenes_json, "novel": "ground", "out": tmp_path / "two"} | given
     succeeds(torchrun("tests/tiny.py", "downstream.fvit.train", *options(**everything)))
     two = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
     of_one, of_two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in of_one.items():
-        torch.testing.assert_close(of_two[name], weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(of_two[name], weight, rtol=0, atol=1e-5)
     assert [line["mask"] for line in one] == pytest.approx([line["mask"] for line in two], rel=1e-4)
     for ours, theirs in zip(losses(one), losses(two)):
         assert ours == pytest.approx(theirs, rel=1e-4)
