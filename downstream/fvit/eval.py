@@ -92,7 +92,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
     if annotations.classes != fvit.classes:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
-    results = evaluate(cfg, partial(fvit.detect, rules=rules_of(cfg)), images, ranks)
+    results = evaluate(cfg, partial(fvit.detect, rules=rules_of(cfg, cfg.DATASET)), images, ranks)
     if not ranks.is_main:
         return {}
     figures = score(annotations, results, fvit)
@@ -137,11 +137,10 @@ def open_detector(path: str, backbone: str | None) -> FViT:
     return open_fvit(path, clip)
 
 
-def rules_of(cfg: SimpleNamespace) -> Rules:
-    """What RULES has for the data set, by default OV-COCO's, but for the settings that are given.
-    """
+def rules_of(cfg: SimpleNamespace, dataset: str) -> Rules:
+    """What RULES has for a data set, by default OV-COCO's, but for the settings that are given."""
     given = {name: getattr(cfg, name.upper()) for name in Rules._fields if name != "masks"}
-    return RULES.get(cfg.DATASET, Rules())._replace(**{
+    return RULES.get(dataset, Rules())._replace(**{
         name: value for name, value in given.items() if value is not None})
 
 
