@@ -557,7 +557,8 @@ class FViT(nn.Module):
         about = {"classes": self.classes, "seen": self.seen, "design": self.design._asdict(),
                  "tau": self.tau.item(), "backbone": backbone_checksum(self.backbone)}
         write_checkpoint(path, state, self.backbone.describe() | {
-            "fvit": about, "settings": settings or {}})
+            "fvit": about, "use": "python -m downstream.fvit.eval or tools.detect",
+            "settings": settings or {}})
 
 
 def check_design(design: Design) -> None:

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import draw_scene, options, succeeds, torchrun
+import warm
+from conftest import draw_scene, options, succeeds
 from PIL import Image
 from pycocotools import mask as coco_masks
 
@@ -159,7 +160,7 @@ def test_two_ranks_train_the_detector_of_one(scenes_json, tmp_path):
              "regions": 100, "masks": "true", "lr": 1e-2, "warmup": 0, "eps": 1e-2}
     one = run(scenes_json, tmp_path / "one", **given)
     everything = TINY | {"dataset": scenes_json, "novel": "ground", "out": tmp_path / "two"} | given
-    succeeds(torchrun("tests/tiny.py", "downstream.fvit.train", *options(**everything)))
+    succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.train", *options(**everything)))
     two = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
     of_one, of_two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in of_one.items():
