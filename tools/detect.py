@@ -36,7 +36,7 @@ from downstream.fvit.eval import (  # noqa: F401 - settings shared with eval.py
     TEMPERATURE,
     A,
     B,
-    check,
+    check_scores,
     detector_settings,
     open_detector,
     rules_of,
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
-    check(cfg)
+    check_scores(cfg)
     names, photos = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
     photos = [path for path in photos if not path.name.endswith(SUFFIX)]
     fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(device)

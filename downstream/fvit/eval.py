@@ -107,7 +107,13 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0, MOST=1, TEMPERATURE=0, TAU=0)
+    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    check_scores(cfg)
+
+
+def check_scores(cfg: SimpleNamespace) -> None:
+    """Raises UserError on a setting of the scores that is out of its range."""
+    settings.check_least(cfg, MOST=1, TEMPERATURE=0, TAU=0)
     check_precision(cfg.PRECISION)
     for name in ("A", "B", "LEAST", "NMS"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
