@@ -53,7 +53,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 CLASSES = ""                        # names with commas between, or a .txt file; none: its own
 LEAST = 0.3                         # score from which a detection is shown
 JSON = False                        # write the numbers too
-LARGEST = 1280                      # longest side of the written photograph
+LARGEST = 1280                      # longest side of the picture in pixels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,7 +128,7 @@ def counted(labels: Sequence[int]) -> dict[int, int]:
 # -------------------------------------------------------------------------------- the figure
 
 INCHES = 9.0        # longest side of the photograph in the figure
-LETTER = 9.0        # size of a letter in points
+LETTER = 8.0        # size of a letter in points
 MOST_NAMED = 24     # classes in a legend
 
 
@@ -138,9 +138,7 @@ def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, 
     titles: a class's name, with an asterisk if training has not seen it.
     """
     H, W = photo.shape[-2:]
-    side = min(max(H, W, 640), largest)       # small ones are enlarged, for smooth letters
-    shown = photo if side == max(H, W) else (
-        resize(photo, *fitted_size(photo, side)) * 255).round().byte()
+    shown = photo if max(H, W) <= largest else resize(photo, *fitted_size(photo, largest))
     counts = counted(found.labels.tolist())
     colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(counts)}
     inches = INCHES / max(H, W)
@@ -154,7 +152,7 @@ def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, 
     add_legend(axis, counts, titles, colour_of)
     axis.set(xlim=(0, W), ylim=(H, 0))
     axis.set_axis_off()
-    figure.savefig(path, dpi=side / INCHES, format="png", bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(path, dpi=largest / INCHES, format="png", bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
 
 
