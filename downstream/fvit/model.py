@@ -460,9 +460,10 @@ class FViT(nn.Module):
     def sample_regions(self, proposals: Tensor, target: Target, generator: torch.Generator
                        ) -> Regions:
         """Proposals and true boxes -> the regions that are trained with, a quarter of objects."""
-        boxes = torch.cat([target.boxes, proposals])
         best = 0.5 if self.design.keep_best else None
-        owner = assign(box_iou(boxes, target.boxes), 0.5, 0.5, best)
+        owner = assign(box_iou(proposals, target.boxes), 0.5, 0.5, best)
+        boxes = torch.cat([target.boxes, proposals])
+        owner = torch.cat([torch.arange(len(target.boxes), device=owner.device), owner])
         positive, negative = sample(owner, self.design.regions, 0.25, generator)
         background = torch.full_like(negative, len(self.classes))
         return Regions(boxes[torch.cat([positive, negative])], owner[positive],

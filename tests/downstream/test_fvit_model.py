@@ -202,6 +202,32 @@ def test_proposal_losses_by_hand(fvit):
     assert losses["proposal box"].item() == pytest.approx(l1 / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_regions_are_proposals_and_true_boxes(fvit, keep_best):
+    """Object 0's best proposal overlaps object 1 more: it is object 0's with `keep_best` alone."""
+    objects = torch.tensor([[0., 0, 20, 10], [3., 0, 20, 10]])
+    proposals = torch.tensor([[2., 0, 20, 10], [3.5, 0, 20, 10], [40., 40, 60, 60],
+                              [0., 5, 9, 20]])
+    target = Target(objects, torch.tensor([1, 0]), torch.zeros(2, 0, 0), "key")
+    fvit.design = SMALL._replace(keep_best=keep_best)
+    regions = fvit.sample_regions(proposals, target,
+                                  model.make_generator("key", torch.device("cpu")))
+    owner = dict(zip(map(tuple, regions.boxes.tolist()), regions.owner.tolist()))
+    assert owner == {(0, 0, 20, 10): 0, (3, 0, 20, 10): 1, (2, 0, 20, 10): 1 - keep_best,
+                     (3.5, 0, 20, 10): 1}
+    assert regions.boxes.shape == (6, 4)
+    assert regions.labels.tolist() == [*target.labels[regions.owner].tolist(), 3, 3]
+    many = model.FViT.sample_regions(fvit, random_boxes(200), target,
+                                     model.make_generator("key", torch.device("cpu")))
+    assert len(many.boxes) == 16 and len(many.owner) <= 4
+
+
+def test_text_is_of_vilds_sentences(clip):
+    fvit = FViT(clip, ["Disc_one"], [True], SMALL._replace(templates="vild"))
+    expected = clip.encode_text(["Disc_one", "background"], model.vild_sentences())
+    torch.testing.assert_close(fvit.text, expected)
+
+
 def test_class_loss_by_hand(fvit):
     """Softmax of tau * cosine over seen classes and background; background weighs 0.6."""
     embeddings = F.normalize(torch.randn(5, 32), dim=-1)
