@@ -96,6 +96,9 @@ def test_decoding_is_the_reverse_of_encoding_within_the_image():
                                    rtol=0, atol=1e-2)
     wild = model.decode_boxes(torch.full((1, 4), 50.0), anchors[:1], (300, 400))
     assert (wild[0, 0::2] <= 400).all() and (wild[0, 1::2] <= 300).all()
+    anchor = torch.tensor([[0., 0, 1000, 2000]])
+    tiny = model.decode_boxes(torch.tensor([[0., 0, -50, -50]]), anchor, (3000, 3000))
+    torch.testing.assert_close(tiny[:, 2:] - tiny[:, :2], torch.tensor([[16., 32]]))
 
 
 def test_levels_by_area():
@@ -226,6 +229,37 @@ def test_text_is_of_vilds_sentences(clip):
     fvit = FViT(clip, ["Disc_one"], [True], SMALL._replace(templates="vild"))
     expected = clip.encode_text(["Disc_one", "background"], model.vild_sentences())
     torch.testing.assert_close(fvit.text, expected)
+
+
+def nms_slowly(boxes: torch.Tensor, scores: torch.Tensor, least: float) -> list[int]:
+    """The best box, then the best that overlaps no chosen one more, and so on."""
+    chosen = []
+    for place in scores.argsort(descending=True).tolist():
+        if all(box_iou(boxes[place][None], boxes[other][None]) <= least for other in chosen):
+            chosen.append(place)
+    return chosen
+
+
+def test_proposals_level_by_level(fvit):
+    """The best of each level, NMS within it, the best of all levels, inside the image."""
+    grids = [(8, 8), (4, 4)]
+    anchors = [model.make_anchors(stride, grid, torch.device("cpu"))
+               for stride, grid in zip((8, 16), grids)]
+    scores = [torch.randn(1, len(each)) for each in anchors]
+    deltas = [0.3 * torch.randn(1, len(each), 4) for each in anchors]
+    fvit.design = SMALL._replace(candidates=40, proposals=30)
+    proposals, = fvit.propose(scores, deltas, anchors, [(60, 50)])
+    found = []
+    for of_level, score, delta in zip(anchors, scores, deltas):
+        best = score[0].argsort(descending=True)[:40]
+        boxes = model.decode_boxes(delta[0, best], of_level[best], (60, 50))
+        areas = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+        best, boxes = best[areas > 0], boxes[areas > 0]
+        kept = nms_slowly(boxes, score[0, best], 0.7)
+        found += [(score[0, best[place]].item(), boxes[place].tolist()) for place in kept]
+    expected = [box for _, box in sorted(found, reverse=True)]
+    assert len(expected) > 30 and len(scores[1][0]) > 40
+    torch.testing.assert_close(proposals, torch.tensor(expected[:30]))
 
 
 def test_class_loss_by_hand(fvit):
