@@ -389,24 +389,27 @@ class Instances:
                             "images of one split.")
         label = np.zeros((height, width), np.uint16)
         with fields_of(self.path):
-            objects = [(self._mask(shape, height, width), self.value[category])
+            objects = [(instance_mask(shape, height, width), self.value[category])
                        for category, shape in self.of_image.get(self.image_of[file_name], [])]
             for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
                 label[mask] = value
         return label
 
-    @staticmethod
-    def _mask(shape: list | dict, height: int, width: int) -> np.ndarray:
-        """Polygons, or a run-length code in either of COCO's forms -> bool (height, width)."""
-        if isinstance(shape, dict) and list(shape["size"]) != [height, width]:
-            raise TypeError(f"a mask of {shape['size']} for an image of {[height, width]}")
-        try:
-            is_compressed = isinstance(shape, dict) and isinstance(shape["counts"], str)
-            codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
-            codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
-            return coco_masks.decode(codes).astype(bool)
-        except Exception as error:      # pycocotools raises anything
-            raise TypeError(error) from None
+
+def instance_mask(shape: list | dict, height: int, width: int) -> np.ndarray:
+    """Polygons, or a run-length code in either of COCO's forms -> bool (height, width).
+
+    Raises TypeError if it is neither, or of another size.
+    """
+    if isinstance(shape, dict) and list(shape["size"]) != [height, width]:
+        raise TypeError(f"a mask of {shape['size']} for an image of {[height, width]}")
+    try:
+        is_compressed = isinstance(shape, dict) and isinstance(shape["counts"], str)
+        codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
+        codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
+        return coco_masks.decode(codes).astype(bool)
+    except Exception as error:      # pycocotools raises anything
+        raise TypeError(error) from None
 
 
 def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages, Classes]],

@@ -713,16 +713,19 @@ def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
     return f"{clip.model_name}, attention {attention}, {weights}{rounded}"
 
 
-def encode_classes(clip: DeCLIP, classes: Classes, templates: str, cache: str | None) -> Tensor:
+def encode_classes(clip: DeCLIP, classes: Classes, templates: str | Sequence[Callable],
+                   cache: str | None) -> Tensor:
     """All names of a class list, synonyms too -> (prompts, C), L2-normalised.
 
-    templates: the setting TEMPLATES. cache: a folder that keeps the embeddings under a checksum of
-    the text tower, the names and the templates, so that any change computes them anew; or None.
+    templates: the setting TEMPLATES, or functions of a name. cache: a folder that keeps the
+    embeddings under a checksum of the text tower, the names and the templates, so that any change
+    computes them anew; or None.
     """
-    if templates not in TEMPLATES and not re.fullmatch(r"[^{}]*\{\}[^{}]*", templates):
-        raise UserError(f"TEMPLATES is {templates!r}; it must be {', '.join(TEMPLATES)} or a "
-                        "template with {}.")
-    templates = TEMPLATES.get(templates, (templates,))
+    if isinstance(templates, str):
+        if templates not in TEMPLATES and not re.fullmatch(r"[^{}]*\{\}[^{}]*", templates):
+            raise UserError(f"TEMPLATES is {templates!r}; it must be {', '.join(TEMPLATES)} or a "
+                            "template with {}.")
+        templates = TEMPLATES.get(templates, (templates,))
     if cache is None or clip.text is None:
         return clip.encode_text(classes.prompts, templates)
     path = Path(cache) / f"text-{checksum(clip, classes.prompts, templates)}.safetensors"

@@ -20,8 +20,8 @@ from model import DeCLIP, load_vfm
 from tools import visualize
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for pattern in ("*.py", "util/*.py", "tools/*.py", "toy/*.py")
-                 for path in ROOT.glob(pattern))
+SOURCES = sorted(path for pattern in ("*.py", "util/*.py", "downstream/**/*.py", "tools/*.py",
+                                      "toy/*.py") for path in ROOT.glob(pattern))
 TEXTS = [ROOT / "README.md", ROOT / "toy/demo.sh", *SOURCES, *sorted(ROOT.glob("docs/*.md")),
          *sorted(ROOT.glob("presets/*.txt"))]
 
@@ -32,7 +32,8 @@ def named(pattern: str) -> set[str]:
 
 
 # Rooms from the ground up. Imports go down, or stay in a room that is a folder.
-LAYERS = [{"util"}, {"data"}, {"model"}, {"train", "eval_region", "eval_seg"}, {"tools"}, {"toy"}]
+LAYERS = [{"util"}, {"data"}, {"model"}, {"train", "eval_region", "eval_seg"}, {"downstream"},
+          {"tools"}, {"toy"}]
 
 
 def room_of(module: str) -> str:
@@ -49,7 +50,7 @@ def test_imports_go_one_way():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             arrows |= {(importer, room_of(name)) for name in names if room_of(name) in layer}
     assert {("train", "model"), ("model", "data"), ("data", "util"), ("toy", "tools")} <= arrows
-    folders = {"util", "tools", "toy"}
+    folders = {"util", "downstream", "tools", "toy"}
     wrong = {(importer, imported) for importer, imported in arrows
              if layer[imported] >= layer[importer]
              and not (importer == imported and importer in folders)}
@@ -95,9 +96,10 @@ def test_tags_that_are_named_belong_to_their_models():
 
 def test_scripts_that_are_named_exist():
     scripts = named(r"(?:python|torchrun[^`\n]*?) (\w+\.py)")
-    modules, presets = named(r"python -m ((?:tools|toy)\.\w+)"), named(r"@(presets/\w+\.txt)")
+    modules = named(r"-m ((?:downstream|tools|toy)(?:\.\w+)+)")
+    presets = named(r"@(presets/\w+\.txt)")
     assert {"train.py", "eval_seg.py"} <= scripts
-    assert {"tools.segment", "tools.bench", "toy.world"} <= modules
+    assert {"tools.segment", "tools.bench", "toy.world", "downstream.fvit.train"} <= modules
     assert "presets/published.txt" in presets
     files = {f"{module.replace('.', '/')}.py" for module in modules}
     missing = [name for name in scripts | presets | files if not (ROOT / name).exists()]

@@ -4,11 +4,11 @@
     python -m tools.bench --baseline                            # beside the plain forms
     python -m tools.bench --image_size 1024 --micro_batch 4 --compile --parts train
 
-Measures reading images, a training step, and segmentation. --baseline measures tools/reference.py
-by turns; a ratio above 1 is in favour of this code. Nothing is downloaded: images are made up,
-weights random. A time is the median of REPEATS measurements after a warm-up; a GPU is waited for
-before a clock is read. On a CPU sizes are small, unless they are given. A step is that of one micro
-batch, without the log.
+Measures reading images, a training step, segmentation, and a training step of F-ViT. --baseline
+measures tools/reference.py by turns; a ratio above 1 is in favour of this code. Nothing is
+downloaded: images are made up, weights random. A time is the median of REPEATS measurements after a
+warm-up; a GPU is waited for before a clock is read. On a CPU sizes are small, unless they are
+given. A step is that of one micro batch, without the log.
 """
 
 import copy
@@ -53,6 +53,10 @@ from data import (
     read_image,
     student_image,
 )
+from downstream.detection import Objects
+from downstream.fvit import train as fvit_train
+from downstream.fvit.model import FViT
+from downstream.fvit.train import CHANNELS, REGIONS  # noqa: F401 - settings shared with it
 from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     LONG_SIDE,
     SHORT_SIDE,
@@ -82,9 +86,11 @@ CROPS = 12                          # crops of an image; the mean of the paper's
 MICRO_BATCH: int | None = None      # images of a forward pass; None: train.py's on a GPU, else 1
 PROMPTS = 171                       # of the segmentation; COCO-Stuff has 171 classes
 SEGMENT_BATCH: int | None = None    # images segmented together; None: eval_seg.py's, 2 on a CPU
+FVIT_SIZE: int | None = None        # of F-ViT's images; None: its train.py's on a GPU, 320 on a CPU
+FVIT_BATCH: int | None = None       # of F-ViT's forward pass; None: its train.py's on a GPU, else 1
 WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the cores
 IMAGES: str | None = None           # folder of photographs to read; None: made-up ones of 640x480
-PARTS = ("input", "operations", "train", "context", "segment")     # what to measure; also: shards
+PARTS = ("input", "operations", "train", "context", "segment")  # to measure; also: fvit, shards
 BASELINE = False                    # the plain forms too
 REPEATS: int | None = None          # measurements of each time; None: 10 on a GPU, 3 on a CPU
 
@@ -121,14 +127,17 @@ def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, l
 # Sizes where none are given: those of train.py and eval_seg.py on a GPU, and such that a CPU needs
 # some minutes.
 LARGE = {"IMAGE_SIZE": train.IMAGE_SIZE, "MICRO_BATCH": train.MICRO_BATCH,
-         "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10}
-SMALL = {"IMAGE_SIZE": 448, "MICRO_BATCH": 1, "SEGMENT_BATCH": 2, "REPEATS": 3}
+         "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10,
+         "FVIT_SIZE": fvit_train.IMAGE_SIZE, "FVIT_BATCH": fvit_train.MICRO_BATCH}
+SMALL = {"IMAGE_SIZE": 448, "MICRO_BATCH": 1, "SEGMENT_BATCH": 2, "REPEATS": 3, "FVIT_SIZE": 320,
+         "FVIT_BATCH": 1}
 WIDTH = 56      # of the table's first column
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1)
+    settings.check_least(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1,
+                         FVIT_SIZE=1, FVIT_BATCH=1)
     unknown = [part for part in cfg.PARTS if part not in MEASURES]
     if unknown:
         raise UserError(f"There is no part {unknown[0]!r} to measure; choose among "
@@ -635,6 +644,85 @@ def measure_segmentation(bench: Bench) -> Iterator[Row]:
         yield Row("peak memory beyond weights, MB", bench.peaks(works))
 
 
+# ---------------------------------------------------------------------------------------- F-ViT
+
+def measure_fvit(bench: Bench) -> Iterator[Row]:
+    """A training step of F-ViT: its speed, the frozen backbone's share of it, its memory."""
+    cfg = SimpleNamespace(**vars(settings.parse([], fvit_train)) | {
+        "IMAGE_SIZE": bench.cfg.FVIT_SIZE, "CHANNELS": bench.cfg.CHANNELS,
+        "REGIONS": bench.cfg.REGIONS})
+    data = [labelled(bench, number) for number in range(bench.cfg.FVIT_BATCH)]
+    views = partial(fvit_train.views, cfg, data, 0, list(range(len(data))))
+    fvit = frozen_detector(bench, cfg)
+    optimizer = train.build_optimizer(cfg, fvit)
+    works = fvit_works(bench, fvit, optimizer, views)
+    times = {name: bench.seconds({"this code": work})["this code"] for name, work in works.items()}
+    yield Row("images/s", {"this code": len(data) / times["step"]}, more_is_better=True)
+    parts = {"resized, cropped, with their boxes": times["views"],
+             "frozen backbone": times["backbone"],
+             "pyramid, heads, losses": times["losses"] - times["backbone"],
+             "backward": times["gradients"] - times["losses"],
+             "optimiser": times["step"] - times["gradients"] - times["views"]}
+    for name, seconds in parts.items():
+        yield Row(f"{name}, ms", {"this code": 1e3 * seconds})
+    yield Row("the frozen backbone's share, %",
+              {"this code": 100 * times["backbone"] / times["step"]})
+    held = sum(p.nbytes * (3 if p.requires_grad else 1) for p in fvit.parameters()) / 1e6
+    optimizer.zero_grad(set_to_none=True)
+    peak = bench.peaks({"this code": works["gradients"]})["this code"]
+    yield Row("weights and moments, MB", {"this code": held})
+    yield Row("peak memory with these, MB", {"this code": held + peak})
+
+
+def labelled(bench: Bench, number: int) -> Objects:
+    """A photograph with 7 boxes, which is COCO's mean."""
+    image = read_image(bench.dataset.paths[number % len(bench.dataset)]).to(bench.device)
+    H, W = image.shape[-2:]
+    rng = torch.Generator().manual_seed(number)
+    corners = torch.rand(7, 2, 2, generator=rng).sort(dim=1).values * torch.tensor([W, H])
+    return Objects(image, corners.flatten(1).to(bench.device),
+                   torch.randint(48, (7,), generator=rng).to(bench.device),
+                   torch.zeros(7, 0, 0, dtype=torch.bool, device=bench.device))
+
+
+def frozen_detector(bench: Bench, cfg: SimpleNamespace) -> FViT:
+    """F-ViT of 48 classes and 17 novel ones on the bench's CLIP, in training mode."""
+    clip = copy.deepcopy(bench.clip)        # the other parts train this one
+    clip.visual.checkpointing = False
+    text = F.normalize(torch.randn(66, clip.visual.trunk.num_classes), dim=-1)
+    names = [f"class {number}" for number in range(65)]
+    fvit = FViT(clip, names, [number < 48 for number in range(65)], fvit_train.design_of(cfg), text)
+    return fvit.to(bench.device).train()
+
+
+def fvit_works(bench: Bench, fvit: FViT, optimizer: torch.optim.Optimizer,
+               views: Callable[[], tuple[list, list]]) -> dict[str, Callable[[], object]]:
+    """The parts of F-ViT's training step, each with what it needs of those before it."""
+    amp = partial(autocast, bench.cfg.PRECISION, bench.device)
+    images, targets = views()
+    scaler = torch.amp.GradScaler(bench.device.type, init_scale=1.0)
+
+    def backbone() -> object:
+        with amp():
+            return fvit.look(images)
+
+    def losses(given: tuple[list, list] = (images, targets)) -> Tensor:
+        with amp():
+            return sum(fvit(*given).values())
+
+    def gradients(given: tuple[list, list] = (images, targets)) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses(given)).backward()
+
+    def step() -> None:
+        gradients(views())
+        scaler.step(optimizer)
+        scaler.update()
+
+    return {"views": views, "backbone": backbone, "losses": losses, "gradients": gradients,
+            "step": step}
+
+
 MEASURES = {
     "input": ("Input, a photograph for {IMAGE_SIZE} px, {CROPS} crops", measure_input),
     "operations": ("Operations of an image of {IMAGE_SIZE} px, {CROPS} crops", measure_operations),
@@ -644,6 +732,7 @@ MEASURES = {
     "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}",
                 measure_segmentation),
     "shards": ("Input from shards and from a folder, the same images", measure_shards),
+    "fvit": ("F-ViT's training step, {FVIT_BATCH} x {FVIT_SIZE} px, {PRECISION}", measure_fvit),
 }
 
 

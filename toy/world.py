@@ -7,9 +7,11 @@ their class). It is drawn from its number alone; training, pretraining, choosing
 reporting (val) have numbers of their own.
 
     data/toy/train/*.png                                images without labels, for train.py
+    data/toy/train/instances.json                       what things are on them, for detectors
     data/toy/{dev,val}/images/*.png                     labelled scenes,
     data/toy/{dev,val}/panoptic.json, panoptic/*.png    as COCO panoptic for eval_region.py,
-    data/toy/{dev,val}/labels/*.png, names.txt          and as label images for eval_seg.py
+    data/toy/{dev,val}/labels/*.png, names.txt          as label images for eval_seg.py
+    data/toy/{dev,val}/instances.json                   and as COCO instances
 """
 
 import colorsys
@@ -24,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_masks
 from tqdm import tqdm
 
 from util import UserError, settings
@@ -246,34 +249,44 @@ def draw_set(pool: Executor, folder: Path, kind: str, count: int, size: int) -> 
         shutil.rmtree(folder)
     for name in ("images", "panoptic", "labels") if kind != "train" else ("",):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write = write_image if kind == "train" else write_labelled
-    drawn = pool.map(partial(write, folder, FIRST_SCENE[kind], size), range(count), chunksize=16)
-    annotations = list(tqdm(drawn, desc=f"draw {kind}", total=count, unit="scene"))
-    if kind == "train":
-        return
-    content = {"images": [{"id": index, "file_name": f"{index:05}.png"} for index in range(count)],
-               "annotations": annotations,
-               "categories": [{"id": number + 1, "name": name, "isthing": int(name in THINGS)}
-                              for number, name in enumerate(NAMES)]}
-    (folder / "panoptic.json").write_text(json.dumps(content))
-    (folder / "names.txt").write_text("".join(f"{index:05}\n" for index in range(count)))
+    write = partial(write_scene, folder, FIRST_SCENE[kind], size, kind != "train")
+    drawn = pool.map(write, range(count), chunksize=16)
+    panoptic, instances = zip(*tqdm(drawn, desc=f"draw {kind}", total=count, unit="scene"))
+    images = [{"id": index, "file_name": f"{index:05}.png", "height": size, "width": size}
+              for index in range(count)]
+    categories = [{"id": number + 1, "name": name, "isthing": int(name in THINGS)}
+                  for number, name in enumerate(NAMES)]
+    # COCO's evaluation takes an id of 0 for none.
+    things = [thing | {"id": number + 1} for number, thing in enumerate(sum(instances, []))]
+    (folder / "instances.json").write_text(json.dumps(
+        {"images": images, "annotations": things, "categories": categories[:len(THINGS)]}))
+    if kind != "train":
+        (folder / "panoptic.json").write_text(json.dumps(
+            {"images": images, "annotations": panoptic, "categories": categories}))
+        (folder / "names.txt").write_text("".join(f"{index:05}\n" for index in range(count)))
 
 
-def write_image(folder: Path, first: int, size: int, index: int) -> None:
-    """Draws scene `first + index` as folder/INDEX.png."""
-    Image.fromarray(draw_scene(first + index, size).image).save(folder / f"{index:05}.png")
-
-
-def write_labelled(folder: Path, first: int, size: int, index: int) -> dict:
-    """Draws a scene with its label image and its panoptic PNG; returns its annotation for the
-    json."""
+def write_scene(folder: Path, first: int, size: int, labelled: bool, index: int
+                ) -> tuple[dict, list[dict]]:
+    """Draws scene `first + index`, `labelled` with its label image and panoptic PNG; returns its
+    annotation for panoptic.json and those for instances.json."""
     scene, name = draw_scene(first + index, size), f"{index:05}.png"
-    Image.fromarray(scene.image).save(folder / "images" / name)
-    Image.fromarray(np.array(scene.classes, np.uint8)[scene.regions]).save(folder / "labels" / name)
-    ids = scene.regions + 1        # 0 is COCO's id of pixels without one
-    Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=-1)).save(folder / "panoptic" / name)
-    return {"image_id": index, "file_name": name,
-            "segments_info": [describe(scene, region) for region in range(len(scene.classes))]}
+    Image.fromarray(scene.image).save(folder / ("images" if labelled else "") / name)
+    if labelled:
+        label = np.array(scene.classes, np.uint8)[scene.regions]
+        Image.fromarray(label).save(folder / "labels" / name)
+        ids = scene.regions + 1        # 0 is COCO's id of pixels without one
+        Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=-1)).save(folder / "panoptic" / name)
+    segments = [describe(scene, region) for region in range(len(scene.classes))]
+    things = [segment | {"image_id": index, "segmentation": outline(scene, region)}
+              for region, segment in enumerate(segments) if scene.classes[region] < len(THINGS)]
+    return {"image_id": index, "file_name": name, "segments_info": segments}, things
+
+
+def outline(scene: Scene, region: int) -> dict:
+    """A region's mask as COCO's run-length code."""
+    code = coco_masks.encode(np.asfortranarray(scene.regions == region).astype(np.uint8))
+    return code | {"counts": code["counts"].decode()}
 
 
 def describe(scene: Scene, region: int) -> dict:

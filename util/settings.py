@@ -75,10 +75,10 @@ def constants(module: ModuleType) -> dict[str, Constant]:
 
 def constant(default: object, node: ast.stmt, comments: dict[int, str]) -> Constant | None:
     """The setting of one assignment; None if its type is none that an option can have."""
-    sample = default[0] if isinstance(default, tuple) else default
+    sample = default[0] if isinstance(default, tuple) and default else default
     is_annotated = isinstance(node, ast.AnnAssign)
     annotation = ast.unparse(node.annotation) if is_annotated else type(sample).__name__
-    kind = annotation.split(" |")[0]
+    kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1", annotation).split(" |")[0]
     if kind not in KINDS:
         return None
     return Constant(default, kind, isinstance(default, tuple), "None" in annotation,

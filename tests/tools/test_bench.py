@@ -14,15 +14,17 @@ def measured(*more: str, **given) -> dict[str, dict[str, bench.Row]]:
     """The rows of a tiny bench, by part and name."""
     small = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_size": 32,
              "micro_batch": 2, "repeats": 1, "short_side": 48, "window": 32, "stride": 16,
-             "worker_counts": 1, "prompts": 5}
+             "worker_counts": 1, "prompts": 5, "fvit_size": 64, "fvit_batch": 2,
+             "channels": 8, "regions": 16}
     rows = bench.main([*options(**small | given), *more])
     return {part: {row.name: row for row in each} for part, each in rows.items()}
 
 
 def test_bench_prints_every_part_beside_the_plain_version(capsys):
-    rows = measured("--baseline")
+    parts = [*bench.PARTS, "fvit"]
+    rows = measured("--baseline", parts=parts)
     printed = capsys.readouterr().out
-    assert list(rows) == ["input", "operations", "train", "context", "segment"]
+    assert list(rows) == ["input", "operations", "train", "context", "segment", "fvit"] == parts
     assert all(row.name in printed for part in rows.values() for row in part.values())
     ours, plains = rows["input"]["to the device, MB"].values.values()
     assert ours == pytest.approx(3 * 480 * 640 / 1e6)
@@ -31,6 +33,8 @@ def test_bench_prints_every_part_beside_the_plain_version(capsys):
     assert rows["input"]["to the device, MB"].ratio == pytest.approx(plains / ours)
     assert rows["input"]["CPU time, ms"].values["plain"] > 0
     assert rows["train"]["images/s"].values["this code"] > 0
+    assert rows["fvit"]["images/s"].values["this code"] > 0
+    assert 0 < rows["fvit"]["the frozen backbone's share, %"].values["this code"] < 100
 
 
 def test_the_plain_version_is_plain(monkeypatch):

@@ -1,0 +1,1 @@
+"""Systems that the paper builds on DeCLIP: detectors and segmenters."""

@@ -1,0 +1,475 @@
+"""Open-vocabulary detection: data sets and their splits, augmentation, average precision.
+
+    annotations = find_annotations(cfg, "train")        # or "val"; checked before a model is loaded
+    dataset = DetectionData(annotations, masks=False)   # for data.training_batches
+    objects = augment(dataset.read(0), "seed-epoch-index", side=640)
+
+OV-COCO and OV-LVIS are derived from the official jsons as they are read (paper, section 4.3): a
+class is seen in training or novel; training gets the annotations of seen classes alone. Nothing
+here knows of a detector.
+
+Letters: K classes, k objects of an image, n detections. Boxes are x0 y0 x1 y1 in pixels.
+"""
+
+import difflib
+import json
+import math
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import mask as coco_masks
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data import TrainingData, first_outside, fitted_size, read_classes, read_image, resize
+from eval_seg import CLASS_FILES, instance_mask
+from util import UserError
+from util.files import fields_of, find, read_json
+
+
+class Objects(NamedTuple):
+    """An image and its labelled objects."""
+    image: Tensor       # uint8 (3, H, W); float [0, 1] once it is augmented
+    boxes: Tensor       # float (k, 4), inside the image
+    labels: Tensor      # long (k,), places in the list of classes
+    masks: Tensor       # bool (k, H, W), or (k, 0, 0) where masks were not asked for
+
+
+class Detections(NamedTuple):
+    """What a detector found on an image, the best first."""
+    boxes: Tensor       # float (n, 4), in pixels of the original image
+    scores: Tensor      # (n,) in [0, 1]
+    labels: Tensor      # long (n,), places in the detector's classes
+    masks: list[Tensor] | None      # bool (H, W) each; None of a detector without masks
+
+
+# ------------------------------------------------------------------------------------ benchmarks
+
+RARE = "rare"       # the novel classes are those of LVIS's frequency r
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set's files in their original layout, and its split.
+
+    train, val: a COCO-style json and the folder of its images, below DATA.
+    """
+    train: tuple[str, str] | None
+    val: tuple[str, str]
+    base: str | None = None         # class file of the seen classes; None: all that are not novel
+    novel: str | None = None        # class file of the novel ones, or RARE; None: there are none
+    is_lvis: bool = False           # not every class is annotated on every image: LVIS's rules
+    most: int = 100                 # detections of an image that count
+
+
+COCO_TRAIN = ("coco/annotations/instances_train2017.json", "coco/train2017")
+COCO_VAL = ("coco/annotations/instances_val2017.json", "coco/val2017")
+TOY_TRAIN = ("toy/train/instances.json", "toy/train")
+
+KNOWN_BENCHMARKS = {
+    "ovcoco": Benchmark(COCO_TRAIN, COCO_VAL, "ovcoco_base.txt", "ovcoco_novel.txt"),
+    "ovlvis": Benchmark(("lvis/lvis_v1_train.json", "coco"), ("lvis/lvis_v1_val.json", "coco"),
+                        novel=RARE, is_lvis=True, most=300),
+    # Of transfer: nothing is seen or novel but by the detector's own training.
+    "coco": Benchmark(COCO_TRAIN, COCO_VAL),
+    "objects365": Benchmark(None, ("objects365/annotations/objects365_val.json",
+                                   "objects365/val")),
+    "toy": Benchmark(TOY_TRAIN, ("toy/val/instances.json", "toy/val/images")),
+    "toy_dev": Benchmark(TOY_TRAIN, ("toy/dev/instances.json", "toy/dev/images")),
+}
+
+
+class Annotations(NamedTuple):
+    """A json as a benchmark wants it: images, and the objects of its classes."""
+    path: Path                  # the json, for messages
+    benchmark: Benchmark
+    images: list[dict]          # the json's entries: id, height, width ...
+    files: list[str]            # and their files
+    objects: list[dict]         # the json's entries, crowds too
+    ids: list[int | None]       # (K,) the json's id of each class; None: it lacks the class
+    classes: list[str]          # (K,) names
+    seen: list[bool]            # (K,) whether training may see a class
+    frequencies: list[str]      # (K,) LVIS's r, c or f; "" elsewhere
+
+
+def find_annotations(cfg: SimpleNamespace, split: str) -> Annotations:
+    """The annotations of DATASET to train with ("train") or to evaluate with ("val").
+
+    Settings: DATASET, a name of KNOWN_BENCHMARKS or a COCO-style json of one's own; DATA, the
+    folder that holds the data sets; ANNOTATIONS and IMAGES, a json and a folder instead of the
+    data set's (zero-shot files made for other code will do); NOVEL, names with commas between,
+    instead of the data set's novel classes.
+    Raises UserError if files are missing or not as they should be, and if nothing is left.
+    """
+    benchmark, path, folder = find_files(cfg, split)
+    content = read_json(path, "images", "annotations", "categories")
+    with fields_of(path):
+        ids, *classes = split_classes(path, content["categories"], benchmark, cfg.NOVEL)
+        images, objects = check_entries(path, content)
+        kept = {id for id, seen in zip(ids, classes[1]) if seen or split == "val"}
+        objects = [each for each in objects if each["category_id"] in kept]
+        if split == "train" or benchmark.novel and not benchmark.is_lvis:
+            with_objects = {each["image_id"] for each in objects}
+            images = [image for image in images if image["id"] in with_objects]
+        files = image_files(path, folder, images)
+    if not objects:
+        what = "that training may see" if split == "train" else f"of {cfg.DATASET}"
+        raise UserError(f"{path} has no object of a class {what}; give another json, or other "
+                        "NOVEL classes.")
+    if not Path(files[0]).is_file():
+        raise UserError(f"{path} names {files[0]}, which is not there; unpack the images there, or "
+                        "set IMAGES to the folder that holds them.")
+    return Annotations(path, benchmark, images, files, objects, ids, *classes)
+
+
+def find_files(cfg: SimpleNamespace, split: str) -> tuple[Benchmark, Path, Path]:
+    """The benchmark of DATASET, its json for a split, and the folder of its images."""
+    if cfg.DATASET.endswith(".json"):
+        own = find(cfg.DATASET)
+        benchmark, path, folder = Benchmark(None, ("", "")), own, own.parent
+    elif cfg.DATASET not in KNOWN_BENCHMARKS:
+        raise UserError(f"There is no data set {cfg.DATASET!r}; choose among "
+                        f"{', '.join(KNOWN_BENCHMARKS)}, or a COCO-style json of your own.")
+    else:
+        benchmark = KNOWN_BENCHMARKS[cfg.DATASET]
+        files = benchmark.train if split == "train" else benchmark.val
+        if not files and not cfg.ANNOTATIONS:
+            raise UserError(f"{cfg.DATASET} is only to evaluate with; train with another DATASET.")
+        path, folder = (find(Path(cfg.DATA) / each) for each in files or ("", ""))
+    path = find(cfg.ANNOTATIONS or path)
+    if not path.is_file():
+        raise UserError(f"There is no {path.absolute()}; unpack the data set there as docs/data.md "
+                        "says, or set DATA or ANNOTATIONS to where it is.")
+    return benchmark, path, find(cfg.IMAGES or folder)
+
+
+def split_classes(path: Path, categories: list[dict], benchmark: Benchmark, novel: str | None
+                  ) -> tuple[list[int], list[str], list[bool], list[str]]:
+    """The json's id, name, whether seen, and frequency of each class, in the order of ids.
+
+    Of a benchmark with class files, those that neither names are left out.
+    """
+    categories = sorted(categories, key=lambda category: category["id"])
+    if benchmark.base:
+        base, unseen = (read_classes(CLASS_FILES / name).names
+                        for name in (benchmark.base, benchmark.novel))
+        categories = [each for each in categories if each["name"] in {*base, *unseen}]
+        check_names(path, base, categories)
+        # Files of the seen classes alone lack the novel ones, which are classes all the same.
+        listed = {each["name"] for each in categories}
+        categories += [{"id": None, "name": name} for name in unseen if name not in listed]
+    elif benchmark.novel == RARE:
+        unseen = [each["name"] for each in categories if each["frequency"] == "r"]
+    else:
+        unseen = []
+    if novel is not None:
+        unseen = [name.strip() for name in novel.split(",") if name.strip()]
+        check_names(path, unseen, categories)
+    names = [each["name"] for each in categories]
+    if not set(names) - set(unseen):
+        raise UserError(f"All {len(names)} classes of {path} are novel; leave some for training.")
+    return ([each["id"] for each in categories], names, [name not in unseen for name in names],
+            [each.get("frequency", "") for each in categories])
+
+
+def check_names(path: Path, wanted: Sequence[str], categories: list[dict]) -> None:
+    """Raises UserError on a name that is no category's."""
+    names = [each["name"] for each in categories]
+    missing = next((name for name in wanted if name not in names), None)
+    if missing is not None:
+        near = difflib.get_close_matches(missing, names, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else "take a name of its 'categories'."
+        raise UserError(f"{path} has no category {missing!r}; {advice}")
+
+
+def check_entries(path: Path, content: dict) -> tuple[list[dict], list[dict]]:
+    """The json's images and annotations; UserError on one that refers to what is not there."""
+    images, objects = content["images"], content["annotations"]
+    known = {image["id"]: (image["height"], image["width"]) for image in images}
+    categories = {category["id"] for category in content["categories"]}
+    for each in objects:
+        for field, allowed in (("image_id", known), ("category_id", categories)):
+            if each[field] not in allowed:
+                raise UserError(f"{path} has an annotation with the {field} {each[field]!r}, but "
+                                f"no such entry in 'images' or 'categories'; download it again.")
+        x, y, width, height = map(float, each["bbox"])
+        if not all(map(math.isfinite, (x, y, width, height))):
+            raise UserError(f"{path} has an annotation with the bbox {each['bbox']}; remove it.")
+    return images, objects
+
+
+def image_files(path: Path, folder: Path, images: list[dict]) -> list[str]:
+    """The file of each image; UserError if one is not below the folder."""
+    # LVIS has no names: an image of COCO's is where its address says, split/number.jpg.
+    names = [image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
+             for image in images]
+    files = [str(folder / name) for name in names]
+    alien = first_outside(files, folder)
+    if alien:
+        raise UserError(f"{path} names {alien}, which is not below {folder.absolute()}; set IMAGES "
+                        "to the folder that holds its images.")
+    return files
+
+
+# -------------------------------------------------------------------------------------- the data
+
+class DetectionData(TrainingData):
+    """Images with at least one object of a seen class. `read` returns Objects, crowds left out.
+
+    masks: whether Objects have masks. classes, seen: see Annotations. left_out: the number of
+    objects without area, by the json's number or inside the image.
+    """
+
+    def __init__(self, annotations: Annotations, masks: bool, read_timeout: float = 60.0):
+        super().__init__(annotations.files, read_timeout)
+        self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
+        self.sizes = [(image["height"], image["width"]) for image in annotations.images]
+        objects = [each for each in annotations.objects if not each.get("iscrowd", 0)]
+        place = {image["id"]: number for number, image in enumerate(annotations.images)}
+        class_of = {id: number for number, id in enumerate(annotations.ids)}
+        # Arrays: a million dictionaries would be copied into every worker, little by little.
+        image = np.array([place[each["image_id"]] for each in objects], dtype=np.int64)
+        boxes = np.array([each["bbox"] for each in objects], dtype=np.float32).reshape(-1, 4)
+        boxes = inside(boxes, np.array(self.sizes, dtype=np.float32)[image])
+        has_area = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
+        has_area &= np.array([each.get("area", 1) > 0 for each in objects], dtype=bool)
+        self.left_out = int((~has_area).sum())
+        order = np.flatnonzero(has_area)
+        order = order[np.argsort(image[order], kind="stable")]
+        self.first = np.searchsorted(image[order], np.arange(len(self) + 1))
+        self.boxes = boxes[order]
+        self.labels = np.array([class_of[objects[n]["category_id"]] for n in order], dtype=np.int64)
+        with fields_of(annotations.path):
+            self.shapes = [json.dumps(objects[n]["segmentation"]).encode() for n in order
+                           ] if masks else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As TrainingData's; other objects give another one."""
+        crc = 0
+        for array in (self.first, self.boxes, self.labels):
+            crc = zlib.crc32(array.tobytes(), crc)
+        return f"{super().fingerprint}, {len(self.boxes)} objects, {crc:08x}"
+
+    def read(self, index: int) -> Objects:
+        """Image `index` and its objects. UserError if it can't be read, or has another size."""
+        image = read_sized(self.paths[index], self.sizes[index])
+        these = slice(*self.first[index:index + 2].tolist())
+        masks = torch.zeros(len(self.boxes[these]), 0, 0, dtype=torch.bool)
+        if self.shapes:
+            masks = torch.zeros(len(masks), *image.shape[-2:], dtype=torch.bool)
+            with fields_of(self.path):
+                for mask, shape in zip(masks, self.shapes[these]):
+                    mask[:] = torch.from_numpy(instance_mask(json.loads(shape), *mask.shape))
+        return Objects(image, torch.from_numpy(self.boxes[these]),
+                       torch.from_numpy(self.labels[these]), masks)
+
+
+class EvaluationImages(Dataset):
+    """The images of annotations: item i is (i, uint8 (3, H, W))."""
+
+    def __init__(self, annotations: Annotations):
+        self.paths = annotations.files
+        self.sizes = [(image["height"], image["width"]) for image in annotations.images]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        return index, read_sized(self.paths[index], self.sizes[index])
+
+
+def read_sized(path: str, size: tuple[int, int]) -> Tensor:
+    """An image uint8 (3, H, W); UserError if its height and width are not the json's."""
+    image = read_image(path)
+    if tuple(image.shape[-2:]) != size:
+        raise UserError(f"{path} is {tuple(image.shape[-2:])}, but its annotations are for {size}; "
+                        "take the json and the images of one release.")
+    return image
+
+
+def inside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """x y width height (k, 4) -> x0 y0 x1 y1, cut at the borders of images of `sizes` (k, 2)."""
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    return np.clip(corners, 0, np.tile(sizes[:, ::-1], 2))
+
+
+# ----------------------------------------------------------------------------------- augmentation
+
+MOST_DRAWS = 50     # of crops, until one shows an object
+
+
+class View(NamedTuple):
+    """A part of a resized image."""
+    size: tuple[int, int]       # height and width of the whole, resized image
+    top: int
+    left: int
+    height: int
+    width: int
+    is_flipped: bool
+
+    def place(self, boxes: Tensor, of_image: tuple[int, int]) -> Tensor:
+        """Boxes (k, 4) of an image of this height and width -> in the view, cut at its borders."""
+        (H, W), (h, w) = of_image, self.size
+        x = (boxes[:, 0::2] * (w / W) - self.left).clamp(0, self.width)
+        y = (boxes[:, 1::2] * (h / H) - self.top).clamp(0, self.height)
+        x = self.width - x.flip(-1) if self.is_flipped else x
+        return torch.stack([x, y], dim=-1).flatten(1)
+
+
+def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] = (0.1, 2.0),
+            flip: float = 0.5) -> Objects:
+    """Resized, cropped and flipped at random (published): float image in [0, 1], at most `side`
+    high and wide, without padding, and those of its objects that are at least a pixel high and
+    wide there.
+
+    key: what is random depends on this text alone. scales: the longest side becomes `side` times
+    a number of this range. flip: the share that is mirrored.
+    """
+    of_image = tuple(objects.image.shape[-2:])
+    view = draw_view(objects, key, side, scales, flip)
+    rows = slice(view.top, view.top + view.height)
+    columns = slice(view.left, view.left + view.width)
+    image = resize(objects.image, *view.size)[:, rows, columns]
+    image = image.flip(-1) if view.is_flipped else image
+    boxes = view.place(objects.boxes, of_image)
+    is_left = is_shown(boxes)
+    masks = objects.masks[is_left]
+    if masks.shape[-1]:
+        # The nearest pixel of the middle of each
+        y, x = (((torch.arange(whole, device=masks.device) + 0.5) * (given / whole)).long()[part]
+                for whole, given, part in zip(view.size, of_image, (rows, columns)))
+        masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
+    return Objects(image, boxes[is_left], objects.labels[is_left], masks)
+
+
+def is_shown(boxes: Tensor) -> Tensor:
+    """Which boxes (k, 4) are at least a pixel high and wide: bool (k,)."""
+    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+
+
+def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float], flip: float
+              ) -> View:
+    """A random view; drawn again as long as it shows none of the image's objects."""
+    rng, of_image = random.Random(key), tuple(objects.image.shape[-2:])
+    boxes = objects.boxes.cpu()     # once an image; the draws would each wait for a GPU
+    for _ in range(MOST_DRAWS):
+        size = fitted_size(objects.image, max(1, round(side * rng.uniform(*scales))))
+        height, width = (min(each, side) for each in size)
+        view = View(size, rng.randint(0, size[0] - height), rng.randint(0, size[1] - width),
+                    height, width, rng.random() < flip)
+        if not len(boxes) or is_shown(view.place(boxes, of_image)).any():
+            break
+    return view
+
+
+# ------------------------------------------------------------------------------ average precision
+
+def encode_detections(number: int, detections: Detections) -> list[dict]:
+    """Detections on image `number` as COCO results; of masks the run-length codes.
+
+    image_id is the image's number, category_id the class's number + 1.
+    """
+    boxes = detections.boxes.clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    found = [{"image_id": number, "category_id": label + 1, "bbox": box, "score": score}
+             for box, score, label in zip(boxes.tolist(), detections.scores.tolist(),
+                                          detections.labels.tolist())]
+    for each, mask in zip(found, detections.masks or ()):
+        each["segmentation"] = encode_mask(mask)
+    return found
+
+
+def encode_mask(mask: Tensor) -> dict:
+    """A bool mask (H, W) as COCO's run-length code, which json can hold."""
+    code = coco_masks.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    return code | {"counts": code["counts"].decode()}
+
+
+def truth_of(annotations: Annotations) -> dict:
+    """The annotations as a COCO json under the numbers of encode_detections.
+
+    An object without an area gets its box's. Numbers of objects begin with 1: COCO's evaluation
+    takes 0 for none.
+    """
+    place = {image["id"]: number for number, image in enumerate(annotations.images)}
+    class_of = {id: number for number, id in enumerate(annotations.ids)}
+    lvis = {id: number + 1 for id, number in class_of.items()}
+    images = [{"id": number, "height": image["height"], "width": image["width"]} | {
+        field: [lvis[id] for id in image[field] if id in lvis]
+        for field in ("neg_category_ids", "not_exhaustive_category_ids") if field in image}
+        for number, image in enumerate(annotations.images)]
+    objects = [{"id": number + 1, "image_id": place[each["image_id"]],
+                "category_id": class_of[each["category_id"]] + 1, "bbox": each["bbox"],
+                "area": each.get("area", each["bbox"][2] * each["bbox"][3]),
+                "iscrowd": each.get("iscrowd", 0)}
+               | ({"segmentation": each["segmentation"]} if each.get("segmentation") else {})
+               for number, each in enumerate(annotations.objects)]
+    categories = [{"id": number + 1, "name": name, "frequency": frequency or "f"}
+                  for number, (name, frequency) in enumerate(zip(annotations.classes,
+                                                                 annotations.frequencies))]
+    return {"images": images, "annotations": objects, "categories": categories}
+
+
+def precisions(annotations: Annotations, results: list[dict], masks: bool = False) -> np.ndarray:
+    """Precision at 10 IoUs, 101 recalls, of K classes and 4 areas: (10, 101, K, 4), -1 where there
+    is no object. COCO's rules, or LVIS's.
+
+    results: of encode_detections, of all images. masks: whether overlaps are those of masks.
+    """
+    if masks:       # areas are those of masks then, not of boxes
+        results = [{name: value for name, value in each.items() if name != "bbox"}
+                   for each in results]
+    truth = COCO(truth_of(annotations))
+    evaluation = COCOeval_faster(truth, truth.loadRes(results), "segm" if masks else "bbox",
+                                 lvis_style=annotations.benchmark.is_lvis)
+    evaluation.params.maxDets = [annotations.benchmark.most]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return np.asarray(evaluation.eval["precision"])[..., -1]
+
+
+def summarize(precision: np.ndarray, classes: Sequence[str], groups: dict[str, Sequence[bool]]
+              ) -> dict:
+    """AP, AP50, AP75 and AP of small, medium and large objects in %, of all classes; AP and AP50
+    of each group of classes; each class's AP50. None where there is no object.
+
+    precision: of `precisions`. groups: name -> (K,) which classes are in it.
+    """
+    result = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0]),
+              "AP75": mean(precision[5, ..., 0])}
+    result |= {f"AP{size}": mean(precision[..., place + 1]) for place, size in enumerate("sml")}
+    of_groups = {name: precision[:, :, np.array(group, dtype=bool), 0]
+                 for name, group in groups.items()}
+    result["groups"] = {name: {"AP": mean(part), "AP50": mean(part[0])}
+                        for name, part in of_groups.items()}
+    result["classes"] = {name: mean(precision[0, :, number, 0])
+                         for number, name in enumerate(classes)}
+    return result
+
+
+def mean(precision: np.ndarray) -> float | None:
+    """The mean of precisions in %, of those that there are."""
+    counted = precision[precision > -1]
+    return 100 * float(counted.mean()) if counted.size else None
+
+
+def groups_of(annotations: Annotations, seen: Sequence[bool]) -> dict[str, list[bool]]:
+    """The groups of classes that a table tells apart: LVIS's frequencies, else novel and base.
+
+    seen: what the detector's training has seen, where the data set itself has no split.
+    """
+    if annotations.benchmark.is_lvis:
+        return {letter: [each == letter for each in annotations.frequencies] for letter in "rcf"}
+    seen = seen if all(annotations.seen) else annotations.seen
+    groups = {"novel": [not each for each in seen], "base": list(seen)}
+    return {name: group for name, group in groups.items() if not all(seen)}

@@ -1,0 +1,194 @@
+"""Evaluates F-ViT: average precision of classes that training has seen, and of novel ones.
+
+    python -m downstream.fvit.eval --ckpt out/fvit/fvit.safetensors
+    python -m downstream.fvit.eval --dataset coco --ckpt ...            # transfer (Tables 3, 14)
+    python -m downstream.fvit.eval --dataset my.json --images my/photos --ckpt ...
+    torchrun --nproc_per_node 8 -m downstream.fvit.eval --ckpt ...      # images divided among GPUs
+
+The data set is that of the training unless another one is named; classes that the detector does not
+know get their names' embeddings, without training. Prints AP of boxes, and of masks if it has
+them: OV-COCO's figure is AP50, OV-LVIS's that of masks. Writes them beside the checkpoint.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+from torch import Tensor
+from tqdm import tqdm
+
+from data import load_share
+from downstream.detection import (
+    Annotations,
+    Detections,
+    EvaluationImages,
+    encode_detections,
+    find_annotations,
+    groups_of,
+    precisions,
+    summarize,
+)
+from downstream.fvit.model import FViT, Rules, open_backbone, open_fvit
+from downstream.fvit.train import (  # noqa: F401 - settings shared with train.py
+    ANNOTATIONS,
+    CACHE,
+    DATA,
+    IMAGES,
+    NOVEL,
+    NUM_WORKERS,
+)
+from util import UserError, distributed, settings
+from util.files import write_json
+from util.precision import autocast, check_precision
+from util.weights import read_record
+
+# The detector
+CKPT = "out/fvit/fvit.safetensors"  # checkpoint of downstream/fvit/train.py
+BACKBONE: str | None = None         # its backbone; None: the file that it was trained on
+PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
+
+# The data
+DATASET: str | None = None          # None: that of the training; or coco, objects365, my.json ...
+
+# The scores; None: what RULES has for the data set
+A: float | None = None              # share of the VLM in the scores of seen classes
+B: float | None = None              # and of novel ones; published for OV-LVIS and L/14: 0.4
+TEMPERATURE: float | None = None    # factor of the VLM's cosines; CLIPSelf's: 75, OV-LVIS 50
+TAU: float | None = None            # factor of the detector's cosines, instead of the learned one
+LEAST: float | None = None          # score below which a detection is left out
+NMS: float | None = None            # IoU from which the lower of two boxes of a class is left out
+MOST: int | None = None             # detections of an image
+AT_BOXES: bool | None = None        # the VLM sees the final boxes instead of the proposals
+
+# The evaluation
+BATCH_SIZE = 8                      # images of one forward pass
+OUT: str | None = None              # folder of the result; None: the checkpoint's
+
+# Published, but T, which is the paper's for DeCLIP (section 9.2)
+RULES = {
+    "ovcoco": Rules(a=0.1, b=0.8, temperature=45.0, least=0.01, nms=0.4, most=100),
+    "ovlvis": Rules(a=0.1, b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
+    "coco": Rules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+    "objects365": Rules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Evaluates as the command line (or `argv`) says; returns what the json holds."""
+    cfg = settings.parse(argv, sys.modules[__name__])
+    with distributed.session(__file__) as ranks:
+        return run(cfg, ranks)
+
+
+def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
+    """Detects on all images; prints and writes the figures. {} on ranks that are not the first."""
+    check(cfg)
+    cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
+    annotations = find_annotations(cfg, "val")
+    images = EvaluationImages(annotations)
+    images[0]       # a wrong folder is found before a model is loaded
+    fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
+    if annotations.classes != fvit.classes:
+        fvit.set_classes(annotations.classes, cache=cfg.CACHE)
+    results = evaluate(cfg, partial(fvit.detect, rules=rules_of(cfg, cfg.DATASET)), images, ranks)
+    if not ranks.is_main:
+        return {}
+    figures = score(annotations, results, fvit)
+    print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
+          f"{table(figures)}")
+    folder = Path(cfg.OUT or Path(cfg.CKPT).parent)
+    path = folder / f"{Path(cfg.DATASET).stem}.json"
+    write_json(path, figures | {"settings": vars(cfg)})
+    print(f"written to {path}")
+    return figures
+
+
+def check(cfg: SimpleNamespace) -> None:
+    """Raises UserError on a setting out of its range, before anything is loaded."""
+    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    check_scores(cfg)
+
+
+def check_scores(cfg: SimpleNamespace) -> None:
+    """Raises UserError on a setting of the scores that is out of its range."""
+    settings.check_least(cfg, MOST=1, TEMPERATURE=0, TAU=0)
+    check_precision(cfg.PRECISION)
+    for name in ("A", "B", "LEAST", "NMS"):
+        if not 0 <= (getattr(cfg, name) or 0) <= 1:
+            raise UserError(f"{name} is {getattr(cfg, name)}; it must be from 0 to 1.")
+
+
+def trained_with(path: str) -> str:
+    """The data set that a detector was trained with; UserError if it is one json, of training."""
+    name = detector_settings(path).get("DATASET", "")
+    if name.endswith(".json") or not name:
+        raise UserError(f"{path} was trained with {name or 'an unknown data set'}; say what to "
+                        "evaluate on: --dataset val.json.")
+    return name
+
+
+def detector_settings(path: str) -> dict:
+    """The settings of a detector's training; {} if the file has none, which open_fvit refuses."""
+    return read_record(path).get("settings", {}) if Path(path).is_file() else {}
+
+
+def open_detector(path: str, backbone: str | None) -> FViT:
+    """The detector of a checkpoint, on the file of its backbone, None for the recorded one."""
+    if backbone and not Path(backbone).is_file():
+        raise UserError(f"There is no backbone {backbone}; give the file that the detector was "
+                        "trained on.")
+    clip = open_backbone(detector_settings(path) | {"BACKBONE": backbone}) if backbone else None
+    return open_fvit(path, clip)
+
+
+def rules_of(cfg: SimpleNamespace, dataset: str) -> Rules:
+    """What RULES has for a data set, by default OV-COCO's, but for the settings that are given."""
+    given = {name: getattr(cfg, name.upper()) for name in Rules._fields if name != "masks"}
+    return RULES.get(dataset, Rules())._replace(**{
+        name: value for name, value in given.items() if value is not None})
+
+
+def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detections]],
+             images: EvaluationImages, ranks: distributed.Ranks) -> list[dict]:
+    """What any detector finds on all images, over all ranks, as COCO results."""
+    results, loader = [], load_share(images, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+    with tqdm(total=len(loader.dataset), desc="detect", unit="image",
+              disable=not ranks.is_main) as progress:
+        for samples in loader:
+            batch = [image.to(ranks.device, non_blocking=True) for _, image in samples]
+            with autocast(cfg.PRECISION, ranks.device):
+                found = detect(batch)
+            for (number, _), detections in zip(samples, found):
+                results += encode_detections(number, detections)
+            progress.update(len(samples))
+    return [result for share in distributed.gather(results) for result in share]
+
+
+def score(annotations: Annotations, results: list[dict], fvit: FViT) -> dict:
+    """The figures of boxes, and of masks where detector and data have them (see summarize)."""
+    groups = groups_of(annotations, fvit.seen)
+    has_masks = all("segmentation" in each for each in results) and all(
+        each.get("segmentation") for each in annotations.objects)
+    ways = {"boxes": False} | ({"masks": True} if results and has_masks else {})
+    return {way: summarize(precisions(annotations, results, masks), annotations.classes, groups)
+            for way, masks in ways.items()}
+
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def table(figures: dict[str, dict]) -> str:
+    """AP of boxes and masks, of all classes and of each group, for a screen."""
+    lines = [f"{'':16}" + "".join(f"{name:>7}" for name in COLUMNS)]
+    for way, result in figures.items():
+        for name, row in ({"all": result} | result["groups"]).items():
+            cells = (row.get(column) for column in COLUMNS)
+            lines.append(f"{way + ', ' + name:16}" + "".join(
+                f"{'' if cell is None else f'{cell:.1f}':>7}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

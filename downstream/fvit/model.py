@@ -1,0 +1,750 @@
+"""F-ViT: an open-vocabulary detector on a frozen CLIP (paper, sections 4.3 and 9.2).
+
+    fvit = open_fvit("out/fvit/fvit.safetensors")       # trained by downstream/fvit/train.py
+    fvit.set_classes(["person", "red kite"])            # any names, without training
+    detections, = fvit.detect([read_image("photo.jpg")])
+
+Of the CLIP's vision tower four blocks' outputs become a feature pyramid. Regions are proposed and
+found there as in Mask R-CNN; their names come from a comparison with text embeddings. In training
+this is the detector's alone; in use the CLIP's own dense features, which know all classes, have a
+say as well (`fuse_scores`): where those are DeCLIP's, novel classes are found.
+
+In this order: boxes, what training samples, the parts of the detector, the detector, its file.
+
+Letters: B images, D width of the vision tower, C width of the text-image space, K classes, whose
+background is the last row, n regions, k labelled objects, A anchors. Boxes are x0 y0 x1 y1.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image, roi_align
+
+from data import Classes, constant, fitted_size, normalize, pad_to, resize
+from downstream.detection import Detections
+from model import DeCLIP, encode_classes, open_model, recorded_model, region_features
+from util import UserError, distributed
+from util.files import find
+from util.weights import checksum, read_record, read_weights, write_checkpoint
+
+
+class Design(NamedTuple):
+    """What a detector is and how it is trained. Each is a setting of train.py, in capitals."""
+    image_size: int = 640           # side of the square that images are fitted into
+    attention: str | None = None    # the last block's, a row of model.ATTENTIONS; None: its context
+    normalization: str = "imagenet"     # imagenet (published) or clip: mean and std of the input
+    templates: str = "vild"         # sentences around a class name
+    channels: int = 256             # of the pyramid and the heads
+    norm: str = "batch"             # batch, or group: statistics of each image alone
+    rpn_norm: bool = False          # norms in the proposals' head (OV-LVIS)
+    masks: bool = False             # a mask head (OV-LVIS)
+    anchors: int = 256              # anchors of an image that are trained with
+    regions: int = 512              # regions of an image that are trained with
+    keep_best: bool = False         # the best region of each object is positive (OV-LVIS)
+    background: float = 0.6         # weight of background regions; OV-LVIS: 0.9
+    candidates: int = 2000          # best anchors of a level, before NMS
+    proposals: int = 1000           # and what NMS keeps of all levels
+
+
+class Target(NamedTuple):
+    """The labelled objects of a training image, in its pixels."""
+    boxes: Tensor       # float (k, 4)
+    labels: Tensor      # long (k,), places in the detector's classes
+    masks: Tensor       # bool (k, h, w); anything if the detector has no mask head
+    key: str            # what is sampled of the image depends on this text alone
+
+
+class Rules(NamedTuple):
+    """How regions are scored and chosen. The defaults are DeCLIP's for OV-COCO."""
+    a: float = 0.1                  # share of the VLM in the scores of seen classes
+    b: float = 0.8                  # and of novel ones
+    temperature: float = 45.0       # T, factor of the VLM's cosines
+    least: float = 0.01             # score below which a detection is left out
+    nms: float = 0.4                # IoU from which the lower of two boxes of a class is left out
+    most: int = 100                 # detections of an image
+    at_boxes: bool = False          # the VLM sees the final boxes; False: the proposals (published)
+    tau: float | None = None        # factor of the detector's cosines; None: the learned one
+    masks: bool = True              # with masks, if the detector has them
+
+
+# ---------------------------------------------------------------------------------------- boxes
+
+RATIOS = (0.5, 1.0, 2.0)            # height : width of the anchors of a place
+ANCHOR_SCALE = 8                    # side of an anchor in strides
+REGION_STDS = (0.1, 0.1, 0.2, 0.2)  # of the regions' deltas; the anchors' have 1
+MOST_GROWTH = math.log(1000 / 16)   # of a side by a delta
+
+
+def make_anchors(stride: float, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """The anchors of a level, (3hw, 4) in pixels: three at each place, places row by row.
+
+    Place (y, x) is at pixel (y, x) * stride, which need not be whole: L/14 has 3.5.
+    """
+    root = constant(RATIOS, torch.float, device).sqrt()
+    sides = ANCHOR_SCALE * stride * torch.stack([1 / root, root], dim=-1)      # width, height
+    y, x = (torch.arange(count, device=device) * stride for count in grid)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    centres = torch.stack([x, y], dim=-1).view(-1, 1, 2)
+    return torch.cat([centres - sides / 2, centres + sides / 2], dim=-1).flatten(0, 1)
+
+
+def centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) -> their centres and their widths and heights, (n, 2) each."""
+    return (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, stds: tuple[float, ...] = (1,) * 4) -> Tensor:
+    """The deltas (n, 4) that turn anchors into boxes: shift in anchor sides, log of growth."""
+    (centre, size), (of_anchor, anchor_size) = centre_size(boxes), centre_size(anchors)
+    deltas = torch.cat([(centre - of_anchor) / anchor_size, (size / anchor_size).log()], dim=-1)
+    return deltas / constant(stds, torch.float, boxes.device)
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor, size: tuple[int, int],
+                 stds: tuple[float, ...] = (1,) * 4) -> Tensor:
+    """The reverse of encode_boxes; boxes are clipped to an image of `size`, height and width."""
+    deltas = deltas.float() * constant(stds, torch.float, deltas.device)
+    centre, sides = centre_size(anchors)
+    centre = centre + deltas[:, :2] * sides
+    sides = sides * deltas[:, 2:].clamp(-MOST_GROWTH, MOST_GROWTH).exp()
+    return clip_boxes_to_image(torch.cat([centre - sides / 2, centre + sides / 2], dim=-1), size)
+
+
+def region_levels(boxes: Tensor) -> Tensor:
+    """The level of the pyramid, 0 to 3, that each region (n, 4) is pooled from, by its area."""
+    level = (box_area(boxes).sqrt() / 56).clamp(min=1e-6).log2().floor()
+    return level.clamp(0, 3).long()
+
+
+def pool_regions(levels: Sequence[Tensor], strides: Sequence[float], boxes: list[Tensor], size: int
+                 ) -> Tensor:
+    """RoIAlign of each image's boxes (n, 4), each in its own level -> (sum n, C, size, size)."""
+    rois = torch.cat([F.pad(of_image, (1, 0), value=number)
+                      for number, of_image in enumerate(boxes)])
+    level = region_levels(rois[:, 1:])
+    places, pooled = [], []
+    for number, (features, stride) in enumerate(zip(levels[:4], strides)):
+        places.append((level == number).nonzero().flatten())
+        pooled.append(roi_align(features, rois[places[-1]], size, 1 / stride, aligned=True))
+    # The levels' regions one after the other, back in the order of the boxes
+    return torch.cat(pooled)[torch.cat(places).argsort()]
+
+
+# --------------------------------------------------------------------------- what training samples
+
+BACKGROUND, NEITHER = -1, -2        # owners of candidates that are no object's
+
+
+def assign(overlaps: Tensor, positive: float, negative: float, best: float | None = None) -> Tensor:
+    """IoU (n, k) of candidates and objects -> (n,): the object that owns each candidate.
+
+    It is the one of the highest IoU from `positive` on; below `negative` BACKGROUND; between them
+    NEITHER. best: the object's best candidates are its own from this IoU on, even if another one
+    overlaps more.
+    """
+    n, k = overlaps.shape
+    if k == 0:
+        return overlaps.new_full((n,), BACKGROUND, dtype=torch.long)
+    highest, owner = overlaps.max(dim=1)
+    owner[highest < positive] = NEITHER
+    owner[highest < negative] = BACKGROUND
+    if best is not None:
+        of_object = overlaps.amax(dim=0)
+        is_best = (overlaps == of_object) & (of_object >= best)
+        # Of several objects the last one takes it.
+        number = (is_best * torch.arange(1, k + 1, device=owner.device)).amax(dim=1)
+        owner = torch.where(number > 0, number - 1, owner)
+    return owner
+
+
+def sample(owner: Tensor, number: int, share: float, generator: torch.Generator
+           ) -> tuple[Tensor, Tensor]:
+    """Random places of `owner`: at most `share` of `number` that an object owns, and as much
+    background as fills up `number`."""
+    chosen, most = [], int(number * share)
+    for is_kind in (owner >= 0, owner == BACKGROUND):
+        places = is_kind.nonzero().flatten()
+        order = torch.randperm(len(places), generator=generator, device=places.device)
+        chosen.append(places[order[:most]])
+        most = number - len(chosen[0])
+    return chosen[0], chosen[1]
+
+
+def make_generator(key: str, device: torch.device) -> torch.Generator:
+    """A source of random numbers that depend on the key alone."""
+    return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
+
+
+def mean_over_ranks(count: int, device: torch.device) -> Tensor:
+    """A count's mean over ranks, at least 1.
+
+    DDP averages gradients, so what ranks divide by must be this for their gradient to be that of
+    one process with all images.
+    """
+    total, ranks = distributed.sum_over_ranks(torch.tensor([count, 1.0], device=device))
+    return (total / ranks).clamp(min=1)
+
+
+class Regions(NamedTuple):
+    """The sampled regions of a training image; those that an object owns come first."""
+    boxes: Tensor       # (n, 4)
+    owner: Tensor       # (p,) the object of each of the first p regions
+    labels: Tensor      # (n,) class; K for background
+
+
+# ------------------------------------------------------------------------ the parts of the detector
+
+def batch_norm(channels: int) -> nn.Module:
+    """Statistics over all images; train.py makes them those of all GPUs."""
+    return nn.BatchNorm2d(channels)
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Statistics of each image or region alone."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+NORMS = {"batch": batch_norm, "group": group_norm}
+
+
+def conv(channels: int, out: int, side: int, norm: Callable | None, relu: bool = True
+         ) -> nn.Sequential:
+    """A convolution that keeps the grid, a norm, a ReLU."""
+    convolution = nn.Conv2d(channels, out, side, padding=side // 2, bias=norm is None)
+    return nn.Sequential(convolution, norm(out) if norm else nn.Identity(),
+                         nn.ReLU() if relu else nn.Identity())
+
+
+class Pyramid(nn.Module):
+    """Four blocks' outputs, all of one grid -> five levels, each half as fine as the one before."""
+
+    def __init__(self, width: int, channels: int, norm: Callable):
+        super().__init__()
+        finer = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
+        self.scales = nn.ModuleList([nn.Sequential(finer(), norm(width), nn.GELU(), finer()),
+                                     finer(), nn.Identity(), nn.MaxPool2d(2)])
+        self.laterals = nn.ModuleList(conv(width, channels, 1, norm, relu=False) for _ in range(4))
+        self.outputs = nn.ModuleList(conv(channels, channels, 3, norm, relu=False)
+                                     for _ in range(4))
+        for module in (self.laterals, self.outputs):
+            initialize(module, nn.init.xavier_uniform_)
+
+    def forward(self, taps: list[Tensor]) -> list[Tensor]:
+        """Four (B, D, h, w) -> five (B, channels, ...) of 4h, 2h, h, h/2, h/4."""
+        merged = [lateral(scale(tap))
+                  for lateral, scale, tap in zip(self.laterals, self.scales, taps)]
+        for fine in (2, 1, 0):
+            merged[fine] = merged[fine] + F.interpolate(merged[fine + 1], scale_factor=2.0)
+        levels = [output(level) for output, level in zip(self.outputs, merged)]
+        return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
+
+
+class ProposalHead(nn.Module):
+    """For each anchor a score, how likely it is an object, and the deltas to its box."""
+
+    def __init__(self, channels: int, norm: Callable | None):
+        super().__init__()
+        self.trunk = nn.Sequential(*(conv(channels, channels, 3, norm) for _ in range(2)))
+        self.score = nn.Conv2d(channels, len(RATIOS), 1)
+        self.deltas = nn.Conv2d(channels, 4 * len(RATIOS), 1)
+        initialize(self, partial(nn.init.normal_, std=0.01))
+
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """For each level, logits (B, A) and deltas (B, A, 4), in the order of its anchors."""
+        trunks = [self.trunk(level) for level in levels]
+        return ([self.score(x).float().movedim(1, -1).flatten(1) for x in trunks],
+                [self.deltas(x).float().movedim(1, -1).flatten(1).unflatten(1, (-1, 4))
+                 for x in trunks])
+
+
+class BoxHead(nn.Module):
+    """Pooled regions -> embeddings, to be compared with text, and class-agnostic deltas."""
+
+    def __init__(self, channels: int, dim: int, norm: Callable):
+        super().__init__()
+        self.shared = nn.Sequential(
+            *(conv(channels, channels, 3, norm) for _ in range(4)), nn.Flatten(),
+            nn.Linear(channels * REGION_SIDE**2, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
+        # The last ReLU is the published one's, though cosines would not need it.
+        self.embedding = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+        self.deltas = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
+        initialize(self, nn.init.xavier_uniform_)
+        nn.init.normal_(self.deltas[-1].weight, std=0.001)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, channels, 7, 7) -> embeddings (n, C), L2-normalised, and deltas (n, 4)."""
+        x = self.shared(pooled)
+        return F.normalize(self.embedding(x).float(), dim=-1), self.deltas(x).float()
+
+
+class MaskHead(nn.Module):
+    """Pooled regions -> the logits of one class-agnostic mask each."""
+
+    def __init__(self, channels: int, norm: Callable):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(conv(channels, channels, 3, norm) for _ in range(4)),
+            nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(),
+            nn.Conv2d(channels, 1, 1))
+        initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(n, channels, 14, 14) -> (n, 28, 28)."""
+        return self.layers(pooled).float()[:, 0]
+
+
+REGION_SIDE, MASK_SIDE = 7, 14      # of pooled regions, for boxes and for masks
+
+
+def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
+    """Fills the weights of all convolutions and linear layers; their biases are 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            fill(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+# ------------------------------------------------------------------------------------ the detector
+
+class FViT(nn.Module):
+    """The detector. backbone: any CLIP, which stays as it is, in eval mode.
+
+    classes: their names. seen: which of them training may see. design: None for the defaults.
+    text: embeddings of the classes and of background (K + 1, C), None to compute them.
+    Raises UserError for a setting out of its range, and for a side that the pyramid does not
+    divide.
+    """
+
+    def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
+                 design: Design | None = None, text: Tensor | None = None):
+        super().__init__()
+        visual, design = backbone.visual, design or Design()
+        check_design(design)
+        check_side(design.image_size, visual.patch_size)
+        self.backbone, self.design = backbone.requires_grad_(False), design
+        self.layers = tapped_layers(visual.num_layers)
+        self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
+        is_clip = design.normalization == "clip"
+        self.mean = visual.mean if is_clip else IMAGENET_DEFAULT_MEAN
+        self.std = visual.std if is_clip else IMAGENET_DEFAULT_STD
+        norm, channels = NORMS[design.norm], design.channels
+        self.pyramid = Pyramid(visual.trunk.embed_dim, channels, norm)
+        self.proposal_head = ProposalHead(channels, norm if design.rpn_norm else None)
+        self.box_head = BoxHead(channels, visual.trunk.num_classes, norm)
+        self.mask_head = MaskHead(channels, norm) if design.masks else None
+        self.tau = nn.Parameter(torch.tensor(50.0))
+        text = encode_names(backbone, classes, design.templates) if text is None else text
+        self.register_buffer("text", text.clone())
+        self.name_classes(classes, seen)
+        self.trained = {clean(name) for name, is_seen in zip(classes, seen) if is_seen}
+        self.eval()
+
+    def name_classes(self, classes: Sequence[str], seen: Sequence[bool]) -> None:
+        """What the rows of `text` are; the last one is the background, which is seen."""
+        self.classes, self.seen = list(classes), [bool(flag) for flag in seen]
+        is_seen = torch.tensor([*self.seen, True], device=self.text.device)
+        self.register_buffer("is_seen", is_seen, persistent=False)
+
+    def set_classes(self, names: Sequence[str], seen: Sequence[bool] | None = None,
+                    cache: str | None = None) -> None:
+        """What is detected from now on. seen: None for the names that training has seen.
+
+        cache: see model.encode_classes. Raises UserError if the backbone has no text tower.
+        """
+        seen = [clean(name) in self.trained for name in names] if seen is None else seen
+        text = encode_names(self.backbone, names, self.design.templates, cache)
+        self.text = text.to(self.text.device)
+        self.name_classes(names, seen)
+
+    def train(self, mode: bool = True) -> "FViT":
+        """As nn.Module's; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    # ------------------------------------------------------------------------------ features
+
+    def look(self, images: list[Tensor]) -> list[Tensor]:
+        """Float [0, 1] (3, h, w) each -> the backbone's four outputs, (B, D, h', w') each.
+
+        Padding is 0 after the normalisation. One pass: the last output also makes the VLM's map.
+        """
+        side = self.design.image_size
+        batch = torch.stack([pad_to(normalize(image, self.mean, self.std), side, side)
+                             for image in images])
+        # Not in inference mode: backward through the pyramid needs these outputs.
+        with torch.no_grad():
+            return self.backbone.visual.encode_layers(batch, self.layers, self.design.attention)
+
+    def vlm_map(self, tokens: Tensor) -> Tensor:
+        """The last block's output (B, D, h, w) -> dense features (B, C, h, w), L2-normalised."""
+        content = self.backbone.visual.project(tokens.flatten(2).mT)
+        return F.normalize(content.float(), dim=-1).mT.unflatten(2, tokens.shape[2:])
+
+    def anchors(self, levels: list[Tensor]) -> list[Tensor]:
+        """The anchors of each level, (A, 4) each."""
+        return [make_anchors(stride, level.shape[-2:], level.device)
+                for stride, level in zip(self.strides, levels)]
+
+    # ------------------------------------------------------------------------------ training
+
+    def forward(self, images: list[Tensor], targets: list[Target]) -> dict[str, Tensor]:
+        """The losses of a training step, scalars by name; their sum is the loss.
+
+        images: float [0, 1] (3, h, w) each, at most `image_size` high and wide. Objects of classes
+        that training may not see are left out.
+        """
+        levels = self.pyramid(self.look(images))
+        scores, deltas = self.proposal_head(levels)
+        anchors = self.anchors(levels)
+        targets = [self.only_seen(target) for target in targets]
+        generators = [make_generator(target.key, target.boxes.device) for target in targets]
+        losses = self.proposal_losses(scores, deltas, torch.cat(anchors),
+                                      list(zip(targets, generators)))
+        proposals = self.propose(scores, deltas, anchors, [image.shape[-2:] for image in images])
+        regions = [self.sample_regions(*given) for given in zip(proposals, targets, generators)]
+        return losses | self.region_losses(levels, regions, targets)
+
+    def only_seen(self, target: Target) -> Target:
+        """Without the objects of unseen classes."""
+        kept = self.is_seen[target.labels]
+        masks = target.masks[kept] if self.design.masks else target.masks
+        return target._replace(boxes=target.boxes[kept], labels=target.labels[kept], masks=masks)
+
+    def proposal_losses(self, scores: list[Tensor], deltas: list[Tensor], anchors: Tensor,
+                        targets: list[tuple[Target, torch.Generator]]) -> dict[str, Tensor]:
+        """BCE and L1 of the sampled anchors, both divided by the number of all of them."""
+        class_loss, box_loss, count = 0.0, 0.0, 0
+        for score, delta, (target, generator) in zip(torch.cat(scores, 1), torch.cat(deltas, 1),
+                                                     targets):
+            owner = assign(box_iou(anchors, target.boxes), 0.7, 0.3, best=0.3)
+            positive, negative = sample(owner, self.design.anchors, 0.5, generator)
+            wanted = encode_boxes(target.boxes[owner[positive]], anchors[positive])
+            class_loss += F.softplus(-score[positive]).sum() + F.softplus(score[negative]).sum()
+            box_loss += F.l1_loss(delta[positive], wanted, reduction="sum")
+            count += len(positive) + len(negative)
+        count = mean_over_ranks(count, anchors.device)
+        return {"proposal class": class_loss / count, "proposal box": box_loss / count}
+
+    @torch.no_grad()
+    def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor],
+                sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """The proposals of each image, (n, 4), the best first, inside its height and width."""
+        design, proposals = self.design, []
+        for number, size in enumerate(sizes):
+            boxes, kept, level = [], [], []
+            for place, (score, delta, of_level) in enumerate(zip(scores, deltas, anchors)):
+                values, best = score[number].topk(min(design.candidates, len(of_level)))
+                boxes.append(decode_boxes(delta[number][best], of_level[best], size))
+                kept.append(values)
+                level.append(torch.full_like(best, place))
+            boxes, kept, level = torch.cat(boxes), torch.cat(kept), torch.cat(level)
+            has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+            boxes, kept, level = boxes[has_area], kept[has_area], level[has_area]
+            proposals.append(boxes[batched_nms(boxes, kept, level, 0.7)[:design.proposals]])
+        return proposals
+
+    @torch.no_grad()
+    def sample_regions(self, proposals: Tensor, target: Target, generator: torch.Generator
+                       ) -> Regions:
+        """Proposals and true boxes -> the regions that are trained with, a quarter of objects."""
+        best = 0.5 if self.design.keep_best else None
+        owner = assign(box_iou(proposals, target.boxes), 0.5, 0.5, best)
+        boxes = torch.cat([target.boxes, proposals])
+        owner = torch.cat([torch.arange(len(target.boxes), device=owner.device), owner])
+        positive, negative = sample(owner, self.design.regions, 0.25, generator)
+        background = torch.full_like(negative, len(self.classes))
+        return Regions(boxes[torch.cat([positive, negative])], owner[positive],
+                       torch.cat([target.labels[owner[positive]], background]))
+
+    def region_losses(self, levels: list[Tensor], regions: list[Regions], targets: list[Target]
+                      ) -> dict[str, Tensor]:
+        """Classification and box regression, divided by the number of all regions; masks."""
+        pooled = pool_regions(levels, self.strides, [each.boxes for each in regions], REGION_SIDE)
+        embeddings, deltas = self.box_head(pooled)
+        count = mean_over_ranks(len(pooled), pooled.device)
+        losses = {"class": self.class_loss(embeddings, torch.cat([r.labels for r in regions]),
+                                           count)}
+        owned = [each.boxes[:len(each.owner)] for each in regions]
+        wanted = torch.cat([encode_boxes(target.boxes[each.owner], boxes, REGION_STDS)
+                            for target, each, boxes in zip(targets, regions, owned)])
+        of_owned = torch.cat([delta[:len(each.owner)] for delta, each in zip(
+            deltas.split([len(each.boxes) for each in regions]), regions)])
+        losses["box"] = F.l1_loss(of_owned, wanted, reduction="sum") / count
+        if self.mask_head:
+            losses["mask"] = self.mask_loss(levels, owned, regions, targets)
+        return losses
+
+    def class_loss(self, embeddings: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        """Cross-entropy over seen classes and background of tau * cosine."""
+        logits = self.tau * cosines(embeddings, self.text)
+        logits = logits.masked_fill(~self.is_seen, float("-inf"))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        is_background = labels == len(self.classes)
+        return torch.where(is_background, self.design.background * losses, losses).sum() / count
+
+    def mask_loss(self, levels: list[Tensor], boxes: list[Tensor], regions: list[Regions],
+                  targets: list[Target]) -> Tensor:
+        """BCE of the masks of the regions that an object owns, on 28 x 28; the mean."""
+        logits = self.mask_head(pool_regions(levels, self.strides, boxes, MASK_SIDE))
+        wanted = torch.cat([cut_masks(target.masks, each.owner, of_image)
+                            for target, each, of_image in zip(targets, regions, boxes)])
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        return loss / mean_over_ranks(wanted.numel(), loss.device)
+
+    # ------------------------------------------------------------------------------ detection
+
+    @torch.inference_mode()
+    def detect(self, images: list[Tensor], rules: Rules | None = None) -> list[Detections]:
+        """uint8 (3, H, W) of any size -> what is on each image, in its pixels, the best first.
+
+        rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
+        """
+        rules = rules or Rules()
+        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        sizes = [view.shape[-2:] for view in views]
+        taps = self.look(views)
+        levels = self.pyramid(taps)
+        proposals = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        embeddings, deltas = self.box_head(pool_regions(levels, self.strides, proposals,
+                                                        REGION_SIDE))
+        deltas = deltas.split([len(each) for each in proposals])
+        boxes = [decode_boxes(*given, REGION_STDS) for given in zip(deltas, proposals, sizes)]
+        seen_at = [each / self.design.image_size
+                   for each in (boxes if rules.at_boxes else proposals)]
+        vlm = F.normalize(region_features(self.vlm_map(taps[-1]), seen_at), dim=-1)
+        scores = self.fuse_scores(embeddings, vlm, rules).split([len(each) for each in boxes])
+        found = [choose(*given, rules) for given in zip(boxes, scores)]
+        has_masks = rules.masks and self.mask_head is not None
+        masks = self.find_masks(levels, [each[0] for each in found]) if has_masks else None
+        return [to_pixels(each, size, image.shape[-2:], masks[number] if has_masks else None)
+                for number, (each, size, image) in enumerate(zip(found, sizes, images))]
+
+    def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: Rules) -> Tensor:
+        """The detector's and the VLM's unit vectors of regions, (n, C) each -> scores (n, K).
+
+        p_det^(1-e) * p_vlm^e with e = a for seen classes and b for novel ones, not normalised.
+        """
+        tau = self.tau if rules.tau is None else rules.tau
+        p_det = (tau * cosines(embeddings, self.text)).softmax(dim=-1)
+        p_vlm = (rules.temperature * cosines(vlm, self.text)).softmax(dim=-1)
+        share = torch.where(self.is_seen, rules.a, rules.b)
+        return (p_det ** (1 - share) * p_vlm ** share)[:, :-1]
+
+    def find_masks(self, levels: list[Tensor], boxes: list[Tensor]) -> list[Tensor]:
+        """The probabilities of the boxes' masks, (n, 28, 28) for each image."""
+        logits = self.mask_head(pool_regions(levels, self.strides, boxes, MASK_SIDE))
+        return list(logits.sigmoid().split([len(each) for each in boxes]))
+
+    # ------------------------------------------------------------------------------ the file
+
+    def save(self, path: str | Path, settings: dict | None = None) -> None:
+        """Writes a file that describes itself; of the backbone it has a checksum and `settings`,
+        which say how to open it."""
+        state = {name: value.detach().cpu().contiguous()
+                 for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+        about = {"classes": self.classes, "seen": self.seen, "design": self.design._asdict(),
+                 "tau": self.tau.item(), "backbone": backbone_checksum(self.backbone)}
+        write_checkpoint(path, state, self.backbone.describe() | {
+            "fvit": about, "use": "python -m downstream.fvit.eval or tools.detect",
+            "settings": settings or {}})
+
+
+def check_design(design: Design) -> None:
+    """Raises UserError on a setting out of its range."""
+    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
+        if getattr(design, name) not in known:
+            raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
+                            f"{', '.join(known)}.")
+
+
+def check_side(side: int, patch_size: int) -> None:
+    """Raises UserError if a level of the pyramid would not have a whole number of places."""
+    coarsest = 2 * patch_size
+    if side % coarsest:
+        raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
+                        f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
+
+
+def tapped_layers(depth: int) -> list[int]:
+    """The blocks, from 0, whose outputs make the pyramid; evenly where none are published."""
+    published = {12: [3, 5, 7, 11], 24: [6, 10, 14, 23]}
+    return published.get(depth, [math.ceil(depth * part / 4) - 1 for part in (1, 2, 3, 4)])
+
+
+def cosines(regions: Tensor, text: Tensor) -> Tensor:
+    """Unit vectors (n, C), (K, C) -> (n, K), in float32 under autocast, too."""
+    with torch.autocast(regions.device.type, enabled=False):
+        return regions.float() @ text.T
+
+
+def cut_masks(masks: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
+    """Masks (k, h, w) of objects -> those of regions (p, 4), cut out as 0 or 1 (p, 28, 28)."""
+    rois = torch.cat([owner[:, None].to(boxes.dtype), boxes], dim=1)
+    return (roi_align(masks[:, None].float(), rois, 2 * MASK_SIDE, aligned=True)[:, 0] >= 0.5
+            ).float()
+
+
+def choose(boxes: Tensor, scores: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (n, 4) and scores (n, K) -> the detections' boxes, scores, labels, the best first."""
+    region, label = (scores > rules.least).nonzero(as_tuple=True)
+    boxes, scores = boxes[region], scores[region, label]
+    kept = batched_nms(boxes, scores, label, rules.nms)[:rules.most]
+    return boxes[kept], scores[kept], label[kept]
+
+
+def to_pixels(found: tuple[Tensor, Tensor, Tensor], size: tuple[int, int],
+              of_image: tuple[int, int], masks: Tensor | None) -> Detections:
+    """Boxes, scores, labels and masks of an image resized to `size` -> in the image's pixels."""
+    boxes, scores, labels = found
+    (h, w), (H, W) = size, of_image
+    boxes = boxes * constant((W / w, H / h) * 2, torch.float, boxes.device)
+    if masks is not None:
+        masks = [paste_mask(mask, box, of_image) for mask, box in zip(masks, boxes.tolist())]
+    return Detections(boxes, scores, labels, masks)
+
+
+def paste_mask(mask: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
+    """A mask (28, 28) of a box -> bool (H, W): where it is at least 0.5, interpolated."""
+    x0, y0, x1, y1 = box
+    left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+    pasted = torch.zeros(size, dtype=torch.bool, device=mask.device)
+    x, y = (((torch.arange(first, last, device=mask.device) + 0.5 - start) / (end - start)) * 2 - 1
+            for first, last, start, end in ((left, right, x0, x1), (top, bottom, y0, y1)))
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    values = F.grid_sample(mask[None, None], torch.stack([x, y], dim=-1)[None],
+                           align_corners=False)[0, 0]
+    pasted[top:bottom, left:right] = values >= 0.5
+    return pasted
+
+
+# ------------------------------------------------------------------------------ names as text
+
+def vild_sentences() -> list[Callable[[str], str]]:
+    """The 63 sentences of ViLD, functions of a name.
+
+    (X) stands for the name, and a(X) for it with its article.
+    """
+    pairs = ["There is {} in the scene", "a photo of {} in the scene", "itap of {}",
+             "a photo of {}", "a painting of {}"]
+    pairs += [f"a {kind} photo of {{}}" for kind in (
+        "good", "bad", "bright", "dark", "low resolution", "cropped", "close-up",
+        "jpeg corrupted", "blurry", "pixelated", "black and white")]
+    of_name = [sentence.format(noun) for sentence in pairs for noun in ("a(X)", "the X")]
+    of_name += ["a photo of one X in the scene", "itap of my X", "a photo of my X",
+                "a photo of one X", "a photo of many X"]
+    of_name += [f"a photo of {article} {kind} X" for article in ("a", "the") for kind in (
+        "nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")]
+    of_name += [f"{article} {kind} X" for kind in ("plastic", "toy", "plushie", "cartoon")
+                for article in ("a", "the")]
+    of_name += ["an embroidered X", "the embroidered X"]
+    return [partial(fill, sentence) for sentence in of_name]
+
+
+def fill(sentence: str, name: str) -> str:
+    """A sentence about a name; those without a verb begin with "This is"."""
+    name = clean(name)
+    article = "an" if name[:1] in tuple("aeiou") else "a"
+    text = sentence.replace("a(X)", f"{article} {name}").replace("X", name)
+    return ("This is " if text.startswith(("a", "the ")) else "") + text + "."
+
+
+def clean(name: str) -> str:
+    """A data set's class name as words: "bow_(weapon)/arc." -> "bow (weapon) or arc"."""
+    return name.replace("_", " ").replace("/", " or ").lower().rstrip(".").strip()
+
+
+def encode_names(clip: DeCLIP, names: Sequence[str], templates: str, cache: str | None = None
+                 ) -> Tensor:
+    """Names and "background" -> their embeddings (K + 1, C), L2-normalised.
+
+    templates: vild, or as in eval_seg.py. cache: see model.encode_classes.
+    """
+    words = [*map(clean, names), "background"]
+    classes = Classes(words, words, list(range(len(words))))
+    sentences = vild_sentences() if templates == "vild" else templates
+    return encode_classes(clip, classes, sentences, cache).float().contiguous()
+
+
+# ---------------------------------------------------------------------------- opening the file
+
+def backbone_checksum(clip: DeCLIP) -> str:
+    """8 digits of a vision tower's weights, and of its context and scale."""
+    return checksum(clip.visual.trunk.state_dict(), json.dumps([clip.context, clip.scale]))
+
+
+# The settings of train.py that say how the backbone is opened.
+OF_BACKBONE = ("BACKBONE", "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION")
+
+
+def open_backbone(settings: dict) -> DeCLIP:
+    """The CLIP of the settings OF_BACKBONE. Raises UserError as model.open_model does."""
+    given = {name: settings.get(name) for name in OF_BACKBONE}
+    return open_model(SimpleNamespace(CKPT=given.pop("BACKBONE"), **given))
+
+
+def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
+    """The backbone that a detector's settings name.
+
+    Raises UserError if it is not there, or if the file would decide about a download: only weights
+    that open_clip itself lists are fetched.
+    """
+    file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
+    if file:
+        file = str(find(file))
+        if not Path(file).is_file():
+            raise UserError(f"{path} was trained on {file}, which is not there; say where that "
+                            "backbone is (--backbone).")
+    model = recorded_model(path, {"model": model} if model else {})
+    is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
+    if not (is_known or (model, tag) in open_clip.list_pretrained()):
+        raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
+                        "does not list; give that backbone.")
+    return open_backbone(settings | {"BACKBONE": file})
+
+
+def open_fvit(path: str | Path, backbone: DeCLIP | None = None) -> FViT:
+    """The detector of a `fvit.safetensors`, in eval mode. backbone: None for the one it names.
+
+    Raises UserError if the file is another one, if its backbone is not there, and if a backbone is
+    not the one that it was trained on.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint {path}; downstream/fvit/train.py writes "
+                        "fvit.safetensors into its OUT folder.")
+    record = read_record(path)
+    if "fvit" not in record:
+        raise UserError(f"{path} is no detector; give a fvit.safetensors of "
+                        "downstream/fvit/train.py.")
+    state, _ = read_weights(path)
+    try:
+        about, settings = record["fvit"], record["settings"]
+        backbone = backbone or recorded_backbone(path, settings)
+        if backbone_checksum(backbone) != about["backbone"]:
+            raise UserError(f"{path} was trained on another backbone than this "
+                            f"{backbone.model_name} with context {backbone.context}: their "
+                            f"checksums differ; give the one of its training, "
+                            f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
+        fvit = FViT(backbone, about["classes"], about["seen"], Design(**about["design"]),
+                    state["text"])
+        missing, unknown = fvit.load_state_dict(state, strict=False)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} has content that downstream/fvit/train.py does not write "
+                        f"({str(error).splitlines()[0]}); write or copy it again.") from None
+    missing = [name for name in missing if not name.startswith("backbone.")]
+    if missing or unknown:
+        raise UserError(f"{path} lacks {len(missing)} weights and has {len(unknown)} unknown ones, "
+                        f"the first being {(missing + unknown)[0]}; write or copy it again.")
+    return fvit

@@ -1,0 +1,154 @@
+"""downstream/fvit/eval.py: a perfect detector has 100, ranks agree, classes and rules are those of
+the data set, bad input."""
+
+import json
+
+import pytest
+import torch
+import warm
+from conftest import options, succeeds
+from test_fvit_train import scenes_json  # noqa: F401 - four drawn scenes as COCO instances
+from tiny import ROOT
+
+from downstream.detection import DetectionData, Detections, find_annotations
+from downstream.fvit import eval as evaluation
+from downstream.fvit.model import Design, FViT, Rules
+from model import DeCLIP
+from util import settings
+
+NAMES, SEEN = ["ground", "disc", "box"], [False, True, True]
+SMALL = Design(image_size=64, channels=16, candidates=100, proposals=20, templates="{}", masks=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained detector of the scenes' classes on a DeCLIP file."""
+    folder = tmp_path_factory.mktemp("fvit")
+    torch.manual_seed(0)
+    clip = DeCLIP("tiny-eva")
+    clip.save(folder / "declip.safetensors")
+    FViT(clip, NAMES, SEEN, SMALL).save(folder / "fvit.safetensors", {
+        "BACKBONE": str(folder / "declip.safetensors"), "DATASET": "ovcoco"})
+    return folder / "fvit.safetensors"
+
+
+def arguments(checkpoint, dataset, out, **given) -> list[str]:
+    return options(**{"ckpt": checkpoint, "dataset": dataset, "out": out, "cache": "none",
+                      "num_workers": 0, "batch_size": 2, "least": 0} | given)
+
+
+def config(checkpoint, dataset, **given):
+    return settings.parse(arguments(checkpoint, dataset, "out", **given), evaluation)
+
+
+def perfect(cfg, labels=lambda labels: labels):
+    """A detector that knows the scenes; labels: changes what it calls the objects."""
+    data = DetectionData(find_annotations(cfg, "val"), masks=True)
+    known = {objects.image.sum().item(): objects for objects in map(data.read, range(len(data)))}
+
+    def detect(self, images, rules):
+        found = [known[image.sum().item()] for image in images]
+        return [Detections(each.boxes, torch.linspace(0.9, 0.5, len(each.boxes)),
+                           labels(each.labels), list(each.masks)) for each in found]
+    return detect
+
+
+def test_a_perfect_detector_has_100(checkpoint, scenes_json, tmp_path, monkeypatch):  # noqa: F811
+    """By boxes and by masks, novel and base; one that calls novel objects discs has 0 of those."""
+    cfg = config(checkpoint, scenes_json)
+    monkeypatch.setattr(FViT, "detect", perfect(cfg))
+    figures = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))
+    for way in ("boxes", "masks"):
+        assert figures[way]["AP"] == pytest.approx(100), way
+        assert figures[way]["groups"]["novel"]["AP50"] == pytest.approx(100)
+    assert json.loads((tmp_path / "instances.json").read_text())["boxes"] == figures["boxes"]
+    monkeypatch.setattr(FViT, "detect", perfect(cfg, lambda labels: labels.clamp(min=1)))
+    groups = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))["boxes"]["groups"]
+    assert groups["novel"] == {"AP": 0, "AP50": 0}
+    assert 50 < groups["base"]["AP50"] < 100        # boxes are found, discs too many
+
+
+def test_two_ranks_find_what_one_process_finds(checkpoint, scenes_json, tmp_path):  # noqa: F811
+    one = evaluation.main(arguments(checkpoint, scenes_json, tmp_path / "one"))
+    succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.eval",
+                        *arguments(checkpoint, scenes_json, tmp_path / "two")))
+    two = json.loads((tmp_path / "two" / "instances.json").read_text())
+    assert {way: two[way] for way in one} == one and set(one) == {"boxes", "masks"}
+
+
+def test_transfer_swaps_the_names(checkpoint, scenes_json, tmp_path, monkeypatch):  # noqa: F811
+    """Other classes in another order: the detector gets their embeddings, and knows which of them
+    it has seen."""
+    content = json.loads(scenes_json.read_text())
+    for entry, name in zip(content["categories"], ("kite", "ground", "Disc")):
+        entry["name"] = name
+    other = scenes_json.with_name("other.json")
+    other.write_text(json.dumps(content))
+    seen = {}
+
+    def detect(self, images, rules):
+        seen.update(classes=self.classes, seen=self.seen, text=self.text)
+        return perfect(config(checkpoint, other))(self, images, rules)
+    monkeypatch.setattr(FViT, "detect", detect)
+    figures = evaluation.main(arguments(checkpoint, other, tmp_path))
+    assert seen["classes"] == ["kite", "ground", "Disc"] and seen["seen"] == [False, False, True]
+    own = evaluation.open_detector(str(checkpoint), None).text
+    torch.testing.assert_close(seen["text"][1:3], own[:2])
+    assert figures["boxes"]["AP"] == pytest.approx(100)
+    # What is novel may be said, too.
+    figures = evaluation.main(arguments(checkpoint, other, tmp_path, novel="Disc"))
+    assert set(figures["boxes"]["groups"]) == {"novel", "base"}
+
+
+@pytest.mark.parametrize("name", ["ovcoco", "ovlvis"])
+def test_presets_are_the_rules_of_their_data_sets(name):
+    cfg = settings.parse([f"@presets/fvit_{name}.txt"], evaluation)
+    assert evaluation.rules_of(cfg, "unknown") == evaluation.RULES[name]
+    assert cfg.DATASET == name
+
+
+def test_given_scores_replace_those_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
+    cfg = settings.parse(["--a", "0", "--temperature", "120", "--at_boxes"], evaluation)
+    expected = Rules(a=0, b=0.6, temperature=120, least=1e-4, nms=0.5, most=300, at_boxes=True)
+    assert evaluation.rules_of(cfg, "ovlvis") == expected
+    transfer = evaluation.RULES["coco"]
+    assert transfer.a == transfer.b == 0.2 and transfer.tau == 50 and not transfer.masks
+
+
+def test_the_data_set_is_that_of_the_training(checkpoint):
+    assert evaluation.trained_with(str(checkpoint)) == "ovcoco"
+    with pytest.raises(SystemExit, match="instances_val2017.json; unpack"):
+        evaluation.main(options(ckpt=checkpoint, data="nowhere"))
+
+
+def test_a_backbone_may_lie_elsewhere(checkpoint, tmp_path):
+    moved = checkpoint.with_name("declip.safetensors").rename(tmp_path / "moved.safetensors")
+    try:
+        fvit = evaluation.open_detector(str(checkpoint), str(moved))
+    finally:
+        moved.rename(checkpoint.with_name("declip.safetensors"))
+    assert fvit.classes == NAMES
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"a": 2}, "A is 2.0; it must be from 0 to 1"), ({"nms": -1}, "NMS is -1.0; it must be"),
+    ({"most": 0}, "MOST is 0"), ({"batch_size": 0}, "BATCH_SIZE is 0"),
+    ({"precision": "fp8"}, "PRECISION"), ({"dataset": "lvis"}, "There is no data set 'lvis'"),
+    ({"novel": "dics"}, "has no category 'dics'; did you mean 'disc'?"),
+    ({"images": "nowhere"}, "which is not there"), ({"ckpt": "no.safetensors"}, "no checkpoint no"),
+    ({"backbone": "no.safetensors"}, "There is no backbone no.safetensors"),
+    ({"ckpt": ROOT / "toy/clip/open_clip_model.safetensors"}, "is no detector")])
+def test_bad_input_is_one_sentence(checkpoint, scenes_json, tmp_path, given, words):  # noqa: F811
+    with pytest.raises(SystemExit) as error:
+        evaluation.main(arguments(**{"checkpoint": given.pop("ckpt", checkpoint),
+                                     "dataset": given.pop("dataset", scenes_json),
+                                     "out": tmp_path} | given))
+    found = str(error.value)
+    assert found.startswith("eval.py: ") and words in found and "\n" not in found
+
+
+def test_a_json_of_training_is_not_evaluated_by_default(checkpoint, tmp_path):
+    fvit = evaluation.open_detector(str(checkpoint), None)
+    fvit.save(tmp_path / "fvit.safetensors", {"DATASET": "my/train.json"})
+    with pytest.raises(SystemExit, match="was trained with my/train.json; say what to evaluate on"):
+        evaluation.main(options(ckpt=tmp_path / "fvit.safetensors"))

@@ -1,0 +1,229 @@
+"""Finds what you name on your own photographs: boxes, and masks if the detector has them.
+
+    python -m tools.detect photo.jpg --classes "person, red kite" --ckpt out/fvit/fvit.safetensors
+    python -m tools.detect photos/ --classes names.txt --json --ckpt ...    # numbers, too
+    python -m tools.detect photo.jpg --ckpt ...                 # the classes that it was made for
+
+Writes photo.detection.png beside each photograph (or into OUT). Classes that training has not seen
+have a dashed frame and an asterisk. --json writes photo.detection.json: COCO results, whose
+category_id counts the classes from 1.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import first_twice, fitted_size, read_classes, read_image, resize
+from downstream.detection import Detections, encode_detections
+from downstream.fvit.eval import (  # noqa: F401 - settings shared with eval.py
+    AT_BOXES,
+    BACKBONE,
+    CACHE,
+    CKPT,
+    MOST,
+    NMS,
+    OUT,
+    PRECISION,
+    TAU,
+    TEMPERATURE,
+    A,
+    B,
+    check_scores,
+    detector_settings,
+    open_detector,
+    rules_of,
+)
+from tools.segment import PALETTE, find_photos, outputs_of
+from util import UserError, distributed, settings
+from util.files import atomic_write, write_json
+from util.precision import autocast
+
+matplotlib.use("agg")       # writes files, on machines without a screen too
+from matplotlib import patches  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+
+CLASSES = ""                        # names with commas between, or a .txt file; none: its own
+LEAST = 0.3                         # score from which a detection is shown
+JSON = False                        # write the numbers too
+LARGEST = 1280                      # longest side of the picture in pixels
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Looks at the photographs that the command line (or `argv`) names."""
+    cfg = settings.parse(argv, sys.modules[__name__], positional="PHOTOS")
+    with distributed.session(__file__) as ranks:
+        run(cfg, ranks.device)
+
+
+def run(cfg: SimpleNamespace, device: torch.device) -> None:
+    """Finds and draws on every photograph; one that can't be read is named at the end."""
+    check_scores(cfg)
+    names, photos = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
+    photos = [path for path in photos if not path.name.endswith(SUFFIX)]
+    fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(device)
+    if names:
+        fvit.set_classes(names, cache=cfg.CACHE)
+    rules = rules_of(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
+    titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
+    failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
+    for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
+        try:
+            photo = read_image(path, upright=True)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        with autocast(cfg.PRECISION, device):
+            found, = fvit.detect([photo.to(device)], rules)
+        out = outputs[path].with_name(outputs[path].name.replace(".segmentation.png", SUFFIX))
+        atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
+        if cfg.JSON:
+            write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
+        tqdm.write(f"{out}: {describe(found, titles)}")
+    if failed:
+        raise UserError(" ".join(failed))
+
+
+SUFFIX = ".detection.png"
+
+
+def find_names(classes: str) -> list[str]:
+    """The names of CLASSES, none for a detector's own; UserError for one that is there twice."""
+    if classes.endswith(".txt"):
+        return read_classes(classes).names
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    twice = first_twice(names)
+    if twice:
+        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
+    return names
+
+
+# ------------------------------------------------------------------------------- the numbers
+
+def coco_results(path: Path, found: Detections, classes: Sequence[str]) -> list[dict]:
+    """Detections as COCO results, with the names. image_id: a file's name, as COCO's the number."""
+    image = int(path.stem) if path.stem.isdecimal() else path.stem
+    return [each | {"category": classes[each["category_id"] - 1]}
+            for each in encode_detections(image, found)]
+
+
+def describe(found: Detections, titles: Sequence[str]) -> str:
+    """One line for a screen: what was found and how often, the surest first."""
+    counts = counted(found.labels.tolist())
+    return ", ".join(f"{count} {titles[label]}" for label, count in counts.items()) or "nothing"
+
+
+def counted(labels: Sequence[int]) -> dict[int, int]:
+    """How often each label occurs, in the order of the first ones."""
+    return {label: labels.count(label) for label in dict.fromkeys(labels)}
+
+
+# -------------------------------------------------------------------------------- the figure
+
+INCHES = 9.0        # longest side of the photograph in the figure
+LETTER = 8.0        # size of a letter in points
+MOST_NAMED = 24     # classes in a legend
+
+
+def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, path: str) -> None:
+    """The photograph (3, H, W) with frames, masks, names and scores, and a legend below.
+
+    titles: a class's name, with an asterisk if training has not seen it.
+    """
+    H, W = photo.shape[-2:]
+    shown = photo if max(H, W) <= largest else resize(photo, *fitted_size(photo, largest))
+    counts = counted(found.labels.tolist())
+    colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(counts)}
+    inches = INCHES / max(H, W)
+    figure = plt.figure(figsize=(W * inches, H * inches))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(shown.permute(1, 2, 0), extent=(0, W, H, 0))
+    if found.masks:
+        axis.imshow(tint(found, colour_of, (H, W)), extent=(0, W, H, 0), interpolation="nearest")
+    frame(axis, found, titles, colour_of)
+    write_names(axis, found, titles, colour_of)
+    add_legend(axis, counts, titles, colour_of)
+    axis.set(xlim=(0, W), ylim=(H, 0))
+    axis.set_axis_off()
+    figure.savefig(path, dpi=largest / INCHES, format="png", bbox_inches="tight", pad_inches=0.05)
+    plt.close(figure)
+
+
+def tint(found: Detections, colour_of: dict[int, str], size: tuple[int, int]) -> np.ndarray:
+    """The masks in their classes' colours, the surer ones on top: RGBA (H, W, 4)."""
+    colours = np.zeros((*size, 4))
+    for label, mask in reversed(list(zip(found.labels.tolist(), found.masks))):
+        colours[mask.cpu().numpy()] = matplotlib.colors.to_rgba(colour_of[label], 0.45)
+    return colours
+
+
+def frame(axis: plt.Axes, found: Detections, titles: Sequence[str], colour_of: dict[int, str]
+          ) -> None:
+    """A frame around each detection with a dark rim, dashed for novel classes."""
+    for (x0, y0, x1, y1), label in reversed(list(zip(found.boxes.tolist(),
+                                                     found.labels.tolist()))):
+        style = (0, (4, 2)) if titles[label].endswith("*") else "-"
+        for colour, width, dashes in (("black", 3.6, "-"), (colour_of[label], 2.0, style)):
+            axis.add_patch(patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=width,
+                                             ec=colour, ls=dashes, alpha=0.9))
+
+
+def write_names(axis: plt.Axes, found: Detections, titles: Sequence[str],
+                colour_of: dict[int, str]) -> None:
+    """Name and score at a corner of each frame, where they cover no surer one's."""
+    W, H = axis.images[0].get_extent()[1:3]
+    points = max(H, W) / INCHES / 72        # pixels of a point
+    tall, taken = 1.7 * LETTER * points, []
+    for (x0, y0, x1, y1), score, label in zip(found.boxes.tolist(), found.scores.tolist(),
+                                              found.labels.tolist()):
+        text = f"{titles[label]} {score:.2f}"
+        wide = (0.62 * len(text) + 0.8) * LETTER * points
+        places = [(x, y) for y in (y0 - tall, y0, y1 - tall, y1) for x in (x0, x1 - wide)]
+        places = [(min(max(x, 0), max(W - wide, 0)), min(max(y, 0), H - tall)) for x, y in places]
+        x, y = next((place for place in places if is_free(place, wide, tall, taken)), places[0])
+        taken.append((x, y, x + wide, y + tall))
+        axis.text(x + 0.4 * LETTER * points, y + tall / 2, text, va="center", fontsize=LETTER,
+                  color=letters_on(colour_of[label]), zorder=5,
+                  bbox={"facecolor": colour_of[label], "edgecolor": "none", "pad": 2.5})
+
+
+def is_free(place: tuple[float, float], wide: float, tall: float,
+            taken: Sequence[tuple[float, float, float, float]]) -> bool:
+    """Whether a box of this size covers none of those that are taken."""
+    x, y = place
+    return not any(x < right and left < x + wide and y < bottom and top < y + tall
+                   for left, top, right, bottom in taken)
+
+
+def letters_on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour."""
+    red, green, blue = matplotlib.colors.to_rgb(colour)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+
+
+def add_legend(axis: plt.Axes, counts: dict[int, int], titles: Sequence[str],
+               colour_of: dict[int, str]) -> None:
+    """Below the photograph: colour, name and number of each class, and what an asterisk says."""
+    handles = [patches.Patch(color=colour_of[label], label=f"{titles[label]}  {count}")
+               for label, count in list(counts.items())[:MOST_NAMED]]
+    if len(counts) > MOST_NAMED:
+        handles.append(patches.Patch(color="none", label=f"{len(counts) - MOST_NAMED} more"))
+    title = None if handles else "nothing found"
+    if any(titles[label].endswith("*") for label in counts):
+        title = "* not seen in training"
+    longest = max((len(handle.get_label()) for handle in handles), default=1)
+    width = axis.figure.get_figwidth()
+    columns = max(1, min(len(handles), int(width / (0.085 * longest + 0.55))))
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns,
+                fontsize=LETTER, frameon=False, title=title, title_fontsize=LETTER)
+
+
+if __name__ == "__main__":
+    main()
