@@ -1,0 +1,1 @@
+"""What the paper builds on DeCLIP: detectors and segmenters."""
