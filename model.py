@@ -653,7 +653,10 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     if cfg.CKPT and not Path(cfg.CKPT).is_file():
         raise UserError(f"There is no checkpoint {cfg.CKPT}; train.py writes declip.safetensors "
                         "into its OUT folder.")
-    if cfg.CKPT and read_record(cfg.CKPT):
+    record = read_record(cfg.CKPT) if cfg.CKPT else {}
+    if "use" in record:
+        raise UserError(f"{cfg.CKPT} is more than a CLIP; use it by {record['use']}.")
+    if record:
         return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
     weights = read_weights(cfg.CKPT) if cfg.CKPT else ()        # before anything is downloaded
     if cfg.CKPT and not any(name.startswith("visual.") for name in weights[0]):
