@@ -40,7 +40,7 @@ from util.precision import autocast, check_precision
 
 CKPT = "out/catseg/catseg.safetensors"      # checkpoint of downstream.catseg.train
 BENCHMARKS = ("all",)               # all: the six of Table 4 at hand; also eval_seg.py's; my.json
-SIZE: int | None = None             # the image's side for windows; None: 5/3 of one (640 for 384)
+SIZE: int | None = None             # image's side; None: 5/3 of a window's (640); 1/1: no windows
 STRIDE: int | None = None           # from window to window; None: 2/3 of one (256)
 WINDOW_BATCH = 5                    # windows of one forward pass
 BATCH_SIZE = 1                      # images that share forward passes
@@ -142,8 +142,7 @@ def views_of(cfg: SimpleNamespace, segmenter: CATSeg, image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> normalised (n + 1, 3, S, S): its windows, then all of it."""
     window, clip = segmenter.design.image_size, segmenter.clip
     stretched = resize(image, cfg.SIZE, cfg.SIZE)
-    starts = window_starts(cfg.SIZE, window, cfg.STRIDE)
-    views = [stretched[:, y:y + window, x:x + window] for y in starts for x in starts]
+    views = [stretched[:, y:y + window, x:x + window] for y, x in places(cfg, window)]
     return normalize(torch.stack([*views, resize(image, window, window)]), clip.mean, clip.std)
 
 
@@ -171,14 +170,20 @@ def probabilities(cfg: SimpleNamespace, window: int, logits: Tensor, size: tuple
     """Logits of all views (n + 1, P, s, s) -> probabilities of the pixels (P, H, W): the windows'
     mean where they overlap, and of that and the whole image's the mean."""
     views = F.interpolate(logits, (window, window), mode="bilinear").sigmoid()
-    total = views.new_zeros(views.shape[1], cfg.SIZE, cfg.SIZE)
-    count = views.new_zeros(cfg.SIZE, cfg.SIZE)
+    mean = F.interpolate(views[-1:], (cfg.SIZE, cfg.SIZE), mode="bilinear")[0]
+    if len(views) > 1:
+        total, count = torch.zeros_like(mean), torch.zeros_like(mean[0])
+        for view, (y, x) in zip(views, places(cfg, window)):
+            total[:, y:y + window, x:x + window] += view
+            count[y:y + window, x:x + window] += 1
+        mean = (total / count + mean) / 2
+    return F.interpolate(mean[None], size, mode="bilinear")[0]
+
+
+def places(cfg: SimpleNamespace, window: int) -> list[tuple[int, int]]:
+    """Where windows begin, (y, x) each; none where one would be all of the image."""
     starts = window_starts(cfg.SIZE, window, cfg.STRIDE)
-    for view, (y, x) in zip(views, ((y, x) for y in starts for x in starts)):
-        total[:, y:y + window, x:x + window] += view
-        count[y:y + window, x:x + window] += 1
-    whole = F.interpolate(views[-1:], total.shape[1:], mode="bilinear")[0]
-    return F.interpolate(((total / count + whole) / 2)[None], size, mode="bilinear")[0]
+    return [(y, x) for y in starts for x in starts] if cfg.SIZE > window else []
 
 
 if __name__ == "__main__":
