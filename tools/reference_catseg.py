@@ -5,6 +5,7 @@ it returns, by `tools.bench --parts catseg --baseline` in what it costs. All fun
 weights of a `CATSeg` and its layers.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import open_clip
@@ -117,10 +118,11 @@ def up(block: Up, x: Tensor, guidance: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def probabilities(cfg: SimpleNamespace, segmenter: CATSeg, text: Tensor, image: Tensor) -> Tensor:
+def probabilities(cfg: SimpleNamespace, segmenter: CATSeg, text: Tensor, image: Tensor,
+                  starts: Sequence[int]) -> Tensor:
     """Published inference for an image uint8 (3, H, W), one view at a time -> (P, H, W).
 
-    cfg: SIZE and STRIDE, which windows fill.
+    cfg: SIZE. starts: where windows begin, along both sides.
     """
     clip, window = segmenter.clip, segmenter.design.image_size
 
@@ -129,13 +131,13 @@ def probabilities(cfg: SimpleNamespace, segmenter: CATSeg, text: Tensor, image: 
         return F.interpolate(found, (window, window), mode="bilinear")[0].sigmoid()
 
     stretched, layers = resize(image, cfg.SIZE, cfg.SIZE), []
-    for y in range(0, cfg.SIZE - window + 1, cfg.STRIDE):
-        for x in range(0, cfg.SIZE - window + 1, cfg.STRIDE):
+    for y in starts:
+        for x in starts:
             layer = torch.full((len(text), cfg.SIZE, cfg.SIZE), torch.nan, device=text.device)
             layer[:, y:y + window, x:x + window] = of(
                 stretched[:, y:y + window, x:x + window])
             layers.append(layer)
     whole = F.interpolate(of(resize(image, window, window))[None], (cfg.SIZE, cfg.SIZE),
                           mode="bilinear")
-    mean = (torch.stack(layers).nanmean(dim=0) + whole) / 2
+    mean = (torch.stack(layers).nanmean(dim=0) + whole) / 2 if layers else whole
     return F.interpolate(mean, image.shape[1:], mode="bilinear")[0]
