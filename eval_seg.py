@@ -183,13 +183,14 @@ class Benchmark:
     folder: str                         # below DATA
     names: str                          # file of the images' names, one a line; or * or */*
     image: str                          # path of an image
-    label: str                          # path of its label PNG, or of a COCO-instances json
+    label: str                          # path of its label file, or of a COCO-instances json
     classes: str                        # class file, by default in classes/
     values: Sequence[int]               # label value of each class in `classes`
     void: Sequence[int] = ()            # label values of pixels that do not count
     threshold: float | None = None      # background is the first class, where none is more probable
     logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
     protocol: dict[str, int] = field(default_factory=dict)      # short_side, window ... if its own
+    read: Callable[[Path], np.ndarray] | None = None    # a label file's values; None: read_label
 
     def rules(self, cfg: SimpleNamespace) -> SimpleNamespace:
         """The settings with this benchmark's protocol."""
@@ -329,8 +330,8 @@ class SegmentationImages(Dataset):
                 file_name = Path(self.benchmark.image.format(self.names[index])).name
                 values = self.instances.render(file_name, *image.shape[1:])
             else:
-                values = read_label(path)
-        except OSError as error:
+                values = (self.benchmark.read or read_label)(path)
+        except (OSError, SyntaxError) as error:     # PIL's of a damaged PNG
             raise UserError(f"{path} can't be read as a label image ({error}); download it again."
                             ) from None
         label = self.lookup[values]

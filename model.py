@@ -53,11 +53,13 @@ class Attention(NamedTuple):
     """What the last block computes: the sum over projections A of softmax(AAᵀ)V."""
     projections: str | None     # letters of q and k; "": V itself; None: the block's QKᵀ
     keeps_residual: bool        # whether the residual connections and the FFN stay
+    of_cls: bool = False        # the first residual connection is [CLS]'s for all tokens
 
 
 ATTENTIONS = {
     "clip": Attention(None, True),
     "maskclip": Attention("", True),
+    "catseg": Attention("", True, of_cls=True),     # what CAT-Seg makes of OpenAI's CLIP
     "sclip": Attention("qk", True),
     "clearclip": Attention("q", False),
     "q": Attention("q", False),
@@ -206,7 +208,8 @@ class VisionTower(nn.Module):
 
         X_context has the same shape, is 2D wide for `qk`, and None where nothing is decoupled.
         """
-        block, (projections, keeps_residual) = self.trunk.blocks[-1], ATTENTIONS[attention]
+        block, row = self.trunk.blocks[-1], ATTENTIONS[attention]
+        projections = row.projections
         of_context = self.context if self.context in DECOUPLED else ""
         # 1. X_context = Proj_q(X), without the rotary embedding
         normed = block.norm1(x)
@@ -221,8 +224,8 @@ class VisionTower(nn.Module):
         y = (y if projections else v).transpose(1, 2).flatten(2)
         # 3. Proj, without residual connection and FFN
         y = block.attn.proj(block.attn.norm(y))
-        if keeps_residual:
-            y = x + y
+        if row.keeps_residual:
+            y = (x[:, :1] if row.of_cls else x) + y
             y = y + block.mlp(block.norm2(y))
         return y, context
 
@@ -257,7 +260,7 @@ class VisionTower(nn.Module):
                             f"{len(blocks)}; choose 1 to {len(blocks)}.")
         self.requires_grad_(False)
         blocks[len(blocks) - unlocked_blocks:].requires_grad_(True)
-        projections, keeps_residual = ATTENTIONS[self.context]
+        projections, keeps_residual, _ = ATTENTIONS[self.context]
         used = "qk" if projections is None else projections
         unused = [projection(blocks[-1].attn, name) for name in "qk" if name not in used]
         unused += [] if keeps_residual else [blocks[-1].norm2, blocks[-1].mlp]
@@ -676,7 +679,10 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     if cfg.CKPT and not Path(cfg.CKPT).is_file():
         raise UserError(f"There is no checkpoint {cfg.CKPT}; train.py writes declip.safetensors "
                         "into its OUT folder.")
-    if cfg.CKPT and read_record(cfg.CKPT):
+    record = read_record(cfg.CKPT) if cfg.CKPT else {}
+    if "use" in record:
+        raise UserError(f"{cfg.CKPT} is more than a CLIP; use it by {record['use']}.")
+    if record:
         return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
     weights = read_weights(cfg.CKPT) if cfg.CKPT else ()        # before anything is downloaded
     if cfg.CKPT and not any(name.startswith("visual.") for name in weights[0]):

@@ -1,1 +1,1 @@
-"""Systems that the paper builds on DeCLIP: detectors and segmenters."""
+"""What the paper builds on DeCLIP: detectors and segmenters."""

@@ -147,15 +147,15 @@ def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Te
     is_decoupled = attention in model.DECOUPLED
     q, k, v = (projection(attn, name)(normed).split(d, dim=-1) for name in "qkv")
     scale = clip.scale if clip.scale is not None and is_decoupled else 1 / math.sqrt(d)
-    pairs = {"maskclip": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k],
+    pairs = {"maskclip": [], "catseg": [], "sclip": [q, k], "clearclip": [q], "q": [q], "k": [k],
              "qk": [q, k]}[attention]
     heads = []
     for head in range(attn.num_heads):
         weights = sum((a[head] @ a[head].mT * scale).softmax(-1) for a in pairs) if pairs else None
         heads.append(v[head] if weights is None else weights @ v[head])
     y = attn.proj(attn.norm(torch.cat(heads, dim=-1)))
-    if attention in ("maskclip", "sclip"):
-        y = x + y
+    if attention in ("maskclip", "catseg", "sclip"):
+        y = (x[:, :1] if attention == "catseg" else x) + y
         y = y + block.mlp(block.norm2(y))
     return y
 
@@ -207,13 +207,13 @@ def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale:
                                                                                              dim=-1)
     q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in (q, k, v))
     factor = scale if scale is not None and attention in model.DECOUPLED else d**-0.5
-    pairs = {"clip": [(q, k)], "maskclip": [], "sclip": [(q, q), (k, k)], "clearclip": [(q, q)],
-             "q": [(q, q)], "k": [(k, k)],
+    pairs = {"clip": [(q, k)], "maskclip": [], "catseg": [], "sclip": [(q, q), (k, k)],
+             "clearclip": [(q, q)], "q": [(q, q)], "k": [(k, k)],
              "qk": [(q, q), (k, k)]}[attention]
     y = sum((a @ b.mT * factor).softmax(-1) @ v for a, b in pairs) if pairs else v
     y = last.attn.out_proj(y.transpose(1, 2).flatten(2))
-    if attention in ("clip", "maskclip", "sclip"):
-        y = x + y
+    if attention in ("clip", "maskclip", "catseg", "sclip"):
+        y = (x[:, :1] if attention == "catseg" else x) + y
         y = y + last.mlp(last.ln_2(y))
     return own.ln_post(y)[:, 1:] @ own.proj
 

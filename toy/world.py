@@ -12,6 +12,7 @@ reporting (val) have numbers of their own.
     data/toy/{dev,val}/panoptic.json, panoptic/*.png    as COCO panoptic for eval_region.py,
     data/toy/{dev,val}/labels/*.png, names.txt          as label images for eval_seg.py
     data/toy/{dev,val}/instances.json                   and as COCO instances
+    data/toy/labelled/                                  the same, to train segmenters with
 """
 
 import colorsys
@@ -35,6 +36,7 @@ OUT = "data/toy"                    # folder of the scenes
 TRAIN = 1024                        # scenes to train with
 DEV = 200                           # labelled scenes to choose settings with; 0 keeps those in OUT
 VAL = 200                           # labelled scenes to report
+LABELLED = 0                        # labelled scenes to train detectors and segmenters with
 SIZE = 160                          # side of a scene in pixels
 
 
@@ -49,10 +51,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(cfg: SimpleNamespace) -> None:
     """Draws the training images and both labelled sets below OUT, in several processes."""
-    settings.check_least(cfg, TRAIN=0, DEV=0, VAL=0, SIZE=32)
-    check_number(cfg.TRAIN, cfg.DEV, cfg.VAL)
+    settings.check_least(cfg, TRAIN=0, DEV=0, VAL=0, LABELLED=0, SIZE=32)
+    check_number(cfg.TRAIN, cfg.DEV, cfg.VAL, cfg.LABELLED)
     with ProcessPoolExecutor() as pool:
-        for kind, count in (("train", cfg.TRAIN), ("dev", cfg.DEV), ("val", cfg.VAL)):
+        for kind, count in (("train", cfg.TRAIN), ("dev", cfg.DEV), ("val", cfg.VAL),
+                            ("labelled", cfg.LABELLED)):
             if count:
                 draw_set(pool, Path(cfg.OUT) / kind, kind, count, cfg.SIZE)
     print(f"{cfg.TRAIN} scenes to train with, {cfg.DEV} to choose settings with and {cfg.VAL} to "
@@ -73,7 +76,7 @@ THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "cre
 STUFF = ("stripes", "checker", "dots", "noise", "plain", "bricks", "waves", "grid")
 NAMES = THINGS + STUFF
 FIRST_SCENE = {"train": 0, "dev": 10_000_000, "val": 20_000_000, "clip": 30_000_000,
-               "vfm": 40_000_000}
+               "vfm": 40_000_000, "labelled": 50_000_000}
 MOST_SCENES = 10_000_000
 # standard deviation of a thing's hue around its class's; classes are 36° apart
 HUE_SPREAD = 25 / 360

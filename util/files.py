@@ -66,7 +66,8 @@ def write_result(cfg: SimpleNamespace, name: str, content: dict) -> Path:
     replace the result of the model itself.
     """
     folder = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out"))
-    path = folder / (f"{name}.{cfg.ATTENTION}.json" if cfg.ATTENTION else f"{name}.json")
+    attention = getattr(cfg, "ATTENTION", None)
+    path = folder / (f"{name}.{attention}.json" if attention else f"{name}.json")
     write_json(path, content | {"settings": vars(cfg)})
     print(f"written to {path}")
     return path

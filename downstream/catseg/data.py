@@ -1,0 +1,294 @@
+"""CAT-Seg's data: labelled images to train with and their augmentation, and the evaluation sets.
+
+Workers decode image and label and nothing else; `augment` makes the rest on the device, random by a
+key. Sets are read in their original layouts (docs/data.md).
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import scipy.io
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import adjust_hue
+
+from data import Classes, TrainingData, make_classes, read_classes, resize
+from eval_seg import (
+    CONTEXT_LAYOUT,
+    KNOWN_BENCHMARKS,
+    TOY,
+    VOC,
+    VOID,
+    Benchmark,
+    MissingData,
+    SegmentationImages,
+    benchmark_classes,
+    find_benchmark,
+    resized_size,
+)
+from util import UserError
+from util.files import find
+
+# --------------------------------------------------------------------------- images to train with
+
+SEEN = [number for number in range(18) if number % 3 < 2]       # of the toy world's 18 classes
+UNSEEN = [number for number in range(18) if number % 3 == 2]
+
+# What IMAGES may name, besides a user's json (docs/data.md).
+TRAINING = {
+    "coco_stuff": replace(KNOWN_BENCHMARKS["coco_stuff"], image="train2017/{}.jpg",
+                          label="stuffthingmaps/train2017/{}.png"),
+    "toy": Benchmark("toy/labelled", *TOY[:3], "toy_seen.txt", SEEN, void=UNSEEN),
+}
+
+
+class Labelled(NamedTuple):
+    """An image and the class of each of its pixels."""
+    image: Tensor       # uint8 (3, H, W)
+    label: Tensor       # int16 (H, W), VOID where there is none
+
+
+class LabelledImages(TrainingData):
+    """The images of a benchmark's row, with labels: what training reads."""
+
+    def __init__(self, benchmark: Benchmark, data: str | Path, read_timeout: float = 60.0):
+        self.scenes = SegmentationImages(benchmark, data)
+        root = self.scenes.root
+        super().__init__([str(root / benchmark.image.format(name)) for name in self.scenes.names],
+                         read_timeout)
+
+    def read(self, index: int) -> Labelled:
+        return Labelled(*self.scenes[index])
+
+
+def find_training(name: str) -> tuple[Benchmark, list[str]]:
+    """A row of TRAINING or a user's own json -> it, and the first name of each of its classes.
+
+    Raises UserError if there is no such row or file.
+    """
+    if name not in TRAINING and not name.endswith(".json"):
+        raise UserError(f"There are no training images {name!r}; choose among "
+                        f"{', '.join(TRAINING)}, or a json file of your own.")
+    if name not in TRAINING:
+        benchmark = find_benchmark(name)
+        return benchmark, benchmark_classes(SimpleNamespace(CLASSES=None), name).names
+    return TRAINING[name], read_classes(f"classes/{TRAINING[name].classes}").names
+
+
+LONGEST = 16        # times the short side that the long one may have: a strip is not blown up
+
+
+def augment(sample: Labelled, size: int, key: str) -> Labelled:
+    """A random crop, in colours of its own and perhaps flipped, the same for the same `key`: float
+    [0, 1] (3, size, size) and labels int64 (size, size).
+
+    The shorter side is resized to `size`; what an image lacks is grey, and void.
+    """
+    rng, (image, label) = random.Random(key), sample
+    H, W = label.shape
+    h, w = resized_size(image, size, LONGEST * size)
+    top, left = rng.randint(0, max(0, h - size)), rng.randint(0, max(0, w - size))
+    image = resize(image, h, w)[:, top:top + size, left:left + size]
+    label = label[nearest(top, image.shape[1], h, H, label.device)]
+    label = label[:, nearest(left, image.shape[2], w, W, label.device)].long()
+    image = jitter(image, rng)
+    if rng.random() < 0.5:
+        image, label = image.flip(-1), label.flip(-1)
+    missing = (0, size - image.shape[2], 0, size - image.shape[1])
+    pad = torch.nn.functional.pad
+    return Labelled(pad(image, missing, value=128 / 255), pad(label, missing, value=VOID))
+
+
+def nearest(start: int, count: int, length: int, original: int, device: torch.device) -> Tensor:
+    """For pixels `start` ... of a side resized to `length`, the nearest ones of the original."""
+    places = torch.arange(start, start + count, device=device)
+    return ((places + 0.5) * (original / length)).long().clamp(max=original - 1)
+
+
+def jitter(image: Tensor, rng: random.Random) -> Tensor:
+    """SSD's colours: brightness, contrast, saturation and hue, each with a probability of 1/2.
+
+    Contrast comes before or after saturation and hue. float [0, 1] (3, H, W) -> the same.
+    """
+    def coin() -> bool:
+        return rng.random() < 0.5
+
+    if coin():
+        image = (image + rng.uniform(-32, 32) / 255).clamp(0, 1)
+    contrast = rng.uniform(0.5, 1.5) if coin() else None
+    comes_first = coin()
+    if contrast and comes_first:
+        image = (image * contrast).clamp(0, 1)
+    if coin():
+        image = saturate(image, rng.uniform(0.5, 1.5))
+    if coin():
+        image = adjust_hue(image, rng.uniform(-0.1, 0.1))
+    if contrast and not comes_first:
+        image = (image * contrast).clamp(0, 1)
+    return image
+
+
+def saturate(image: Tensor, factor: float) -> Tensor:
+    """HSV's saturation times a factor, at most 1, at the same hue and value."""
+    value, least = image.amax(dim=0), image.amin(dim=0)
+    most = value / (value - least).clamp(min=1e-6)      # of the factor: saturation 1
+    return value - (value - image) * most.clamp(max=factor)
+
+
+# ------------------------------------------------------------------------------- evaluation sets
+
+ADE_OBJECTS = 3688      # label values of ADE20K_2021_17_01
+CONTEXT_OBJECTS = 459
+
+
+class Table(NamedTuple):
+    """A file that says which classes the label values of a set are, and where it comes from."""
+    path: str
+    origin: str
+    most: int           # the largest label value
+
+
+TABLES = {
+    "ade847": Table("ADE20K_2021_17_01/ade847.txt", "the data set's own index is a pickle, which "
+                    "is never read, so docs/data.md makes it from a list of Mask2Former's",
+                    ADE_OBJECTS),
+    "context459": Table("VOCdevkit/VOC2010/labels.txt", "PASCAL-Context's page has it beside "
+                        "trainval.tar.gz", CONTEXT_OBJECTS),
+}
+
+
+def read_table(table: Table, data: str | Path) -> tuple[list[int], list[str]]:
+    """The label values and first names of a table's lines `12: name, synonym`, the colon optional.
+
+    Raises UserError if there is no such file, or if a line is none of these, a value is beyond the
+    data set's, or occurs twice.
+    """
+    path = find(Path(data) / table.path)
+    if not path.is_file():
+        raise MissingData(f"There is no label table {path.absolute()}; {table.origin}.")
+    values, names = [], []
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
+        if line.strip() and not (found and 1 <= int(found[1]) <= table.most):
+            raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
+                            f"value from 1 to {table.most}, and a name.")
+        if found:
+            values.append(int(found[1]))
+            names.append(found[2].strip())
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice or not values:
+        raise UserError(f"{path} names {'no class' if not values else f'label value {twice} twice'}"
+                        "; write one class a line.")
+    return values, names
+
+
+def read_ade(path: Path) -> np.ndarray:
+    """ADE20K's label PNG, whose red and green are the object's number -> numbers (H, W)."""
+    with Image.open(path, formats=("PNG",)) as file:
+        if file.mode != "RGB":
+            raise UserError(f"{path} is an image of mode {file.mode}, but ADE20K's labels are "
+                            "colours; take the _seg.png files of ADE20K_2021_17_01.")
+        red, green = (np.array(file.getchannel(name)).astype(np.uint16) for name in "RG")
+    return red // 10 * 256 + green
+
+
+def read_mat(path: Path) -> np.ndarray:
+    """PASCAL-Context's .mat file -> its label map, values 0 to 65535 (H, W)."""
+    try:
+        label = scipy.io.loadmat(path, variable_names=["LabelMap"])["LabelMap"]
+    except OSError:
+        raise
+    except KeyError:
+        raise UserError(f"{path} has no LabelMap; take trainval/*.mat of PASCAL-Context.") from None
+    except Exception as error:      # scipy raises anything on damaged files
+        raise UserError(f"{path} can't be read as a .mat file ({error}); download it again."
+                        ) from None
+    if (label.ndim != 2 or label.dtype.kind not in "uif" or not label.size
+            or (label != np.floor(label)).any() or label.min() < 0 or label.max() > 65535):
+        raise UserError(f"{path} has a LabelMap of {label.dtype} {label.shape}, but it must be a "
+                        "class number for each pixel; take trainval/*.mat of PASCAL-Context.")
+    return label.astype(np.uint16)
+
+
+def ade847(data: str | Path) -> tuple[Dataset, Classes]:
+    """A-847: the most frequent of ADE20K's objects; all others are void."""
+    values, names = read_table(TABLES["ade847"], data)
+    void = sorted({*range(ADE_OBJECTS + 1)} - {*values})
+    row = Benchmark("ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
+                    "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
+    return Reduced(SegmentationImages(row, data), 512), classes_of(names)
+
+
+def context459(data: str | Path) -> tuple[Dataset, Classes]:
+    """PC-459: all objects of PASCAL-Context."""
+    values, names = read_table(TABLES["context459"], data)
+    folder, listed, image, _ = CONTEXT_LAYOUT
+    row = Benchmark(folder, listed, image, "trainval/{}.mat", "", values,
+                    (0, CONTEXT_OBJECTS + 1), read=read_mat)
+    return SegmentationImages(row, data), classes_of(names)
+
+
+def voc20b(data: str | Path) -> tuple[Dataset, Classes]:
+    """PAS-20b, the paper's VOC21: background is what PC-59's other 39 names get."""
+    voc, context = (read_classes(f"classes/{name}.txt") for name in ("voc20", "context59"))
+    theirs = [[name for name, owner in zip(context.prompts, context.owner) if owner == k]
+              for k in range(len(context))]
+    others = [names[0] for names in theirs if not {*names} & {*voc.prompts}]
+    names, owner = [*others, *voc.names], [0] * len(others) + [*range(1, len(voc) + 1)]
+    row = Benchmark(*VOC, "", range(len(voc) + 1), (255,))
+    return SegmentationImages(row, data), Classes(["background", *voc.names], names, owner)
+
+
+def known(name: str, data: str | Path) -> tuple[Dataset, Classes]:
+    """A set of eval_seg.py, or of a user's json, with the first name of each class alone."""
+    classes = benchmark_classes(SimpleNamespace(CLASSES=None), name)
+    return SegmentationImages(find_benchmark(name), data), make_classes(classes.names)
+
+
+def classes_of(names: list[str]) -> Classes:
+    """Classes of one name each; two of A-847's may have the same."""
+    return Classes(names, names, [*range(len(names))])
+
+
+# The six of Table 4: name -> a function from DATA to images and classes.
+BENCHMARKS: dict[str, Callable[[str | Path], tuple[Dataset, Classes]]] = {
+    "ade847": ade847, "context459": context459, "ade150": partial(known, "ade150"),
+    "context59": partial(known, "context59"), "voc20": partial(known, "voc20"), "voc20b": voc20b,
+}
+
+
+def find_evaluation(name: str, data: str | Path) -> tuple[Dataset, Classes]:
+    """The images and classes of a set of BENCHMARKS or of eval_seg.py; UserError if it is missing.
+
+    A class is called by its first name alone, as published.
+    """
+    return BENCHMARKS.get(name, partial(known, name))(data)
+
+
+class Reduced(Dataset):
+    """Images and labels of a set whose shorter side is at most `most` (published for A-847)."""
+
+    def __init__(self, images: Dataset, most: int):
+        self.images, self.most = images, most
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.images[index]
+        if min(label.shape) <= self.most:
+            return image, label
+        (H, W), (h, w) = label.shape, resized_size(image, self.most, max(label.shape))
+        rows, columns = (nearest(0, side, side, original, label.device)
+                         for side, original in ((h, H), (w, W)))
+        return (resize(image, h, w) * 255).round().byte(), label[rows][:, columns]

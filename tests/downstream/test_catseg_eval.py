@@ -1,0 +1,146 @@
+"""downstream.catseg.eval: windows and the whole image against a direct computation, names of a
+class, every set of Table 4, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import warm
+from conftest import options, succeeds
+from test_catseg_data import write
+from test_catseg_model import NAMES, make
+
+from data import Classes, make_classes
+from downstream.catseg import eval as catseg_eval
+from downstream.catseg.data import find_evaluation
+from downstream.catseg.model import open_catseg
+from eval_seg import VOID
+from tools import reference_catseg as reference
+from util import settings
+
+OPTIONS = {"num_workers": 0, "window_batch": 3}
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    """Its logits are spread, so that the mean of probabilities is not that of logits."""
+    segmenter = make(image_size=32, width=16)
+    with torch.no_grad():
+        segmenter.aggregator.decoder.head.weight.mul_(20)
+    return segmenter
+
+
+@pytest.fixture(scope="module")
+def checkpoint(segmenter, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "catseg.safetensors"
+    segmenter.save(path)
+    return str(path)
+
+
+def rules(segmenter, **given):
+    return catseg_eval.protocol(settings.parse(options(**OPTIONS | given), catseg_eval), segmenter)
+
+
+def images() -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (3, *size), generator=rng).byte()
+            for size in ((40, 60), (70, 31))]
+
+
+@pytest.mark.parametrize("given", [{}, {"size": 45, "stride": 16}, {"size": 32}],
+                         ids=["published", "last window moved back", "no windows"])
+def test_windows_and_the_whole_image(segmenter, given):
+    """Of two images of several shapes in one batch, against one view at a time."""
+    cfg, classes = rules(segmenter, **given), make_classes(NAMES)
+    assert given or (cfg.SIZE, cfg.STRIDE) == (53, 21)      # 640 and 256 for windows of 384
+    text = catseg_eval.encode(segmenter, classes)
+    found = catseg_eval.predict(cfg, segmenter, classes, text, images())
+    for image, prediction in zip(images(), found):
+        views = catseg_eval.views_of(cfg, segmenter, image)
+        with torch.inference_mode():
+            scores = catseg_eval.probabilities(cfg, 32, segmenter.logits(views, text),
+                                               image.shape[1:])
+        starts = {53: [0, 21], 45: [0, 13], 32: []}[cfg.SIZE]
+        expected = reference.probabilities(cfg, segmenter, text, image, starts)
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+        assert prediction.shape == image.shape[1:]
+        assert (prediction == expected.argmax(dim=0)).float().mean() > 0.99
+    assert len(found[0].unique()) > 1
+
+
+@pytest.mark.parametrize("most", [1, 2 * 53**2 * 5, 2**25])
+def test_names_in_parts_are_names_at_once(segmenter, most):
+    cfg, logits = rules(segmenter), torch.randn(5, 7, 16, 16)
+    whole = catseg_eval.probabilities(cfg, 32, logits, (40, 60)).argmax(dim=0)
+    assert torch.equal(catseg_eval.best_name(cfg, 32, logits, (40, 60), most), whole)
+
+
+def test_a_class_has_the_best_of_its_names(segmenter):
+    cfg = rules(segmenter)
+    each, both = make_classes(NAMES), Classes(["a", "b"], NAMES, [0, 0, 1, 0, 1])
+    text = catseg_eval.encode(segmenter, each)
+    one, = catseg_eval.predict(cfg, segmenter, each, text, images()[:1])
+    other, = catseg_eval.predict(cfg, segmenter, both, text, images()[:1])
+    assert torch.equal(other, torch.tensor(both.owner)[one])
+
+
+def test_every_set_is_scored_by_the_shared_loop(checkpoint, tmp_path, capsys):
+    """mIoU of the predictions on labels written by hand; sets that are missing are named."""
+    names = ["ade847", "context59", "voc20", "voc20b"]
+    for name in names:
+        write(tmp_path, name)
+    result = catseg_eval.main(options(**OPTIONS, ckpt=checkpoint, data=tmp_path, out=tmp_path))
+    printed = capsys.readouterr().out
+    assert list(result) == names
+    assert json.loads((tmp_path / "catseg.json").read_text())["benchmarks"] == result
+    assert "context459           -   There is no label table" in printed
+    segmenter = open_catseg(checkpoint)
+    cfg = rules(segmenter, ckpt=checkpoint)
+    for name in names:
+        dataset, classes = find_evaluation(name, tmp_path)
+        (image, label), = dataset
+        prediction, = catseg_eval.predict(cfg, segmenter, classes,
+                                          catseg_eval.encode(segmenter, classes), [image])
+        kept = label != VOID
+        expected = []
+        for k in {*label[kept].tolist(), *prediction[kept].tolist()}:
+            true, guess = (label == k) & kept, (prediction == k) & kept
+            expected.append(100 * (true & guess).sum().item() / (true | guess).sum().item())
+        assert result[name]["mIoU"] == pytest.approx(np.mean(expected))
+
+
+def test_ranks_score_what_one_process_does(checkpoint, voc, tmp_path):
+    given = options(**OPTIONS, ckpt=checkpoint, data=voc, benchmarks="voc20", batch_size=2)
+    result = catseg_eval.main([*given, "--out", str(tmp_path / "one")])
+    succeeds(warm.ranks("tests/tiny.py", "downstream.catseg.eval", *given, "--out",
+                        str(tmp_path / "two")))
+    two = json.loads((tmp_path / "two/catseg.json").read_text())["benchmarks"]
+    assert two == json.loads(json.dumps(result))
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"ckpt": "no/such.safetensors"}, "There is no weights file no/such.safetensors"),
+    ({"size": 31}, "SIZE is 31 and STRIDE 21, but the segmenter's window is 32"),
+    ({"stride": 33}, "SIZE is 53 and STRIDE 33"), ({"batch_size": 0}, "BATCH_SIZE is 0"),
+    ({"benchmarks": "ade"}, "There is no benchmark 'ade'"),
+    ({"benchmarks": "ade150"}, "ADEChallengeData2016"),
+    ({"data": "no/such"}, "None of the six sets is in no/such; docs/data.md says how"),
+    ({"precision": "int8"}, "PRECISION is 'int8'")])
+def test_refusals_say_what_to_do(checkpoint, voc, given, sentence):
+    given = {"ckpt": checkpoint, "data": voc, "benchmarks": "voc20"} | (
+        given if "data" not in given else given | {"benchmarks": "all"})
+    with pytest.raises(SystemExit) as error:
+        catseg_eval.main(options(**OPTIONS | given))
+    found = str(error.value)
+    assert found.startswith("eval.py: ") and sentence in found and "\n" not in found
+
+
+def test_a_damaged_file_is_refused(checkpoint, tmp_path):
+    path = shutil.copy(checkpoint, tmp_path / "catseg.safetensors")
+    with open(path, "r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"x" * 50)
+    with pytest.raises(ValueError, match="is damaged"):
+        open_catseg(path)

@@ -1,0 +1,189 @@
+"""downstream.catseg.train: it learns two images by heart, ranks agree, a run goes on where it
+stopped, settings out of range are refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import warm
+from conftest import options, succeeds
+from PIL import Image
+
+from downstream.catseg import eval as catseg_eval
+from downstream.catseg import train
+from downstream.catseg.data import Labelled
+from downstream.catseg.model import open_catseg
+from toy import world
+from util import settings
+from util.weights import read_weights
+
+TINY = {"model": "tiny-eva", "pretrained": "none", "image_size": 32, "width": 16, "heads": 2,
+        "layers": 1, "most_classes": 4, "batch_size": 2, "micro_batch": 2, "iterations": 4,
+        "num_workers": 0, "log_every": 1, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, scenes) -> Path:
+    """Drawn scenes with labels: a benchmark of one's own."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for index, (image, label) in enumerate(scenes):
+        Image.fromarray(image).save(folder / f"images/{index}.png")
+        label = label.copy()
+        label[:3] = 9
+        Image.fromarray(label).save(folder / f"labels/{index}.png")
+    (folder / "names.txt").write_text("rough ground\ndisc\nbox\n")
+    (folder / "own.json").write_text(json.dumps({
+        "image": "images/{}.png", "label": "labels/{}.png", "classes": "names.txt", "void": [9]}))
+    return folder
+
+
+def run(labelled, out, **given) -> list[dict]:
+    """Trains a tiny segmenter; returns the lines of log.jsonl."""
+    train.main(options(**TINY | {"images": labelled / "own.json", "out": out} | given))
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return read_weights(folder / "catseg.safetensors")[0]
+
+
+def test_it_learns_two_scenes_by_heart(tmp_path, monkeypatch):
+    """Trained without augmentation, and evaluated from its file alone."""
+    world.main(options(out=tmp_path / "toy", train=0, dev=0, val=0, labelled=2, size=64))
+    present = np.unique([np.asarray(Image.open(path))
+                         for path in (tmp_path / "toy/labelled/labels").iterdir()]).tolist()
+    (tmp_path / "names.txt").write_text("".join(f"{world.NAMES[each]}\n" for each in present))
+    (tmp_path / "own.json").write_text(json.dumps({
+        "image": "toy/labelled/images/{}.png", "label": "toy/labelled/labels/{}.png",
+        "classes": "names.txt", "values": present}))
+    monkeypatch.setattr(train, "augment", lambda sample, size, key: Labelled(
+        sample.image / 255, sample.label.long()))
+    lines = run(tmp_path, tmp_path / "run", model=f"local-dir:{tiny.ROOT / 'toy/clip'}",
+                pretrained="own", image_size=64, most_classes=8, width=32, iterations=60, lr=5e-3)
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+    result, = catseg_eval.main(options(
+        ckpt=tmp_path / "run/catseg.safetensors", benchmarks=tmp_path / "own.json",
+        num_workers=0, size=64)).values()
+    print(result["mIoU"])
+    assert result["mIoU"] > 90
+
+
+@pytest.mark.parametrize("stop", [1, 3])        # in the middle of an epoch of 2, in the next
+def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path, stop):
+    whole = run(labelled, tmp_path / "whole")
+    run(labelled, tmp_path / "parts", steps=stop)
+    parts = run(labelled, tmp_path / "parts", resume="true")
+    keep = ("step", "epoch", "loss", "lr")
+    assert [[line[key] for key in keep] for line in parts] == [[line[key] for key in keep]
+                                                               for line in whole]
+    assert len(whole) == 4
+    found = weights(tmp_path / "parts")
+    assert all(torch.equal(found[name], weight)
+               for name, weight in weights(tmp_path / "whole").items())
+
+
+def test_two_ranks_train_the_segmenter_of_one(labelled, tmp_path):
+    """Accumulation included; text, image tower and aggregator alike."""
+    given = TINY | {"images": labelled / "own.json", "batch_size": 4, "micro_batch": 1,
+                    "iterations": 3}
+    train.main(options(**given, out=tmp_path / "one"))
+    succeeds(warm.ranks("tests/tiny.py", "downstream.catseg.train",
+                        *options(**given, out=tmp_path / "two")))
+    found = weights(tmp_path / "two")
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-5)
+
+
+def test_rates_and_decay_are_of_each_kind_of_weight(labelled):
+    """Norms have no decay; weights inside CLIP a hundredth of the rate; cosine to 0."""
+    cfg = settings.parse(options(**TINY | {"iterations": 100}), train)
+    segmenter = train.build(cfg, ["cat", "dog"], torch.device("cpu"))
+    optimizer = train.build_optimizer(cfg, segmenter)
+    own, norms, clip = optimizer.param_groups
+    names = {id(weight): name for name, weight in segmenter.named_parameters()}
+    assert all("norm" in names[id(weight)] for weight in norms["params"])
+    assert all(names[id(weight)].startswith("clip.") for weight in clip["params"])
+    assert not any("norm" in names[id(weight)] or names[id(weight)].startswith("clip.")
+                   for weight in own["params"])
+    assert [group["weight_decay"] for group in (own, norms, clip)] == [1e-4, 0, 1e-4]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        train.trained(segmenter))
+    rates = [train.set_learning_rate(cfg, optimizer, step) for step in (0, 50, 100)]
+    assert rates == pytest.approx([1e-3, 5e-4, 0])
+    train.set_learning_rate(cfg, optimizer, 50)
+    assert [group["lr"] for group in (own, norms, clip)] == pytest.approx([5e-4, 5e-4, 5e-6])
+
+
+def test_gradients_are_cut_and_views_sampled_anew(labelled, tmp_path, monkeypatch):
+    """The optimiser sees a norm of at most CLIP_NORM; each epoch has keys of its own."""
+    norms, keys = [], []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: norms.append(
+        torch.nn.utils.get_total_norm([weight.grad for group in self.param_groups
+                                       for weight in group["params"]]).item()))
+    augment = train.augment
+    monkeypatch.setattr(train, "augment", lambda sample, size, key: keys.append(key)
+                        or augment(sample, size, key))
+    run(labelled, tmp_path, seed=3)
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
+    assert len(keys) == len(set(keys)) == 8 and {key[:4] for key in keys} == {"3-0-", "3-1-"}
+
+
+def test_a_bad_label_is_left_out_and_listed(labelled, tmp_path):
+    """Whether it is damaged or of another data set; too many stop the run."""
+    bad = shutil.copytree(labelled, tmp_path / "bad")
+    Image.fromarray(np.full((80, 40), 77, np.uint8)).save(bad / "labels/2.png")
+    (bad / "labels/4.png").write_bytes(b"no image")
+    run(bad, tmp_path / "out", max_bad_files=0.5)
+    listed = (tmp_path / "out/skipped.txt").read_text()
+    assert "values that are no class and not void (77)" in listed and "4.png can't be" in listed
+    with pytest.raises(SystemExit, match="more than MAX_BAD_FILES"):
+        run(bad, tmp_path / "other")
+
+
+def test_the_file_tells_of_the_run(labelled, tmp_path):
+    lines = run(labelled, tmp_path, iterations=1, attention="catseg", normalize="false")
+    assert math.isfinite(lines[0]["loss"])
+    segmenter = open_catseg(tmp_path / "catseg.safetensors")
+    assert (segmenter.design.attention, segmenter.design.normalize) == ("catseg", False)
+    assert segmenter.design.template == "A photo of a {} in the scene"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precisions(labelled, tmp_path, precision):
+    assert all(math.isfinite(line["loss"])
+               for line in run(labelled, tmp_path, precision=precision, iterations=1))
+
+
+def test_published_settings():
+    """Those of the facts: 384 px, 80,000 steps of 4 images, 2e-4 ..."""
+    cfg = settings.parse([], train)
+    assert (cfg.BATCH_SIZE, cfg.ITERATIONS, cfg.LR, cfg.CLIP_LR, cfg.WEIGHT_DECAY, cfg.CLIP_NORM,
+            cfg.WIDTH, cfg.HEADS, cfg.LAYERS, cfg.MOST_CLASSES, cfg.PRECISION, cfg.TF32) == (
+        4, 80_000, 2e-4, 0.01, 1e-4, 0.01, 128, 4, 2, 256, "fp32", True)
+    openai = settings.parse(["@presets/catseg_openai.txt"], train)
+    assert (openai.ATTENTION, openai.NORMALIZE) == ("catseg", False)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ({"images": "coco"}, "There are no training images 'coco'"),
+    ({"images": "coco_stuff", "data": "no/such"}, "unpack the data set there in its original"),
+    ({"images": "no/such.json"}, "There is no file no/such.json"),
+    ({"clip_norm": 0}, "CLIP_NORM is 0.0; it must be above 0"),
+    ({"batch_size": 6}, "There are 5 images, fewer than BATCH_SIZE, 6"),
+    ({"image_size": 40}, "an even number of tiny-eva's patches of 8 px; set it to 32"),
+    ({"width": 24}, "The width is 24"), ({"seed": -1}, "SEED is -1"),
+    ({"precision": "int8"}, "PRECISION is 'int8'"), ({"attention": "sum"}, "ATTENTION is 'sum'"),
+    ({"template": "a photo"}, "The template is 'a photo'"),
+    ({"ckpt": "no/such.safetensors"}, "There is no checkpoint no/such.safetensors")])
+def test_refusals_say_what_to_do(labelled, tmp_path, given, sentence):
+    with pytest.raises(SystemExit) as error:
+        run(labelled, tmp_path, **given)
+    found = str(error.value)
+    assert found.startswith("train.py: ") and sentence in found and "\n" not in found
