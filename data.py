@@ -76,6 +76,8 @@ def unreadable(path: str | Path, what: str) -> Iterator[None]:
     """Within it, any error becomes a UserError: the file can't be read as `what`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:      # decoders raise anything on damaged files
         reason = " ".join((str(error) or type(error).__name__).split())
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason

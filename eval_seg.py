@@ -325,15 +325,12 @@ class SegmentationImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = read_image(self.root / self.benchmark.image.format(self.names[index]))
         path = self.root / self.benchmark.label.format(self.names[index])
-        try:
+        with unreadable(path, "a label image"):
             if self.instances:
                 file_name = Path(self.benchmark.image.format(self.names[index])).name
                 values = self.instances.render(file_name, *image.shape[1:])
             else:
                 values = (self.benchmark.read or read_label)(path)
-        except (OSError, SyntaxError) as error:     # PIL's of a damaged PNG
-            raise UserError(f"{path} can't be read as a label image ({error}); download it again."
-                            ) from None
         label = self.lookup[values]
         unknown = values[label == UNKNOWN]
         if unknown.size:
@@ -347,11 +344,8 @@ class SegmentationImages(Dataset):
 
 
 def read_label(path: Path) -> np.ndarray:
-    """A label PNG -> its values, 0 to 65535, (H, W).
-
-    Raises UserError for a damaged file, for colours and for a mask of two.
-    """
-    with unreadable(path, "a label image"), Image.open(path, formats=("PNG",)) as file:
+    """A label PNG -> its values, 0 to 65535, (H, W); UserError for colours or a mask of two."""
+    with Image.open(path, formats=("PNG",)) as file:
         values = np.array(file)
     if values.ndim != 2 or values.dtype == bool or values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} is an image of mode {file.mode}, but a label image has one class "
