@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> None:
         ignored = sum((Counter(index.ignored) for index in indices), Counter())
         images = sum(index.count for index in indices)
         if not images:
-            raise UserError(f"{shards[0]} and the other {len(shards) - 1} shards hold no "
-                            f"{' '.join(IMAGE_SUFFIXES)} file; choose shards of images.")
+            raise UserError(f"None of {len(shards)} shards, such as {shards[0]}, holds a file of "
+                            f"{', '.join(IMAGE_SUFFIXES)}; choose others.")
         if ranks.is_main:
             print(f"{images:,} images in {len(shards):,} shards; left out: "
                   f"{counted(ignored) or 'nothing'}")

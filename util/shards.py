@@ -362,8 +362,8 @@ class Shards(Sequence[str]):
         self.fingerprint = f"{len(self)} images, {zlib.crc32(checks.tobytes()):08x}"
         self.last: tuple[int, bytes] = (-1, b"")        # the file that was read last, its headers
         if not len(self):
-            raise UserError(f"{paths[0]} and the other {len(paths) - 1} shards hold no file of "
-                            f"{', '.join(suffixes)}; choose shards of images.")
+            raise UserError(f"None of {len(paths)} shards, such as {paths[0]}, holds a file of "
+                            f"{', '.join(suffixes)}; choose others.")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
