@@ -96,7 +96,7 @@ def test_empty_shards_are_passed_over(tmp_path):
     found = Shards(paths, SUFFIXES)
     assert [os.path.basename(found[place]) for place in range(len(found))] == ["a.jpg", "b.jpg",
                                                                                "c.jpg"]
-    with pytest.raises(UserError, match="None of 1 shards, such as .*0.tar, holds a file of .jpg, .png"):
+    with pytest.raises(UserError, match="None of 1 shards, such as .*0.tar, holds"):
         Shards(paths[:1], SUFFIXES)
 
 
