@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from data import epoch_order, normalize, training_batches
+from data import normalize, training_batches
 from downstream.catseg.data import Labelled, LabelledImages, augment, find_training
 from downstream.catseg.model import CATSeg, Design
 from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
@@ -73,9 +73,6 @@ SAVE_EVERY = 5000                   # steps between checkpoints
 KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
 MAX_BAD_FILES = 0.01                # share of files that may be unreadable before the run stops
 MAX_BAD_STEPS = 20                  # steps in a row without a finite gradient before it stops
-
-# Settings that may differ when a run is resumed, besides those of util/run.py
-HARMLESS = ("DATA", "READ_TIMEOUT", "CHECKPOINTING")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,6 +137,10 @@ def make_views(cfg: SimpleNamespace, segmenter: CATSeg, samples: list[Labelled],
 
 # ---------------------------------------------------------------------------------- the set-up
 
+# Settings that may differ when a run is resumed, besides those of util/run.py.
+HARMLESS = ("DATA", "READ_TIMEOUT", "CHECKPOINTING")
+
+
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, ITERATIONS=1, STEPS=1, LOG_EVERY=1,
@@ -159,7 +160,7 @@ def plan(cfg: SimpleNamespace, dataset: LabelledImages) -> int:
     Raises UserError if a label is of another data set, or if there are too few images.
     """
     dataset.read(0)
-    steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
+    steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
     cfg.EPOCHS = math.ceil(cfg.ITERATIONS / steps_per_epoch)
     cfg.STEPS = min(cfg.STEPS or cfg.ITERATIONS, cfg.ITERATIONS)
     return steps_per_epoch

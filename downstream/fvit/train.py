@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from data import epoch_order, training_batches
+from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
 from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
 from train import build_optimizer
@@ -105,7 +105,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     micro_batch, accumulate = distributed.divide_batch(cfg.BATCH_SIZE, cfg.MICRO_BATCH,
                                                        ranks.world_size)
     dataset = DetectionData(find_annotations(cfg, "train"), cfg.MASKS, cfg.READ_TIMEOUT)
-    steps_per_epoch = len(epoch_order(len(dataset), cfg.BATCH_SIZE, 0, cfg.SEED))
+    steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
     with Run(cfg, ranks, dataset, steps_per_epoch, "fvit.safetensors", HARMLESS) as run:
         fvit = build(cfg, dataset, ranks)
         optimizer = build_optimizer(cfg, fvit)

@@ -1,6 +1,7 @@
 """util/settings.py: constants of a script as its options."""
 
 import importlib.util
+import re
 import sys
 from types import ModuleType
 
@@ -117,7 +118,9 @@ def test_an_imported_constant_is_a_setting_of_both_scripts(script, tmp_path, mon
 
 
 SCRIPTS = ["train", "eval_region", "eval_seg", "tools.segment", "tools.visualize", "tools.export",
-           "tools.bench", "toy.world", "toy.pretrain", "toy.demo", "toy.table1"]
+           "tools.bench", "tools.detect", "downstream.fvit.train", "downstream.fvit.eval",
+           "downstream.catseg.train", "downstream.catseg.eval", "toy.world", "toy.pretrain",
+           "toy.demo", "toy.table1", "toy.detection", "toy.catseg"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -138,6 +141,7 @@ def test_both_evaluations_ask_for_the_model_in_the_same_words():
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.txt")), ids=lambda p: p.stem)
 def test_presets_name_options_that_exist(preset):
-    kind = preset.stem.split("_")[-1]
-    script = {"region": "eval_region", "seg": "eval_seg"}.get(kind, "train")
-    settings.parse([f"@{preset}"], importlib.import_module(script))
+    """Their first line shows the command that they are for."""
+    first = preset.read_text().partition("\n")[0]
+    script = re.search(rf"(?:python|torchrun) (?:-m )?(\S+) .*@presets/{preset.name}", first)[1]
+    settings.parse([f"@{preset}"], importlib.import_module(script.removesuffix(".py")))
