@@ -146,6 +146,7 @@ if __name__ == "__main__":
     import conftest  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    import downstream.fvit.train  # noqa: F401
     import eval_region  # noqa: F401
     import eval_seg  # noqa: F401
     import train  # noqa: F401

@@ -67,7 +67,6 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
     check_scores(cfg)
     names, photos = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
-    photos = [path for path in photos if not path.name.endswith(SUFFIX)]
     fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)

@@ -223,11 +223,11 @@ def line_of(classes: Classes, k: int) -> str:
     return ", ".join(name for name, owner in zip(classes.prompts, classes.owner) if owner == k)
 
 
-OWN_FILES = (".segmentation.png", ".labels.png")
+OWN_FILES = (".segmentation.png", ".labels.png", ".detection.png")      # also of tools.detect
 
 
 def find_photos(given: Sequence[str]) -> list[Path]:
-    """Files as they are named, folders with all images below them except what this tool wrote.
+    """Files as they are named, folders with all images below them except figures.
 
     Raises UserError if there is none.
     """

@@ -19,6 +19,7 @@ from tools import detect
 from tools.segment import PALETTE
 
 SMALL = Design(image_size=64, channels=16, candidates=100, proposals=20, templates="{}")
+DEFAULTS = {"cache": "none", "largest": 320}
 BOXES = [[8.0, 6, 30, 28], [20.0, 20, 60, 44]]
 
 
@@ -52,7 +53,7 @@ def finds(monkeypatch):
 
 
 def run(checkpoint, *photos, **given) -> None:
-    detect.main([*map(str, photos), *options(**{"ckpt": checkpoint, "cache": "none"} | given)])
+    detect.main([*map(str, photos), *options(**DEFAULTS | {"ckpt": checkpoint} | given)])
 
 
 def coloured(path, colour: str) -> np.ndarray:
