@@ -143,5 +143,5 @@ def test_both_evaluations_ask_for_the_model_in_the_same_words():
 def test_presets_name_options_that_exist(preset):
     """Their first line shows the command that they are for."""
     first = preset.read_text().partition("\n")[0]
-    script = re.search(rf"(?:python|torchrun) (?:-m )?(\S+) .*@presets/{preset.name}", first)[1]
+    script = re.search(rf"([\w.]+) (?:@\S+ )?@presets/{preset.name}", first)[1]
     settings.parse([f"@{preset}"], importlib.import_module(script.removesuffix(".py")))
