@@ -12,7 +12,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 slow: .venv/installed
 	.venv/bin/python -m pytest -m slow
