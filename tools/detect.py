@@ -165,11 +165,13 @@ def tint(found: Detections, colour_of: dict[int, str], size: tuple[int, int]) ->
 
 def frame(axis: plt.Axes, found: Detections, titles: Sequence[str], colour_of: dict[int, str]
           ) -> None:
-    """A frame around each detection with a dark rim, dashed for novel classes."""
+    """A frame around each detection with a rim that it stands out from, dashed for novel classes.
+    """
     for (x0, y0, x1, y1), label in reversed(list(zip(found.boxes.tolist(),
                                                      found.labels.tolist()))):
         style = (0, (4, 2)) if titles[label].endswith("*") else "-"
-        for colour, width, dashes in (("black", 3.6, "-"), (colour_of[label], 2.0, style)):
+        rim = letters_on(colour_of[label])
+        for colour, width, dashes in ((rim, 3.6, "-"), (colour_of[label], 2.0, style)):
             axis.add_patch(patches.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=width,
                                              ec=colour, ls=dashes, alpha=0.9))
 

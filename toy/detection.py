@@ -78,8 +78,8 @@ def figures(cfg: SimpleNamespace, name: str, seed: int) -> dict[str, float]:
                         "--novel", ", ".join(NOVEL[seed]), "--out", str(folder), "--resume"])
             (folder / "trained").touch()
         if not result.exists():
-            evaluation.main(["@presets/toy_fvit.txt", "--ckpt", str(folder / "fvit.safetensors"),
-                             "--dataset", cfg.DATASET])
+            evaluation.main(["--ckpt", str(folder / "fvit.safetensors"), "--dataset",
+                             cfg.DATASET])
     boxes = json.loads(result.read_text())["boxes"]
     groups = {group: each["AP50"] for group, each in boxes["groups"].items()}
     return groups | {"all": boxes["AP50"]}

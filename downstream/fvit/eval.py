@@ -72,6 +72,9 @@ RULES = {
     "ovlvis": Rules(a=0.1, b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
     "coco": Rules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
     "objects365": Rules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+    # T is the best on the dev scenes
+    "toy": Rules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
+    "toy_dev": Rules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
 }
 
 
