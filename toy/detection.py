@@ -4,7 +4,7 @@
     python -m toy.detection             # three splits, a seed each: 6 runs
 
 A detector is trained on the boxes of seven of the ten things, and finds all ten. A run takes about
-a minute on two cores; one that is in OUT already is not repeated.
+three minutes of a core; one that is in OUT already is not repeated.
 """
 
 import contextlib
