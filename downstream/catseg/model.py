@@ -14,8 +14,9 @@ aggregator. Features of places that are the same for all classes, or of classes 
 all places, are called guidance.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,9 +97,7 @@ class CATSeg(nn.Module):
         distinct = list(dict.fromkeys(self.names))
         place = {name: number for number, name in enumerate(distinct)}
         device = self.clip.text.logit_scale.device
-        with paths_inside(self.clip.source):
-            tokenizer = open_clip.get_tokenizer(self.clip.source)
-        tokens = tokenizer([self.design.template.format(name) for name in distinct])
+        tokens = tokenizer_of(self.clip.source)([self.design.template.format(name) for name in distinct])
         if ends_count(self.clip.text.text):
             tokens = tokens[:, :tokens.argmax(dim=1).max() + 1]
         self.register_buffer("tokens", tokens.to(device), persistent=False)
@@ -139,6 +138,13 @@ class CATSeg(nn.Module):
             "mean": self.clip.mean, "std": self.clip.std, "settings": settings or {},
             "catseg": self.design._asdict(),
             "use": "python -m downstream.catseg.eval or tools.segment"})
+
+
+@cache
+def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a model as open_clip finds it."""
+    with paths_inside(source):
+        return open_clip.get_tokenizer(source)
 
 
 def open_catseg(path: str | Path) -> CATSeg:
