@@ -97,7 +97,8 @@ class CATSeg(nn.Module):
         distinct = list(dict.fromkeys(self.names))
         place = {name: number for number, name in enumerate(distinct)}
         device = self.clip.text.logit_scale.device
-        tokens = tokenizer_of(self.clip.source)([self.design.template.format(name) for name in distinct])
+        sentences = [self.design.template.format(name) for name in distinct]
+        tokens = tokenizer_of(self.clip.source)(sentences)
         if ends_count(self.clip.text.text):
             tokens = tokens[:, :tokens.argmax(dim=1).max() + 1]
         self.register_buffer("tokens", tokens.to(device), persistent=False)
