@@ -546,10 +546,7 @@ class DeCLIP(nn.Module):
                             "model by an open_clip tag first, and this file on top of it.")
         with paths_inside(self.source):
             tokenizer = open_clip.get_tokenizer(self.source)
-        cut = first_cut(tokenizer, names, templates)
-        if cut:
-            raise UserError(f"The class name {cut!r} is longer than the {tokenizer.context_length} "
-                            f"tokens that {self.model_name} reads; shorten it.")
+        check_names(tokenizer, names, templates, self.model_name)
         device = self.text.logit_scale.device
         return open_clip.build_zero_shot_classifier(self.text, tokenizer, list(names), templates,
                                                     device=device).T
@@ -629,14 +626,18 @@ class DeCLIP(nn.Module):
                                 f"{record[name]}.")
 
 
-def first_cut(tokenizer: Callable, names: Sequence[str],
-              templates: Sequence[str | Callable[[str], str]]) -> str | None:
-    """The first name of which the tokenizer cuts something off in the longest template, or None."""
+def check_names(tokenizer: Callable, names: Sequence[str],
+                templates: Sequence[str | Callable[[str], str]], model_name: str) -> None:
+    """Raises UserError on a name of which the tokenizer cuts something off in the longest template.
+    """
     longest = max(templates, key=lambda template: len(fill(template, "")))
     most = tokenizer.context_length
     tokens = tokenizer(["", *(fill(longest, name) for name in names)], 2 * most)
     is_cut = (tokens[1:, most:] != tokens[0, -1]).any(dim=1)        # the rest is not padding
-    return names[is_cut.tolist().index(True)] if is_cut.any() else None
+    if is_cut.any():
+        cut = names[is_cut.tolist().index(True)]
+        raise UserError(f"The class name {cut!r} is longer than the {most} tokens that "
+                        f"{model_name} reads; shorten it.")
 
 
 def fill(template: str | Callable[[str], str], name: str) -> str:

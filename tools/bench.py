@@ -4,11 +4,11 @@
     python -m tools.bench --baseline                            # beside the plain forms
     python -m tools.bench --image_size 1024 --micro_batch 4 --compile --parts train
 
-Measures reading images, a training step, segmentation, and a training step of F-ViT. --baseline
-measures tools/reference.py by turns; a ratio above 1 is in favour of this code. Nothing is
-downloaded: images are made up, weights random. A time is the median of REPEATS measurements after a
-warm-up; a GPU is waited for before a clock is read. On a CPU sizes are small, unless they are
-given. A step is that of one micro batch, without the log.
+Measures reading images, a training step, segmentation, and training steps of F-ViT and CAT-Seg.
+--baseline measures the plain forms (tools/reference.py and others) by turns; a ratio above 1 is in
+favour of this code. Nothing is downloaded: images are made up, weights random. A time is the median
+of REPEATS measurements after a warm-up; a GPU is waited for before a clock is read. On a CPU sizes
+are small, unless they are given. A step is that of one micro batch, without the log.
 """
 
 import copy
@@ -53,6 +53,8 @@ from data import (
     read_image,
     student_image,
 )
+from downstream.catseg import train as catseg_train
+from downstream.catseg.model import CATSeg, Design
 from downstream.detection import Objects
 from downstream.fvit import train as fvit_train
 from downstream.fvit.model import FViT
@@ -66,7 +68,7 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     Benchmark,
 )
 from model import VFM, VisionTower, context_loss
-from tools import reference
+from tools import reference, reference_catseg
 from train import (  # noqa: F401 - settings shared with train.py
     CHECKPOINTING,
     COMPILE,
@@ -88,9 +90,11 @@ PROMPTS = 171                       # of the segmentation; COCO-Stuff has 171 cl
 SEGMENT_BATCH: int | None = None    # images segmented together; None: eval_seg.py's, 2 on a CPU
 FVIT_SIZE: int | None = None        # of F-ViT's images; None: its train.py's on a GPU, 320 on a CPU
 FVIT_BATCH: int | None = None       # of F-ViT's forward pass; None: its train.py's on a GPU, else 1
+CATSEG_SIZE: int | None = None      # of CAT-Seg's images; None: 384 on a GPU, 192 on a CPU
+CATSEG_CLASSES: int | None = None   # None: COCO-Stuff's 171 on a GPU, 32 on a CPU
 WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the cores
 IMAGES: str | None = None           # folder of photographs to read; None: made-up ones of 640x480
-PARTS = ("input", "operations", "train", "context", "segment")  # to measure; also: fvit, shards
+PARTS = ("input", "operations", "train", "context", "segment")  # also: fvit, catseg, shards
 BASELINE = False                    # the plain forms too
 REPEATS: int | None = None          # measurements of each time; None: 10 on a GPU, 3 on a CPU
 
@@ -128,16 +132,17 @@ def run(cfg: SimpleNamespace, device: torch.device, folder: Path) -> dict[str, l
 # some minutes.
 LARGE = {"IMAGE_SIZE": train.IMAGE_SIZE, "MICRO_BATCH": train.MICRO_BATCH,
          "SEGMENT_BATCH": eval_seg.BATCH_SIZE, "REPEATS": 10,
-         "FVIT_SIZE": fvit_train.IMAGE_SIZE, "FVIT_BATCH": fvit_train.MICRO_BATCH}
+         "FVIT_SIZE": fvit_train.IMAGE_SIZE, "FVIT_BATCH": fvit_train.MICRO_BATCH,
+         "CATSEG_SIZE": 384, "CATSEG_CLASSES": 171}
 SMALL = {"IMAGE_SIZE": 448, "MICRO_BATCH": 1, "SEGMENT_BATCH": 2, "REPEATS": 3, "FVIT_SIZE": 320,
-         "FVIT_BATCH": 1}
+         "FVIT_BATCH": 1, "CATSEG_SIZE": 192, "CATSEG_CLASSES": 32}
 WIDTH = 56      # of the table's first column
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     settings.check_least(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1,
-                         FVIT_SIZE=1, FVIT_BATCH=1)
+                         FVIT_SIZE=1, FVIT_BATCH=1, CATSEG_SIZE=1, CATSEG_CLASSES=1)
     unknown = [part for part in cfg.PARTS if part not in MEASURES]
     if unknown:
         raise UserError(f"There is no part {unknown[0]!r} to measure; choose among "
@@ -723,6 +728,58 @@ def fvit_works(bench: Bench, fvit: FViT, optimizer: torch.optim.Optimizer,
             "step": step}
 
 
+# -------------------------------------------------------------------------------------- CAT-Seg
+
+def measure_catseg(bench: Bench) -> Iterator[Row]:
+    """A training step of CAT-Seg with one image, and its test of one view."""
+    segmenter = random_segmenter(bench)
+    with torch.no_grad():
+        text = segmenter.encode_classes()
+    step, view = catseg_works(bench, segmenter, text)
+    losses = bench.versions(segmenter, lambda: partial(reference_catseg.loss, segmenter))
+    logits = bench.versions(segmenter.logits, lambda: partial(reference_catseg.logits, segmenter))
+    for name, work, versions in (("training step", step, losses), ("test, a view", view, logits)):
+        works = {version: partial(work, each) for version, each in versions.items()}
+        yield Row(f"{name}, images/s", {version: 1 / seconds for version, seconds
+                                        in bench.seconds(works).items()}, more_is_better=True)
+        yield Row(f"{name}, peak memory beyond weights, MB", bench.peaks(works))
+
+
+def random_segmenter(bench: Bench) -> CATSeg:
+    """CAT-Seg on a copy of the bench's CLIP, which the other parts train."""
+    segmenter = CATSeg(copy.deepcopy(bench.clip), Design(bench.cfg.CATSEG_SIZE))
+    segmenter.set_classes([f"class {number}" for number in range(bench.cfg.CATSEG_CLASSES)])
+    segmenter.freeze()
+    return segmenter.to(bench.device)
+
+
+def catseg_works(bench: Bench, segmenter: CATSeg, text: Tensor
+                 ) -> tuple[Callable[[Callable], None], Callable[[Callable], None]]:
+    """A training step with any form of the loss, and a view with any form of the logits."""
+    cfg, size = SimpleNamespace(**vars(settings.parse([], catseg_train))), bench.cfg.CATSEG_SIZE
+    optimizer = catseg_train.build_optimizer(cfg, segmenter)
+    images = torch.randn(1, 3, size, size, device=bench.device)
+    labels = torch.randint(len(text), (1, size, size), device=bench.device)
+    amp = partial(autocast, bench.cfg.PRECISION, bench.device)
+
+    def step(loss: Callable) -> None:
+        segmenter.train()
+        with amp():
+            found = loss(images, labels)
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(catseg_train.trained(segmenter), cfg.CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def view(logits: Callable) -> None:
+        segmenter.eval()
+        with amp():
+            logits(images, text)
+
+    return step, view
+
+
 MEASURES = {
     "input": ("Input, a photograph for {IMAGE_SIZE} px, {CROPS} crops", measure_input),
     "operations": ("Operations of an image of {IMAGE_SIZE} px, {CROPS} crops", measure_operations),
@@ -732,6 +789,8 @@ MEASURES = {
     "segment": ("Segmentation of {SEGMENT_BATCH} images, {PROMPTS} prompts, {PRECISION}",
                 measure_segmentation),
     "shards": ("Input from shards and from a folder, the same images", measure_shards),
+    "catseg": ("CAT-Seg, an image of {CATSEG_SIZE} px, {CATSEG_CLASSES} classes, {PRECISION}",
+               measure_catseg),
     "fvit": ("F-ViT's training step, {FVIT_BATCH} x {FVIT_SIZE} px, {PRECISION}", measure_fvit),
 }
 

@@ -8,14 +8,12 @@ weights of a `CATSeg` and its layers.
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data import normalize, resize
-from downstream.catseg.model import Aggregator, CATSeg, ClassBlock, SwinBlock, Up
-from util.towers import paths_inside
+from downstream.catseg.model import Aggregator, CATSeg, ClassBlock, SwinBlock, Up, tokenizer_of
 
 
 def loss(segmenter: CATSeg, images: Tensor, labels: Tensor) -> Tensor:
@@ -29,10 +27,8 @@ def loss(segmenter: CATSeg, images: Tensor, labels: Tensor) -> Tensor:
 
 def encode_classes(segmenter: CATSeg) -> Tensor:
     """As CATSeg.encode_classes: each class's sentence, padded to the tower's whole context."""
-    with paths_inside(segmenter.clip.source):
-        tokenizer = open_clip.get_tokenizer(segmenter.clip.source)
     sentences = [segmenter.design.template.format(name) for name in segmenter.names]
-    tokens = tokenizer(sentences).to(segmenter.tokens.device)
+    tokens = tokenizer_of(segmenter.clip.source)(sentences).to(segmenter.tokens.device)
     return F.normalize(segmenter.clip.text.encode_text(tokens).float(), dim=-1)
 
 

@@ -4,6 +4,7 @@
     python -m tools.segment photo.jpg --classes "dog | puppy, grass"     # synonyms; no checkpoint
     python -m tools.segment photos/ --classes names.txt --background --threshold 0.4    # and a rest
     python -m tools.segment photo.jpg --classes "cat, sofa" --attention clip --ckpt ...
+    python -m tools.segment photo.jpg --classes "cat, sofa" --ckpt out/catseg/catseg.safetensors
 
 Writes photo.segmentation.png beside each photograph (or into OUT): every class in its own colour,
 named on its regions and in a legend with its share of the image. --attention adds a panel of the
@@ -39,6 +40,8 @@ from data import (
     read_image,
     resize,
 )
+from downstream.catseg import eval as catseg_eval
+from downstream.catseg.model import CATSeg, is_catseg, open_catseg
 from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     ATTENTION,
     CACHE,
@@ -58,6 +61,7 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     WINDOW,
     WINDOW_BATCH,
     Benchmark,
+    Segmenter,
     check_windows,
     fit_windows,
     predict,
@@ -95,9 +99,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
     check_readable(photos)
     use_fonts([*classes.names, *(path.name for path in photos)])
-    clip = open_model(cfg).to(device)
-    panels = panels_of(cfg, clip)
-    text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
+    panels = panels_of(cfg, classes, device)
     failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
     for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
         try:
@@ -105,8 +107,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         except UserError as error:
             failed.append(str(error))
             continue
-        found = {title: predict(rules, model, classes, text, [photo.to(device)])[0].cpu()
-                 for title, (model, rules) in panels.items()}
+        found = {title: segment([photo.to(device)])[0].cpu() for title, segment in panels.items()}
         out = outputs[path]
         atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
         if cfg.LABELS:
@@ -137,22 +138,53 @@ def rules_of(cfg: SimpleNamespace, clip: DeCLIP, attention: str | None) -> Simpl
     return SimpleNamespace(**vars(rules) | {"ATTENTION": attention})
 
 
-def panels_of(cfg: SimpleNamespace, clip: DeCLIP) -> dict[str, tuple[DeCLIP, SimpleNamespace]]:
-    """Titles -> (model, its settings): the model, and with ATTENTION the CLIP it was made from."""
-    name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
-    model = readable(clip.model_name)
-    panels = {f"{name} ({model}, context {clip.context})": (clip, rules_of(cfg, clip, None))}
+def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
+              ) -> dict[str, Segmenter]:
+    """Titles -> segmenters: the model, and with ATTENTION the CLIP that it was made from."""
+    if is_catseg(cfg.CKPT):
+        segmenter = open_catseg(cfg.CKPT).to(device)
+        clip, (title, panel) = segmenter.clip, catseg_panel(cfg, segmenter, classes)
+    else:
+        clip = open_model(cfg).to(device)
+        name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
+        title = f"{name} ({readable(clip.model_name)}, context {clip.context})"
+        panel = clip_panel(cfg, clip, classes, None)
+    panels = {title: panel}
     if cfg.ATTENTION:
         original = open_original(cfg, clip)
-        panels[f"{METHOD_NAMES[cfg.ATTENTION]} ({model})"] = (
-            original, rules_of(cfg, clip, cfg.ATTENTION))
+        panels[f"{METHOD_NAMES[cfg.ATTENTION]} ({readable(clip.model_name)})"] = (
+            clip_panel(cfg, original, classes, cfg.ATTENTION))
     return panels
 
 
+def clip_panel(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, attention: str | None
+               ) -> Segmenter:
+    """What eval_seg.py makes of a CLIP with one attention."""
+    rules = rules_of(cfg, clip, attention)
+    return partial(predict, rules, clip, classes,
+                   encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE))
+
+
+def catseg_panel(cfg: SimpleNamespace, segmenter: CATSeg, classes: Classes
+                 ) -> tuple[str, Segmenter]:
+    """A title, and what downstream.catseg.eval makes of a segmenter, by its own windows.
+
+    Raises UserError for a threshold, which its probabilities of single classes do not have.
+    """
+    if cfg.THRESHOLD is not None:
+        raise UserError(f"THRESHOLD is {cfg.THRESHOLD}, but {cfg.CKPT} is a CAT-Seg, whose "
+                        "background is a class like others; leave it out.")
+    rules = catseg_eval.protocol(SimpleNamespace(**vars(cfg) | {"SIZE": None, "STRIDE": None}),
+                                 segmenter)
+    return (f"CAT-Seg ({readable(segmenter.clip.model_name)})",
+            partial(catseg_eval.predict, rules, segmenter, classes,
+                    catseg_eval.encode(segmenter, classes)))
+
+
 # Rows of model.ATTENTIONS as titles have them.
-METHOD_NAMES = {"clip": "CLIP", "maskclip": "MaskCLIP", "sclip": "SCLIP", "clearclip": "ClearCLIP",
-                "q": "CLIP, last block by q", "k": "CLIP, last block by k",
-                "qk": "CLIP, last block by q and k"}
+METHOD_NAMES = {"clip": "CLIP", "maskclip": "MaskCLIP", "catseg": "MaskCLIP by CAT-Seg",
+                "sclip": "SCLIP", "clearclip": "ClearCLIP", "q": "CLIP, last block by q",
+                "k": "CLIP, last block by k", "qk": "CLIP, last block by q and k"}
 
 
 def readable(name: str) -> str:

@@ -14,8 +14,9 @@ aggregator. Features of places that are the same for all classes, or of classes 
 all places, are called guidance.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,10 +30,10 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from data import constant
-from model import ATTENTIONS, DeCLIP, recorded_model
+from model import ATTENTIONS, DeCLIP, check_names, recorded_model
 from util import UserError
 from util.towers import SplitQKV, paths_inside, projection
-from util.weights import read_weights, write_checkpoint
+from util.weights import read_record, read_weights, write_checkpoint
 
 
 class Design(NamedTuple):
@@ -91,14 +92,17 @@ class CATSeg(nn.Module):
         return self.aggregator(cost, content, text, guidance)
 
     def set_classes(self, names: Sequence[str]) -> None:
-        """Names, one for each class; each of them is encoded once, also if two classes share it."""
+        """Names, one for each class; each of them is encoded once, also if two classes share it.
+
+        Raises UserError for a name that is longer than what the text tower reads.
+        """
         self.names = list(names)
         distinct = list(dict.fromkeys(self.names))
         place = {name: number for number, name in enumerate(distinct)}
         device = self.clip.text.logit_scale.device
-        with paths_inside(self.clip.source):
-            tokenizer = open_clip.get_tokenizer(self.clip.source)
-        tokens = tokenizer([self.design.template.format(name) for name in distinct])
+        tokenizer, template = tokenizer_of(self.clip.source), self.design.template
+        check_names(tokenizer, distinct, [template], self.clip.model_name)
+        tokens = tokenizer([template.format(name) for name in distinct])
         if ends_count(self.clip.text.text):
             tokens = tokens[:, :tokens.argmax(dim=1).max() + 1]
         self.register_buffer("tokens", tokens.to(device), persistent=False)
@@ -139,6 +143,18 @@ class CATSeg(nn.Module):
             "mean": self.clip.mean, "std": self.clip.std, "settings": settings or {},
             "catseg": self.design._asdict(),
             "use": "python -m downstream.catseg.eval or tools.segment"})
+
+
+@cache
+def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a model as open_clip finds it."""
+    with paths_inside(source):
+        return open_clip.get_tokenizer(source)
+
+
+def is_catseg(path: str | Path | None) -> bool:
+    """Whether a file says that it holds a segmenter."""
+    return bool(path) and Path(path).is_file() and "catseg" in read_record(path)
 
 
 def open_catseg(path: str | Path) -> CATSeg:

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import warm
 from conftest import options, succeeds
 from PIL import Image
 
+from data import resize
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg import train
 from downstream.catseg.data import Labelled
 from downstream.catseg.model import open_catseg
-from toy import world
 from util import settings
 from util.weights import read_weights
 
@@ -54,31 +55,28 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return read_weights(folder / "catseg.safetensors")[0]
 
 
-def test_it_learns_two_scenes_by_heart(tmp_path, monkeypatch):
+def test_it_learns_two_images_by_heart(labelled, tmp_path, monkeypatch):
     """Trained without augmentation, and evaluated from its file alone."""
-    world.main(options(out=tmp_path / "toy", train=0, dev=0, val=0, labelled=2, size=64))
-    present = np.unique([np.asarray(Image.open(path))
-                         for path in (tmp_path / "toy/labelled/labels").iterdir()]).tolist()
-    (tmp_path / "names.txt").write_text("".join(f"{world.NAMES[each]}\n" for each in present))
-    (tmp_path / "own.json").write_text(json.dumps({
-        "image": "toy/labelled/images/{}.png", "label": "toy/labelled/labels/{}.png",
-        "classes": "names.txt", "values": present}))
+    two = shutil.copytree(labelled, tmp_path / "two")
+    for path in two.glob("*/*.png"):
+        if path.stem in "124":
+            path.unlink()
     monkeypatch.setattr(train, "augment", lambda sample, size, key: Labelled(
-        sample.image / 255, sample.label.long()))
-    lines = run(tmp_path, tmp_path / "run", model=f"local-dir:{tiny.ROOT / 'toy/clip'}",
-                pretrained="own", image_size=64, most_classes=8, width=32, iterations=60, lr=5e-3)
+        resize(sample.image, size, size),
+        F.interpolate(sample.label[None, None].float(), (size, size))[0, 0].long()))
+    lines = run(two, tmp_path / "run", model=f"local-dir:{tiny.ROOT / 'toy/clip'}",
+                pretrained="own", image_size=64, iterations=200, steps=75, lr=5e-3)
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     result, = catseg_eval.main(options(
-        ckpt=tmp_path / "run/catseg.safetensors", benchmarks=tmp_path / "own.json",
-        num_workers=0, size=64)).values()
-    print(result["mIoU"])
-    assert result["mIoU"] > 90
+        ckpt=tmp_path / "run/catseg.safetensors", benchmarks=two / "own.json", num_workers=0,
+        size=64)).values()
+    assert result["mIoU"] > 80
 
 
-@pytest.mark.parametrize("stop", [1, 3])        # in the middle of an epoch of 2, in the next
-def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path, stop):
+def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path):
+    """Stopped in the middle of its second epoch of two steps."""
     whole = run(labelled, tmp_path / "whole")
-    run(labelled, tmp_path / "parts", steps=stop)
+    run(labelled, tmp_path / "parts", steps=3)
     parts = run(labelled, tmp_path / "parts", resume="true")
     keep = ("step", "epoch", "loss", "lr")
     assert [[line[key] for key in keep] for line in parts] == [[line[key] for key in keep]
@@ -155,10 +153,11 @@ def test_the_file_tells_of_the_run(labelled, tmp_path):
     assert segmenter.design.template == "A photo of a {} in the scene"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precisions(labelled, tmp_path, precision):
-    assert all(math.isfinite(line["loss"])
-               for line in run(labelled, tmp_path, precision=precision, iterations=1))
+def test_half_precision(labelled, tmp_path):
+    """The loss is finite and, since similarities stay in float32, about the same."""
+    exact, half = (run(labelled, tmp_path / name, precision=name, iterations=1)[0]["loss"]
+                   for name in ("fp32", "bf16"))
+    assert math.isclose(exact, half, rel_tol=0.05)
 
 
 def test_published_settings():

@@ -15,16 +15,18 @@ def measured(*more: str, **given) -> dict[str, dict[str, bench.Row]]:
     small = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_size": 32,
              "micro_batch": 2, "repeats": 1, "short_side": 48, "window": 32, "stride": 16,
              "worker_counts": 1, "prompts": 5, "fvit_size": 64, "fvit_batch": 2,
+             "catseg_size": 32, "catseg_classes": 3,
              "channels": 8, "regions": 16}
     rows = bench.main([*options(**small | given), *more])
     return {part: {row.name: row for row in each} for part, each in rows.items()}
 
 
 def test_bench_prints_every_part_beside_the_plain_version(capsys):
-    parts = [*bench.PARTS, "fvit"]
+    parts = [*bench.PARTS, "fvit", "catseg"]
     rows = measured("--baseline", parts=parts)
     printed = capsys.readouterr().out
-    assert list(rows) == ["input", "operations", "train", "context", "segment", "fvit"] == parts
+    assert list(rows) == ["input", "operations", "train", "context", "segment", "fvit",
+                          "catseg"] == parts
     assert all(row.name in printed for part in rows.values() for row in part.values())
     ours, plains = rows["input"]["to the device, MB"].values.values()
     assert ours == pytest.approx(3 * 480 * 640 / 1e6)

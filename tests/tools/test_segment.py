@@ -13,11 +13,14 @@ from matplotlib.colors import to_rgba_array
 from PIL import Image
 from tiny import ROOT
 
-from data import make_classes
+from data import make_classes, read_image
+from downstream.catseg import eval as catseg_eval
+from downstream.catseg.model import CATSeg, Design
 from eval_seg import read_label
 from model import DeCLIP
 from tools import segment
 from toy.world import NAMES, draw_scene
+from util import settings
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.", "largest": 300}
 EVERYTHING = ", ".join(NAMES)
@@ -352,3 +355,26 @@ def test_bad_input_is_one_sentence(photos, given, words):
     with pytest.raises(SystemExit) as error:
         run(*photos, **given)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
+    """CAT-Seg's own windows and names; with ATTENTION beside the CLIP that it was made from."""
+    segmenter = CATSeg(DeCLIP(TOY["model"], "own"), Design(32, width=16))
+    segmenter.save(tmp_path / "catseg.safetensors")
+    path, _ = photo(size=64)
+    given = {"classes": "star, dots | spots, noise", "json": "true"}
+    run(path, **given, attention="clip")
+    plain = json.loads((tmp_path / "scene.segmentation.json").read_text())
+    run(path, **given, attention="clip", ckpt=tmp_path / "catseg.safetensors")
+    panels = json.loads((tmp_path / "scene.segmentation.json").read_text())
+    assert [*panels][0] == "CAT-Seg (toy/clip)" and [*panels.values()][1] == [*plain.values()][1]
+    classes = make_classes(["star", "dots, spots", "noise"])
+    cfg = settings.parse(options(ckpt=tmp_path / "catseg.safetensors"), catseg_eval)
+    segmenter.eval()
+    found, = catseg_eval.predict(catseg_eval.protocol(cfg, segmenter), segmenter, classes,
+                                 catseg_eval.encode(segmenter, classes), [read_image(path)])
+    assert panels["CAT-Seg (toy/clip)"] == segment.shares(found, classes)
+    for more, words in (({"threshold": 0.5, "background": "true"}, "THRESHOLD is 0.5, but"),
+                        ({"classes": "a " * 50}, "is longer than the 32 tokens")):
+        with pytest.raises(SystemExit, match=words):
+            run(path, **given | more, ckpt=tmp_path / "catseg.safetensors")
