@@ -594,16 +594,17 @@ def confusion_matrix(label: Tensor, prediction: Tensor, num_classes: int) -> Ten
     return counts[:-1].view(num_classes, num_classes)
 
 
-def summarize(confusion: Tensor, classes: Classes) -> dict:
+def summarize(confusion: Tensor, classes: Classes, absent_count: bool = True) -> dict:
     """mIoU, pixel accuracy and each class's IoU in per cent.
 
     A class that neither occurs nor is predicted has no IoU (None) and does not enter the mean; one
-    that is predicted but does not occur has 0, as is usual.
+    that is predicted but does not occur has 0, as is usual. absent_count: False leaves that one
+    out, too.
     """
     right = confusion.diag()
     union = confusion.sum(0) + confusion.sum(1) - right
     iou = 100 * right.double() / union
-    present = union > 0
+    present = (union if absent_count else confusion.sum(1)) > 0
     return {"mIoU": iou[present].mean().item(),
             "pixel accuracy": (100 * right.sum().double() / confusion.sum()).item(),
             "pixels": int(confusion.sum()),

@@ -611,6 +611,7 @@ def to_pixels(found: tuple[Tensor, Tensor, Tensor], size: tuple[int, int],
     boxes, scores, labels = found
     (h, w), (H, W) = size, of_image
     boxes = boxes * constant((W / w, H / h) * 2, torch.float, boxes.device)
+    boxes = clip_boxes_to_image(boxes, of_image)        # the factors are rounded
     if masks is not None:
         masks = [paste_mask(mask, box, of_image) for mask, box in zip(masks, boxes.tolist())]
     return Detections(boxes, scores, labels, masks)
@@ -638,7 +639,7 @@ def vild_sentences() -> list[Callable[[str], str]]:
     (X) stands for the name, and a(X) for it with its article.
     """
     pairs = ["There is {} in the scene", "a photo of {} in the scene", "itap of {}",
-             "a photo of {}", "a painting of {}"]
+             "a photo of {}"]
     pairs += [f"a {kind} photo of {{}}" for kind in (
         "good", "bad", "bright", "dark", "low resolution", "cropped", "close-up",
         "jpeg corrupted", "blurry", "pixelated", "black and white")]
@@ -650,6 +651,7 @@ def vild_sentences() -> list[Callable[[str], str]]:
     of_name += [f"{article} {kind} X" for kind in ("plastic", "toy", "plushie", "cartoon")
                 for article in ("a", "the")]
     of_name += ["an embroidered X", "the embroidered X"]
+    of_name += ["a painting of a X", "a painting of the X"]         # "a" before vowels, too
     return [partial(fill, sentence) for sentence in of_name]
 
 

@@ -12,6 +12,7 @@ from conftest import draw_scene
 from torch import nn
 from torchvision.ops import box_iou, roi_align
 
+from data import fitted_size
 from downstream.fvit import model
 from downstream.fvit.model import BACKGROUND, NEITHER, Design, FViT, Rules, Target, open_fvit
 from model import DeCLIP
@@ -291,6 +292,16 @@ def test_masks_are_pasted_where_their_boxes_are():
     assert pasted.shape == (60, 50) and pasted[20:48, 10:24].all()
     assert pasted.sum() == 28 * 14
     assert model.paste_mask(torch.ones(28, 28), [0.0, 0.0, 50.0, 60.0], (60, 50)).all()
+
+
+@pytest.mark.parametrize("height, width", [(427, 640), (640, 427), (334, 500)])
+def test_boxes_at_the_edge_stay_in_their_image(height, width):
+    """427 / 683 * 683 is more than 427 in float32, and a mask must not have a row more."""
+    size = fitted_size(torch.empty(height, width, device="meta"), 1024)
+    edge = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    found = model.to_pixels((edge, torch.ones(1), torch.zeros(1, dtype=torch.long)), size,
+                            (height, width), torch.ones(1, 28, 28))
+    assert found.boxes.tolist() == [[0, 0, width, height]] and found.masks[0].all()
 
 
 # ---------------------------------------------------------------------------------------- detection
