@@ -55,6 +55,19 @@ def test_logits_are_those_of_the_plain_form(name, given, training, classes):
     assert classes < 11 or not torch.equal(*left_out)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_content_guides_normalised_or_as_it_is(normalize, monkeypatch):
+    segmenter, given = make(normalize=normalize), []
+    monkeypatch.setattr(segmenter.aggregator, "forward", lambda *each: given.extend(each))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        segmenter.logits(images, segmenter.encode_classes())
+        content, _ = segmenter.clip.encode_dense(images)
+    cosine = nn.functional.normalize(content, dim=1)
+    close(given[0], torch.einsum("bchw,tc->bthw", cosine, segmenter.encode_classes()))
+    torch.testing.assert_close(given[1], cosine if normalize else content)
+
+
 @pytest.mark.parametrize("shift", [0, 2])
 def test_window_attention(shift):
     block = model.SwinBlock(32, 4, 4, shift)
