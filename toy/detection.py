@@ -60,8 +60,8 @@ def report(cfg: SimpleNamespace) -> str:
     lines = [f"{'AP50, %':10}" + "".join(f"{figure:>14}" for figure in FIGURES)]
     for name, rows in found.items():
         columns = [[row[figure] for row in rows] for figure in FIGURES]
-        spread = [stdev(each) if len(each) > 1 else 0 for each in columns]
-        lines.append(f"{name:10}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}"
+        spread = [f" ± {stdev(each):3.1f}" if len(each) > 1 else "" for each in columns]
+        lines.append(f"{name:10}" + "".join(f"{mean(each):8.1f}{wide:6}"
                                             for each, wide in zip(columns, spread)))
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Open-vocabulary detection in the toy world, without a network: a detector that learned the boxes
-# of seven things finds ten. These are the commands that you would type; with real data they are the
-# same, without the @presets.
+# of seven things finds ten, in five minutes of one core after `make demo`. These are the commands
+# that you would type; with real data they are the same, without the @presets.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
