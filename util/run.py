@@ -140,6 +140,10 @@ class Run:
         self.is_saved, self.has_begun = True, True
         self.is_stepping = False        # between the gradients of a step and its end
         self.is_due = False             # a checkpoint is to be written after the next good step
+        # What a forward changes, such as norms' statistics, and how the last step left it.
+        weights = dict(model.named_parameters())
+        self.buffers = [value for name, value in model.state_dict().items() if name not in weights]
+        self.kept = [buffer.clone() for buffer in self.buffers]
         self.watchdog = Watchdog(self)
         self.progress = tqdm(initial=self.step, total=self.last, desc="train", unit="step",
                              disable=not self.ranks.is_main)
@@ -200,6 +204,7 @@ class Run:
     def end_step(self, lr: float) -> bool:
         """Logs and saves where it is time to -> whether to stop, because a signal came."""
         self.step += 1
+        self.kept = [buffer.clone() for buffer in self.buffers]
         self.is_stepping = False
         self.watchdog.beat()
         self.watchdog.changing.release()
@@ -284,6 +289,9 @@ class Run:
         path = resume_file(self.cfg.OUT, self.step, self.is_sharded)
         if self.guard.is_bad_now() or path.exists():
             return
+        self.model.eval()       # a forward that still runs changes no more buffers
+        for buffer, kept in zip(self.buffers, self.kept):
+            buffer.copy_(kept)
         if self.save():
             print(f"step {self.step} was saved; go on with --resume")
 

@@ -727,20 +727,22 @@ class Line(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(4))
+        self.norm = torch.nn.BatchNorm1d(4, affine=False)       # its statistics are kept, too
 
     def save(self, path: Path, about: dict) -> None:
         torch.save({"weight": self.weight.detach(), "step": about["step"]}, path)
 
 
-def train_line(out: Path, steps: int, precision: str = "fp32", bad=(), left_out=()
+def train_line(out: Path, steps: int, precision: str = "fp32", bad=(), left_out=(), fails_at=None
                ) -> tuple[torch.Tensor, int]:
     """Fits a line by util/run.py -> its weights and the number of bad steps.
 
-    bad: steps whose loss is made NaN. left_out: steps that the optimiser does not make.
+    bad: steps whose loss is made NaN. left_out: steps that the optimiser does not make. fails_at: a
+    step that ends after its forward.
     """
     cfg = SimpleNamespace(OUT=str(out), RESUME=False, EPOCHS=1, STEPS=None, BATCH_SIZE=1,
                           LOG_EVERY=100, SAVE_EVERY=100, KEEP=1, MAX_BAD_FILES=0.0,
-                          MAX_BAD_STEPS=20)
+                          MAX_BAD_STEPS=20, TIMEOUT=600)
     cpu, images = torch.device("cpu"), SimpleNamespace(paths=["x"] * steps, fingerprint="x")
     model, scaler = Line(), grad_scaler(precision, cpu)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -751,6 +753,9 @@ def train_line(out: Path, steps: int, precision: str = "fp32", bad=(), left_out=
             x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
             guess = x.to(dtype) @ model.weight.to(dtype)
             error = (guess.float() - x.sum(dim=1)).square().mean()
+            model.norm(x)
+            if step == fails_at:
+                raise RuntimeError("a kernel failed")
             loss = error * (float("nan") if step in bad else 1)
             scaler.scale(loss).backward()
             run.record({"loss": loss, "error": error}, [step], [[]])
@@ -762,6 +767,17 @@ def train_line(out: Path, steps: int, precision: str = "fp32", bad=(), left_out=
             run.end_step(0.01)
         run.finish()
     return model.weight.detach(), run.guard.bad_steps
+
+
+def test_an_error_saves_the_statistics_of_the_last_step(tmp_path):
+    """Not those that the step which failed had changed already."""
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train_line(tmp_path / "failed", 10, fails_at=7)
+    train_line(tmp_path / "whole", 7)
+    failed, whole = (read_state(tmp_path / name / "resume-00000007.pt")["model"]
+                     for name in ("failed", "whole"))
+    assert failed["norm.num_batches_tracked"] == 7
+    assert all(torch.equal(failed[name], whole[name]) for name in whole)
 
 
 def test_200_bad_steps_are_as_if_they_had_been_left_out(tmp_path):
