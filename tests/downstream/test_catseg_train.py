@@ -55,8 +55,11 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return read_weights(folder / "catseg.safetensors")[0]
 
 
-def test_it_learns_two_images_by_heart(labelled, tmp_path, monkeypatch):
-    """Trained without augmentation, and evaluated from its file alone."""
+@pytest.mark.parametrize("steps, share, least", [
+    (35, 0.7, 0), pytest.param(150, 0.15, 90, marks=pytest.mark.slow)])
+def test_it_learns_two_images_by_heart(labelled, tmp_path, monkeypatch, steps, share, least):
+    """Trained without augmentation, and evaluated from its file alone: the loss falls to a share of
+    the first one, and mIoU is at least so much."""
     two = shutil.copytree(labelled, tmp_path / "two")
     for path in two.glob("*/*.png"):
         if path.stem in "124":
@@ -65,12 +68,12 @@ def test_it_learns_two_images_by_heart(labelled, tmp_path, monkeypatch):
         resize(sample.image, size, size),
         F.interpolate(sample.label[None, None].float(), (size, size))[0, 0].long()))
     lines = run(two, tmp_path / "run", model=f"local-dir:{tiny.ROOT / 'toy/clip'}",
-                pretrained="own", image_size=64, iterations=200, steps=75, lr=5e-3)
-    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+                pretrained="own", image_size=64, iterations=200, steps=steps, lr=5e-3)
+    assert lines[-1]["loss"] < share * lines[0]["loss"]
     result, = catseg_eval.main(options(
         ckpt=tmp_path / "run/catseg.safetensors", benchmarks=two / "own.json", num_workers=0,
         size=64)).values()
-    assert result["mIoU"] > 80
+    assert result["mIoU"] > least
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path):
