@@ -102,7 +102,8 @@ def share_first_blocks(visual, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("case", [0, 1], ids=["224px", "336px"])
+@pytest.mark.parametrize("case", [pytest.param(0, id="224px"),
+                                  pytest.param(1, id="336px", marks=pytest.mark.slow)])
 def test_published_implementation(golden, published, case, monkeypatch):
     """Every figure that the published code returns for the same weights and inputs, within 1e-4."""
     share_first_blocks(published.visual, monkeypatch)

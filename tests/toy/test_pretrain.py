@@ -82,7 +82,9 @@ def test_every_word_is_one_token(tmp_path):
 
 
 @pytest.mark.parametrize("kind, file",
-                         [("clip", "open_clip_model.safetensors"), ("vfm", "model.safetensors")])
+                         [pytest.param("clip", "open_clip_model.safetensors",
+                                       marks=pytest.mark.slow),
+                          ("vfm", "model.safetensors")])
 def test_pretraining_is_seeded(tmp_path, kind, file):
     small = {"scenes": 20, "steps": 3, "batch_size": 4, "seed": 5}
     for name in ("first", "second"):
