@@ -31,6 +31,15 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     SCALE,
 )
 from model import open_model
+from train import (  # noqa: F401 - settings shared with train.py
+    KEEP,
+    LOG_EVERY,
+    MAX_BAD_FILES,
+    MAX_BAD_STEPS,
+    NUM_WORKERS,
+    READ_TIMEOUT,
+    TIMEOUT,
+)
 from util import UserError, distributed, settings
 from util.precision import autocast, check_precision, grad_scaler
 from util.run import Run
@@ -65,14 +74,7 @@ SEED = 0                            # of the first weights, of the images' order
 
 # The machinery
 CHECKPOINTING = False               # compute CLIP's blocks again in backward: less memory
-NUM_WORKERS = 4                     # processes that decode images, for each GPU
-READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
-TIMEOUT = 600.0                     # seconds after which a step that does not end ends the run
-LOG_EVERY = 20                      # steps between lines of log.jsonl
 SAVE_EVERY = 5000                   # steps between checkpoints
-KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
-MAX_BAD_FILES = 0.01                # share of files that may be unreadable before the run stops
-MAX_BAD_STEPS = 20                  # steps in a row without a finite gradient before it stops
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
 from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
-from train import build_optimizer
+from train import (  # noqa: F401 - settings shared with train.py
+    KEEP,
+    LOG_EVERY,
+    MAX_BAD_FILES,
+    MAX_BAD_STEPS,
+    NUM_WORKERS,
+    READ_TIMEOUT,
+    SAVE_EVERY,
+    TIMEOUT,
+    build_optimizer,
+)
 from util import UserError, distributed, settings
 from util.precision import autocast, check_precision, grad_scaler
 from util.run import Run
@@ -80,16 +90,6 @@ EPS = 1e-8                          # of AdamW
 PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a GPU, fp32 on a CPU
 TF32 = False                        # fp32 products with 10 bits on a GPU: faster, the losses' too
 SEED = 0                            # of the order of images, their crops, and what is sampled
-
-# The machinery
-NUM_WORKERS = 4                     # processes that decode images, for each GPU
-READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
-TIMEOUT = 600.0                     # seconds after which a step that does not end ends the run
-LOG_EVERY = 20                      # steps between lines of log.jsonl
-SAVE_EVERY = 1000                   # steps between checkpoints; each epoch ends with one, too
-KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
-MAX_BAD_FILES = 0.01                # share of files that may be unreadable before the run stops
-MAX_BAD_STEPS = 20                  # steps in a row without a finite gradient before it stops
 
 
 def main(argv: list[str] | None = None) -> None:
