@@ -49,7 +49,7 @@ from util.precision import autocast, check_precision
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
 MODEL: str | None = None            # open_clip model; None: the checkpoint's, else EVA02-B-16
 PRETRAINED: str | None = "merged2b_s8b_b131k"   # MODEL's weights, unless CKPT names its own model
-CONTEXT: str | None = None          # q, k, qk, clip or maskclip; None: the checkpoint's, else q
+CONTEXT: str | None = None          # of train.py, such as q or qk; None: the checkpoint's, else q
 SCALE: float | None = None          # factor of the last block's logits; None: the checkpoint's
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: CONTEXT's
 TEMPLATES = "imagenet"              # imagenet: 80 templates (paper); simple: 7; or one with {}

@@ -45,6 +45,7 @@ from util.towers import (
     paths_inside,
     projection,
     timm_trunk,
+    values,
 )
 from util.weights import from_published, read_record, read_weights, write_checkpoint
 
@@ -54,6 +55,7 @@ class Attention(NamedTuple):
     projections: str | None     # letters of q and k; "": V itself; None: the block's QKᵀ
     keeps_residual: bool        # whether the residual connections and the FFN stay
     of_cls: bool = False        # the first residual connection is [CLS]'s for all tokens
+    layers: int = 1             # last blocks whose V are added up
 
 
 ATTENTIONS = {
@@ -65,9 +67,10 @@ ATTENTIONS = {
     "q": Attention("q", False),
     "k": Attention("k", False),
     "qk": Attention("qk", False),
+    "values": Attention("", False, layers=3),       # DenseRC's, without its gate (docs/beyond.md)
 }
 DECOUPLED = ("q", "k", "qk")
-UNDECOUPLED = ("clip", "maskclip")      # one output learns from both teachers: Table 1's first rows
+UNDECOUPLED = ("clip", "maskclip", "values")    # one output learns from both teachers (Table 1)
 CONTEXTS = DECOUPLED + UNDECOUPLED
 
 
@@ -96,6 +99,11 @@ class VisionTower(nn.Module):
         d = self.trunk.embed_dim // self.trunk.blocks[-1].attn.num_heads
         return d**-0.5 if self.scale is None else self.scale
 
+    @property
+    def layers(self) -> int:
+        """The number of last blocks that are computed in parts, for the content."""
+        return ATTENTIONS[self.context].layers
+
     def forward(self, images: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The student's part of a training step: region features (sum k, C), context (B, N, D).
 
@@ -120,12 +128,13 @@ class VisionTower(nn.Module):
         """
         attention = self.known(attention)
         x, extra, grid = self.embed(images)
-        x = self._run(self.trunk.blocks[:-1], x, extra)
-        y, context = self._last_block(x, extra, attention)
+        inputs = self._inputs(x, extra, attention)
+        y, context = self._last_block(inputs, extra, attention)
         content = self.project(y[:, 1:])
         if self.context in UNDECOUPLED:
             is_own = attention == self.context
-            context = self.project(y if is_own else self._last_block(x, extra, self.context)[0])
+            context = self.project(y if is_own
+                                   else self._last_block(inputs, extra, self.context)[0])
         return content.mT.unflatten(2, grid), context[:, 1:]
 
     def encode_layers(self, images: Tensor, layers: Sequence[int], attention: str | None = None
@@ -139,13 +148,12 @@ class VisionTower(nn.Module):
         attention = self.known(attention)
         check_layers(layers, self.num_layers, self.name)
         x, extra, grid = self.embed(images)
-        outputs = {}
-        for number, block in enumerate(self.trunk.blocks[:-1]):
-            x = self._run([block], x, extra)
-            if number in layers:
-                outputs[number] = x
+        inputs = [x]
+        for block in self.trunk.blocks[:-1]:
+            inputs.append(self._run([block], inputs[-1], extra))
+        outputs = dict(enumerate(inputs[1:]))
         if self.num_layers - 1 in layers:
-            outputs[self.num_layers - 1] = self._last_block(x, extra, attention)[0]
+            outputs[self.num_layers - 1] = self._last_block(inputs, extra, attention)[0]
         return [outputs[number][:, 1:].mT.unflatten(2, grid) for number in layers]
 
     def attention_maps(self, images: Tensor, attention: str | None = None) -> list[Tensor]:
@@ -203,12 +211,23 @@ class VisionTower(nn.Module):
                 x = block(x, **extra)
         return x
 
-    def _last_block(self, x: Tensor, extra: dict, attention: str) -> tuple[Tensor, Tensor | None]:
-        """(B, 1 + N, D) -> the block's output by `attention`, and X_context (equations 4 to 6).
+    def _inputs(self, x: Tensor, extra: dict, attention: str) -> list[Tensor]:
+        """The first block's tokens -> those before each of the last blocks that the content needs,
+        (B, 1 + N, D) each."""
+        count = max(self.layers, ATTENTIONS[attention].layers)
+        inputs = [self._run(self.trunk.blocks[:-count], x, extra)]
+        for block in self.trunk.blocks[-count:-1]:
+            inputs.append(self._run([block], inputs[-1], extra))
+        return inputs
+
+    def _last_block(self, inputs: list[Tensor], extra: dict, attention: str
+                    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, 1 + N, D) before the last blocks -> the last one's output by `attention`, and
+        X_context (equations 4 to 6).
 
         X_context has the same shape, is 2D wide for `qk`, and None where nothing is decoupled.
         """
-        block, row = self.trunk.blocks[-1], ATTENTIONS[attention]
+        block, row, x = self.trunk.blocks[-1], ATTENTIONS[attention], inputs[-1]
         projections = row.projections
         of_context = self.context if self.context in DECOUPLED else ""
         # 1. X_context = Proj_q(X), without the rotary embedding
@@ -222,8 +241,11 @@ class VisionTower(nn.Module):
         scale = self.scale if attention in DECOUPLED else None      # baselines divide by √d
         y = sum(self.self_attention(heads[name], v, scale) for name in projections)
         y = (y if projections else v).transpose(1, 2).flatten(2)
-        # 3. Proj, without residual connection and FFN
-        y = block.attn.proj(block.attn.norm(y))
+        # 3. Proj, without residual connection and FFN; for `values` also of the blocks before
+        earlier = slice(-row.layers, -1)
+        y = block.attn.proj(block.attn.norm(y)) + sum(
+            each.attn.proj(each.attn.norm(values(each.attn, each.norm1(tokens))))
+            for each, tokens in zip(self.trunk.blocks[earlier], inputs[earlier]))
         if row.keeps_residual:
             y = (x[:, :1] if row.of_cls else x) + y
             y = y + block.mlp(block.norm2(y))
@@ -260,10 +282,10 @@ class VisionTower(nn.Module):
                             f"{len(blocks)}; choose 1 to {len(blocks)}.")
         self.requires_grad_(False)
         blocks[len(blocks) - unlocked_blocks:].requires_grad_(True)
-        projections, keeps_residual, _ = ATTENTIONS[self.context]
-        used = "qk" if projections is None else projections
+        row = ATTENTIONS[self.context]
+        used = "qk" if row.projections is None else row.projections
         unused = [projection(blocks[-1].attn, name) for name in "qk" if name not in used]
-        unused += [] if keeps_residual else [blocks[-1].norm2, blocks[-1].mlp]
+        unused += [] if row.keeps_residual else [blocks[-1].norm2, blocks[-1].mlp]
         for module in unused:
             module.requires_grad_(False)
 
@@ -473,7 +495,8 @@ class DeCLIP(nn.Module):
     pretrained: an open_clip tag; a file (`declip.safetensors`, an EVA-CLIP `.pt` or an open_clip
         state dict); None for random weights. A `local-dir:` model brings its own for any tag.
     context: q, k or qk, the projections that make X_context (Table 7); clip or maskclip for a block
-        that is not decoupled (Table 1); None is the file's own, else q.
+        that is not decoupled (Table 1); values for the sum of three blocks' V (docs/beyond.md);
+        None is the file's own, else q.
     scale: factor of the decoupled block's logits (baselines always have 1/√d); None is the file's
         own, else the paper's 1/√d. The checkpoints that the authors released need 1.
 

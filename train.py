@@ -49,7 +49,7 @@ RESUME = False                      # go on with the run in OUT from its last ch
 # The model
 MODEL = "EVA02-B-16"                # open_clip model of student and teacher; EVA02-L-14-336 ...
 PRETRAINED: str | None = "merged2b_s8b_b131k"   # its weights: a tag or a file; None: random
-CONTEXT = "q"                       # what makes X_context: q, k, qk; clip, maskclip: not decoupled
+CONTEXT = "q"                       # of X_context: q, k, qk; not decoupled: clip, maskclip, values
 SCALE: float | None = None          # factor of the last block's logits; None: 1/√d; published: 1
 UNLOCKED_BLOCKS: int | None = None  # attention blocks trained, from the end; None: all (paper)
 ENSEMBLE = 1.0                      # share of the student in the saved weights, the rest is CLIP
@@ -283,7 +283,7 @@ def shard_models(student: VisionTower, teacher: VisionTower, vfm: VFM | None,
                  ranks: distributed.Ranks) -> None:
     """Divides the three models over the ranks by blocks; last blocks stay with the rest of their
     models, since a decoupled one is computed in parts."""
-    shard(student, student.trunk.blocks[:-1], ranks)
+    shard(student, student.trunk.blocks[:-student.layers], ranks)
     shard(teacher, teacher.trunk.blocks[:-1], ranks, "encode_image")
     if vfm:
         shard(vfm, vfm.trunk.blocks[:-1], ranks)

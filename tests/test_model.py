@@ -140,9 +140,23 @@ def test_published_implementation(golden, published, case, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- the model
 
-def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Tensor:
-    """The table of the last block, written out with full matrices, one head at a time."""
-    block = clip.visual.trunk.blocks[-1]
+def direct_values(attn: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a block's attention returns before its norm if each token sees itself alone."""
+    found = []
+    handle = attn.norm.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    attn(x.flatten(0, 1)[:, None])
+    handle.remove()
+    return found[0].view_as(x)
+
+
+def direct_last_block(clip: DeCLIP, inputs: list[torch.Tensor], attention: str) -> torch.Tensor:
+    """The table of the last block, written out with full matrices, one head at a time. inputs: the
+    tokens before each block."""
+    blocks = clip.visual.trunk.blocks
+    if attention == "values":
+        return sum(block.attn.proj(block.attn.norm(direct_values(block.attn, block.norm1(x))))
+                   for block, x in zip(blocks, inputs))
+    block, x = blocks[-1], inputs[-1]
     attn, normed = block.attn, block.norm1(x)
     d = normed.shape[-1] // attn.num_heads
     is_decoupled = attention in model.DECOUPLED
@@ -167,10 +181,11 @@ def direct_last_block(clip: DeCLIP, x: torch.Tensor, attention: str) -> torch.Te
 def test_attention_rows(clip, attention, size, scale):
     clip.visual.scale = scale
     with torch.inference_mode():
-        x, extra, (h, w) = clip.visual.embed(images(*size))
+        x, extra, _ = clip.visual.embed(images(*size))
+        inputs = [x]
         for block in clip.visual.trunk.blocks[:-1]:
-            x = block(x, **extra)
-        expected = clip.visual.project(direct_last_block(clip, x, attention))[:, 1:]
+            inputs.append(block(inputs[-1], **extra))
+        expected = clip.visual.project(direct_last_block(clip, inputs, attention))[:, 1:]
         content, _ = clip.encode_dense(images(*size), attention)
     assert content.shape == (2, 32, size[0] // 8, size[1] // 8)
     torch.testing.assert_close(content.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
@@ -201,7 +216,10 @@ def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale:
     x = own.ln_pre(torch.cat([own.class_embedding.expand(len(x), 1, -1), x], dim=1)
                    + own.positional_embedding)
     *before, last = own.transformer.resblocks
+    of_blocks = []
     for block in before:
+        v = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
+        of_blocks.append(block.attn.out_proj(v[2]))
         x = block(x)
     d = x.shape[-1] // last.attn.num_heads
     q, k, v = F.linear(last.ln_1(x), last.attn.in_proj_weight, last.attn.in_proj_bias).chunk(3,
@@ -210,9 +228,10 @@ def open_clip_rows(own: torch.nn.Module, x: torch.Tensor, attention: str, scale:
     factor = scale if scale is not None and attention in model.DECOUPLED else d**-0.5
     pairs = {"clip": [(q, k)], "maskclip": [], "catseg": [], "sclip": [(q, q), (k, k)],
              "clearclip": [(q, q)], "q": [(q, q)], "k": [(k, k)],
-             "qk": [(q, q), (k, k)]}[attention]
+             "qk": [(q, q), (k, k)], "values": []}[attention]
     y = sum((a @ b.mT * factor).softmax(-1) @ v for a, b in pairs) if pairs else v
     y = last.attn.out_proj(y.transpose(1, 2).flatten(2))
+    y = y + sum(of_blocks) if attention == "values" else y
     if attention in ("clip", "maskclip", "catseg", "sclip"):
         y = (x[:, :1] if attention == "catseg" else x) + y
         y = y + last.mlp(last.ln_2(y))
@@ -351,7 +370,7 @@ def test_without_decoupling_one_output_is_content_and_context(clip, context):
 
 
 # of Q and K of the last block
-USED = {"q": "q", "k": "k", "qk": "qk", "clip": "qk", "maskclip": ""}
+USED = {"q": "q", "k": "k", "qk": "qk", "clip": "qk", "maskclip": "", "values": ""}
 
 
 @pytest.mark.parametrize("context", model.CONTEXTS)
@@ -365,7 +384,7 @@ def test_freeze(clip, context):
     assert all(name.startswith(("trunk.blocks.1.", "trunk.blocks.2."))
                for name in trained)
     for part in (".blocks.2.norm2.", ".blocks.2.mlp."):
-        assert any(part in name for name in trained) == (context in model.UNDECOUPLED)
+        assert any(part in name for name in trained) == ATTENTIONS[context].keeps_residual
     assert any(".blocks.1.mlp." in name for name in trained)
     for name in "qk":
         last = [key for key in trained if ".blocks.2." in key

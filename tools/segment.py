@@ -184,7 +184,8 @@ def catseg_panel(cfg: SimpleNamespace, segmenter: CATSeg, classes: Classes
 # Rows of model.ATTENTIONS as titles have them.
 METHOD_NAMES = {"clip": "CLIP", "maskclip": "MaskCLIP", "catseg": "MaskCLIP by CAT-Seg",
                 "sclip": "SCLIP", "clearclip": "ClearCLIP", "q": "CLIP, last block by q",
-                "k": "CLIP, last block by k", "qk": "CLIP, last block by q and k"}
+                "k": "CLIP, last block by k", "qk": "CLIP, last block by q and k",
+                "values": "CLIP, values of three blocks"}
 
 
 def readable(name: str) -> str:

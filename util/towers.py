@@ -10,6 +10,7 @@ from pathlib import Path
 import open_clip
 import timm
 import torch
+import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as OpenClipViT
@@ -204,3 +205,10 @@ def projection(attn: nn.Module, name: str) -> nn.Linear:
     """Proj_q, Proj_k or Proj_v of a last block's attention."""
     is_split = isinstance(attn.qkv, SplitQKV)
     return getattr(attn.qkv, name) if is_split else getattr(attn, f"{name}_proj")
+
+
+def values(attn: nn.Module, x: Tensor) -> Tensor:
+    """Proj_v of any block's attention, also of one whose three projections are fused."""
+    if not isinstance(attn.qkv, nn.Linear):
+        return projection(attn, "v")(x)
+    return F.linear(x, attn.qkv.weight.chunk(3)[2], attn.qkv.bias.chunk(3)[2])
