@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -67,6 +68,7 @@ WINDOW: int | None = None           # side, a multiple of the patch size; None: 
 STRIDE: int | None = None           # from window to window; None: a third of WINDOW
 LOGIT_SCALE: float | None = None    # factor of the cosines before the softmax; None: 40 (VOC21: 80)
 THRESHOLD: float | None = None      # background where no class is more probable; None: benchmark's
+PAMR = 0                            # steps that fit scores to the image's colours (docs/beyond.md)
 WINDOW_BATCH = 16                   # windows of one forward pass
 BATCH_SIZE = 8                      # images whose windows share forward passes
 NUM_WORKERS = 4                     # processes that decode images, for each GPU
@@ -102,7 +104,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     return result
 
 
-PROTOCOL = ("SHORT_SIDE", "LONG_SIDE", "WINDOW", "STRIDE", "LOGIT_SCALE", "THRESHOLD")
+PROTOCOL = ("SHORT_SIDE", "LONG_SIDE", "WINDOW", "STRIDE", "LOGIT_SCALE", "THRESHOLD", "PAMR")
 
 
 def protocol(cfg: SimpleNamespace, logit_scale: float, threshold: float | None
@@ -136,7 +138,7 @@ def check_windows(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting of the sliding window that is out of its range."""
     check_precision(cfg.PRECISION)
     settings.check_least(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1,
-                         LOGIT_SCALE=1)
+                         LOGIT_SCALE=1, PAMR=0)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
     if None not in (cfg.STRIDE, cfg.WINDOW) and not 0 < cfg.STRIDE <= cfg.WINDOW:
@@ -474,8 +476,9 @@ def predict(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, text: Tensor,
     """Images uint8 (3, H, W) and all names' embeddings (P, C) -> the class of each pixel, (H, W).
     """
     return [torch.cat([decide(rows, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD)
-                       for rows in scores.of_pixels()])
-            for scores in score_images(cfg, clip, images, text)]
+                       for rows in (refined(scores, image, cfg.PAMR) if cfg.PAMR
+                                    else scores.of_pixels())])
+            for scores, image in zip(score_images(cfg, clip, images, text), images)]
 
 
 class Scores(NamedTuple):
@@ -526,6 +529,51 @@ def score_images(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], t
                    for sides in zip(size, image.shape[-2:])]
         out.append(Scores(patches.flatten(3).flatten(1, 2), *weights))
     return out
+
+
+# Distances of the pixels that PAMR compares, as published.
+DILATIONS = (1, 2, 4, 8, 12, 24)
+
+
+def refined(scores: Scores, image: Tensor, steps: int) -> Iterator[Tensor]:
+    """As Scores.of_pixels, after PAMR (Araslanov and Roth, CVPR 2020); not in the paper.
+
+    In every step a pixel's scores become a mean of those of its neighbours, 8 in each of DILATIONS,
+    that weighs those of a like colour most. image: uint8 (3, H, W). All scores of an image are in
+    memory at once, (P, H, W).
+    """
+    weights = colour_weights(image)
+    found = torch.cat(list(scores.of_pixels()), dim=1)
+    for some in found.split(16):        # scores of one text do not depend on those of others
+        for _ in range(steps):
+            seen = neighbours(some)     # of a copy
+            some.zero_()
+            for weight, other in zip(weights, seen):
+                some.addcmul_(weight, other)
+    return iter([found])
+
+
+def colour_weights(image: Tensor) -> Tensor:
+    """uint8 (3, H, W) -> what each of a pixel's neighbours weighs, (8 * dilations, H, W), sum 1.
+
+    The softmax of the negative difference of colours, in tenths of the standard deviation among the
+    neighbours and, once for each dilation, the pixel itself.
+    """
+    image = image.float() / 255
+    differences = [other - image for other in neighbours(image)]
+    count = len(differences) + len(DILATIONS)
+    mean = sum(differences) / count
+    variance = (sum(each.square() for each in differences) - count * mean.square()) / (count - 1)
+    unit = 0.1 * variance.clamp(min=0).sqrt() + 1e-8
+    return torch.stack([-(each.abs() / unit).mean(dim=0) for each in differences]).softmax(dim=0)
+
+
+def neighbours(maps: Tensor) -> list[Tensor]:
+    """(C, H, W) -> for each neighbour a view of a copy with repeated borders, (C, H, W)."""
+    H, W, m = *maps.shape[-2:], max(DILATIONS)
+    padded = F.pad(maps[None], (m, m, m, m), mode="replicate")[0]
+    return [padded[:, y:y + H, x:x + W] for d in DILATIONS
+            for y, x in product((m - d, m, m + d), repeat=2) if (y, x) != (m, m)]
 
 
 def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:

@@ -254,6 +254,7 @@ def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_p
     ({"threshold": 0.3, "benchmarks": "voc20"}, "THRESHOLD is for background, which gets what no"),
     ({"logit_scale": 9, "benchmarks": ["voc20", "context59"]}, "but voc20, context59 has none"),
     ({"window_batch": 0}, "WINDOW_BATCH is 0; it must be at least 1"),
+    ({"pamr": -1}, "PAMR is -1; it must be at least 0"),
     ({"threshold": 5}, "THRESHOLD is 5.0; it is a probability"),
     ({"templates": "{} and {}"}, "TEMPLATES is"),
     ({"templates": "photo"},
@@ -338,7 +339,7 @@ def test_the_result_says_which_protocol_was_used(voc, tmp_path):
     eval_seg.main(options(**{key: value for key, value in given.items()
                              if key not in ("short_side", "window", "stride")}))
     result = json.loads((tmp_path / "seg.json").read_text())["benchmarks"]
-    common = {"short_side": 64, "long_side": 2048, "window": 48, "stride": 16}
+    common = {"short_side": 64, "long_side": 2048, "window": 48, "stride": 16, "pamr": 0}
     assert result["voc20"]["protocol"] == common | {"logit_scale": 40, "threshold": None}
     assert result["voc21"]["protocol"] == common | {"logit_scale": 80, "threshold": 0.4}
 

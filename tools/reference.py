@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import Classes, Grid, fitted_size, grid_boxes, normalize, pad_to, resize
-from eval_seg import resized_size, window_scores, window_starts
+from eval_seg import DILATIONS, resized_size, window_scores, window_starts
 from model import VFM, DeCLIP, VisionTower, content_loss
 from train import vfm_size
 from util import UserError
@@ -161,8 +161,28 @@ def score_image(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor)
 def predict(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, text: Tensor, image: Tensor
             ) -> Tensor:
     """uint8 (3, H, W) -> class of each pixel (H, W), by probabilities of all prompts and pixels."""
-    probabilities = (score_image(cfg, clip, image, text) * cfg.LOGIT_SCALE).softmax(dim=0)
+    scores = score_image(cfg, clip, image, text)
+    for _ in range(cfg.PAMR):
+        scores = pamr_step(scores, image)
+    probabilities = (scores * cfg.LOGIT_SCALE).softmax(dim=0)
     probability, prediction = classes.best(probabilities).max(dim=0)
     if cfg.THRESHOLD is None:
         return prediction
     return prediction.masked_fill(probability < cfg.THRESHOLD, 0)
+
+
+def pamr_step(scores: Tensor, image: Tensor) -> Tensor:
+    """One step of eval_seg.refined, pixel by pixel: (P, H, W), uint8 (3, H, W) -> (P, H, W)."""
+    H, W = image.shape[-2:]
+    colours, found = image / 255, torch.empty_like(scores)
+    for y in range(H):
+        for x in range(W):
+            places = [(min(max(y + dy * d, 0), H - 1), min(max(x + dx * d, 0), W - 1))
+                      for d in DILATIONS for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+            near = torch.stack([colours[:, j, i] for j, i in places], dim=1)        # (3, 8 * d)
+            own = colours[:, y, x, None].expand(-1, len(DILATIONS))
+            spread = torch.cat([near, own], dim=1).std(dim=1, keepdim=True)
+            likeness = -((near - own[:, :1]).abs() / (0.1 * spread + 1e-8)).mean(dim=0)
+            others = torch.stack([scores[:, j, i] for j, i in places], dim=1)
+            found[:, y, x] = others @ likeness.softmax(dim=0)
+    return found

@@ -36,6 +36,7 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     LONG_SIDE,
     MODEL,
     OUT,
+    PAMR,
     PRECISION,
     PRETRAINED,
     SCALE,
