@@ -3,6 +3,7 @@
     python eval_region.py --ckpt out/declip/declip.safetensors
     python eval_region.py --attention clip                  # plain CLIP, no checkpoint
     python eval_region.py --sizes 224 336 448 560 672 784 896 1024 --ckpt ...       # Figure 6
+    python eval_region.py --synonyms classes/coco_panoptic_synonyms.txt --ckpt ...  # by other names
     torchrun --nproc_per_node 8 eval_region.py --ckpt ...   # images divided among GPUs
 
 Prints top-1 and top-5 mAcc for boxes, for masks and for the crops' [CLS], which is the bound of
@@ -14,6 +15,7 @@ region.json beside the checkpoint, and for several sizes a plot.
 import re
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -65,6 +67,7 @@ ANNOTATIONS = "data/coco/annotations/panoptic_val2017.json"     # COCO-panoptic 
 PNGS = "data/coco/annotations/panoptic_val2017"         # folder of its PNGs
 IMAGES = "data/coco/val2017"        # folder of its images
 CLASSES: str | None = "classes/coco_panoptic.txt"       # in the order of ids; None: the json's
+SYNONYMS: str | None = None         # class file of other names, to be evaluated beside CLASSES
 CROWD = False                       # also regions marked iscrowd, like CLIPSelf's evaluation
 MIN_AREA = 64                       # smallest box in pixels; 64 is CLIPSelf's
 BINARY_MASKS = False                # a patch that a mask touches counts wholly, as published
@@ -91,15 +94,17 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     check_precision(cfg.PRECISION)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
+    namings = {"": classes} | ({OTHERS: other_names(cfg, classes)} if cfg.SYNONYMS else {})
     dataset[0]      # a wrong folder is found before a model is loaded
     clip = open_model(cfg).to(ranks.device)
     teacher = DeCLIP(clip.source, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
-    text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
+    text = {suffix: encode_classes(clip, named, cfg.TEMPLATES, cfg.CACHE)
+            for suffix, named in namings.items()}
     result, hits = {}, {}
     for size in cfg.SIZES:
         # Crops are cut from the original image, so their figures are those of the first size.
-        models = Models(clip, None if hits else teacher, text, classes)
+        models = Models(clip, None if hits else teacher, text, namings)
         hits |= evaluate(cfg, models, dataset, size, ranks)
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
@@ -131,6 +136,25 @@ def class_names(cfg: SimpleNamespace, dataset: "PanopticRegions") -> Classes:
                         f"{len(dataset.names)} categories; give a file of as many lines, or "
                         "--classes none for the names in the json.")
     return classes
+
+
+OTHERS = ", synonyms"       # ends the names of figures that SYNONYMS gave
+
+
+def other_names(cfg: SimpleNamespace, classes: Classes) -> Classes:
+    """The classes as SYNONYMS calls them; UserError unless every class has only other names there.
+    """
+    others = read_classes(cfg.SYNONYMS)
+    if len(others) != len(classes):
+        raise UserError(f"{cfg.SYNONYMS} has {len(others)} classes, but there are {len(classes)}; "
+                        "give other names of each, a class a line, in the order of CLASSES.")
+    own = {(k, name.casefold()): name for name, k in zip(classes.prompts, classes.owner)}
+    same = next((own[k, name.casefold()] for name, k in zip(others.prompts, others.owner)
+                 if (k, name.casefold()) in own), None)
+    if same:
+        raise UserError(f"{cfg.SYNONYMS} calls {same!r} by a name that CLASSES has for it already; "
+                        "give another one.")
+    return others
 
 
 # ---------------------------------------------------------------------------- panoptic regions
@@ -248,17 +272,20 @@ class Models(NamedTuple):
     """What regions are classified with."""
     clip: DeCLIP
     teacher: DeCLIP | None      # of the crops' [CLS]; None: crops are left out
-    text: Tensor                # (prompts, C)
-    classes: Classes
+    text: dict[str, Tensor]     # of each naming, (prompts, C)
+    namings: dict[str, Classes]     # "": CLASSES; OTHERS: SYNONYMS
 
 
 def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, size: int,
              ranks: distributed.Ranks) -> dict[str, Tensor]:
-    """All images at one size -> for each way the counts (K, 3) of count_hits, over all ranks."""
+    """All images at one size -> for each way the counts (K, 3) of count_hits, over all ranks.
+
+    A way is box, mask or crop, and the same with OTHERS behind it.
+    """
     ways = ("box", "mask", "crop") if models.teacher else ("box", "mask")
     left_out = torch.zeros(1, dtype=torch.long, device=ranks.device)
-    hits = {way: torch.zeros(len(models.classes), 3, dtype=torch.long, device=ranks.device)
-            for way in ways}
+    hits = {way + naming: torch.zeros(len(named), 3, dtype=torch.long, device=ranks.device)
+            for naming, named in models.namings.items() for way in ways}
     loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch",
                         disable=not ranks.is_main):
@@ -266,9 +293,9 @@ def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, siz
         labels = torch.cat([sample.labels for sample in samples])
         labels = labels.to(ranks.device, non_blocking=True)
         encoded = encode_regions(cfg, models.clip, models.teacher, samples, size, ranks.device)
-        for way, features in encoded.items():
-            scores = (F.normalize(features, dim=-1) @ models.text.T).T
-            hits[way] += count_hits(models.classes.best(scores).T, labels)
+        for (way, features), naming in product(encoded.items(), models.namings):
+            scores = (F.normalize(features, dim=-1) @ models.text[naming].T).T
+            hits[way + naming] += count_hits(models.namings[naming].best(scores).T, labels)
     hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
     left_out = distributed.sum_over_ranks(left_out).item()
     if left_out and not hits["box"].any():
@@ -349,8 +376,11 @@ def mean_accuracy(counts: Tensor) -> dict[str, float | int | None]:
 def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor]) -> dict:
     """Counts (K, 3) for each way -> mAcc of things and stuff, each class's top-1, in per cent."""
     of_kind = {"thing": torch.tensor(is_thing), "stuff": ~torch.tensor(is_thing)}
-    means = {f"{way} {kind}": mean_accuracy(counts[chosen]) for way, counts in hits.items()
-             for kind, chosen in of_kind.items()}
+    means = {}
+    for way, counts in hits.items():
+        name, others, _ = way.partition(OTHERS)
+        means |= {f"{name} {kind}{others}": mean_accuracy(counts[chosen])
+                  for kind, chosen in of_kind.items()}
     top1 = {name: {way: round(100 * counts[index, 1].item() / counts[index, 0].item(), 2)
                    for way, counts in hits.items()}
             for index, name in enumerate(classes.names) if hits["box"][index, 0]}
@@ -359,11 +389,12 @@ def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor
 
 def table(means: dict[str, dict]) -> str:
     """The rows of `mAcc` for a screen."""
-    rows = [f"{'mAcc, %':16}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
+    width = max(16, *(len(name) + len(" [CLS]") for name in means))
+    rows = [f"{'mAcc, %':{width}}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
     for name, row in means.items():
         top1, top5 = (shown(row[top]) for top in ("top1", "top5"))
-        rows.append(f"{name.replace('crop', 'crop [CLS]'):16}{top1:>7}{top5:>8}{row['regions']:9}"
-                    f"{row['classes']:9}")
+        rows.append(f"{name.replace('crop', 'crop [CLS]'):{width}}{top1:>7}{top5:>8}"
+                    f"{row['regions']:9}{row['classes']:9}")
     return "\n".join(rows)
 
 
@@ -374,10 +405,11 @@ def shown(figure: float | None) -> str:
 
 def table_of_sizes(result: dict[str, dict]) -> str:
     """Top-1 mAcc at every size, for a screen."""
-    lines = [f"{'top 1 mAcc, %':16}" + "".join(f"{size:>7}" for size in result)]
+    width = max(16, *(len(way) + 1 for way in next(iter(result.values()))["mAcc"]))
+    lines = [f"{'top 1 mAcc, %':{width}}" + "".join(f"{size:>7}" for size in result)]
     for way in next(iter(result.values()))["mAcc"]:
         values = [shown(of_size["mAcc"][way]["top1"]) for of_size in result.values()]
-        lines.append(f"{way:16}" + "".join(f"{value:>7}" for value in values))
+        lines.append(f"{way:{width}}" + "".join(f"{value:>7}" for value in values))
     return "\n".join(lines)
 
 

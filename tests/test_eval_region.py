@@ -98,6 +98,41 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
     assert written["sizes"]["64"] == result and (written["context"], written["scale"]) == ("k", 2.0)
 
 
+def test_synonyms_are_evaluated_beside_the_classes(panoptic, tmp_path):
+    """The figures are those of a run whose classes have these names, at every size."""
+    own, others = tmp_path / "own.txt", tmp_path / "others.txt"
+    own.write_text("disc, plate\nbox\nsea\nground")
+    others.write_text("circle\nsquare, cube\nocean\nsoil, earth")
+    given = TINY | panoptic | {"sizes": [64, 32]}
+    both = eval_region.main(options(**given | {"classes": own, "synonyms": others}))
+    for classes, suffix in ((own, ""), (others, ", synonyms")):
+        alone = eval_region.main(options(**given | {"classes": classes}))
+        for size in ("64", "32"):
+            rows = both[size]["mAcc"]
+            assert len(rows) == 2 * len(alone[size]["mAcc"])
+            assert {f"{row}{suffix}": figures for row, figures in alone[size]["mAcc"].items()
+                    }.items() <= rows.items()
+
+
+def test_synonyms_of_every_class_are_other_names(panoptic, tmp_path):
+    (tmp_path / "own.txt").write_text("disc, plate\nbox\nsea\nground")
+    for names, words in (("circle\nsquare\nocean", "has 3 classes, but there are 4"),
+                         ("Plate\nsquare\nocean\nsoil", "calls 'plate' by a name that CLASSES")):
+        (tmp_path / "others.txt").write_text(names)
+        with pytest.raises(SystemExit, match=words):
+            eval_region.main(options(**TINY | panoptic | {
+                "classes": tmp_path / "own.txt", "synonyms": tmp_path / "others.txt"}))
+
+
+def test_coco_has_other_names():
+    """For each class one that no class has in the list itself."""
+    own = data.read_classes("classes/coco_panoptic.txt")
+    others = data.read_classes("classes/coco_panoptic_synonyms.txt")
+    assert len(own) == len(others) == len(others.prompts)
+    assert not {name.casefold() for name in own.prompts} & {
+        name.casefold() for name in others.prompts}
+
+
 def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_path):
     """Features set to the class embeddings are all right, features set to their opposite all
     wrong."""
