@@ -191,6 +191,29 @@ def test_attention_rows(clip, attention, size, scale):
     torch.testing.assert_close(content.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_values_have_the_gradient_of_the_plain_form(clip):
+    """V of every one of the three blocks learns from the content, and from the context, which is
+    the same stream."""
+    clip.visual.context = "values"
+
+    def gradients(content: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
+        loss = content.flatten(2).square().sum() + context[:, :5].sin().sum()
+        return torch.autograd.grad(loss, list(clip.visual.trunk.blocks.parameters()),
+                                   allow_unused=True)
+
+    found = gradients(*clip.encode_dense(images(32, 48)))
+    x, extra, grid = clip.visual.embed(images(32, 48))
+    inputs = [x]
+    for block in clip.visual.trunk.blocks[:-1]:
+        inputs.append(block(inputs[-1], **extra))
+    tokens = clip.visual.project(direct_last_block(clip, inputs, "values"))[:, 1:]
+    expected = gradients(tokens.mT.unflatten(2, grid), tokens)
+    for own, plain in zip(found, expected):
+        if plain is not None:       # that of Q and K is zero, for one token's softmax is 1
+            own = torch.zeros_like(plain) if own is None else own
+            torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-4)
+
+
 def open_clip_tower(name: str) -> torch.nn.Module:
     """open_clip's own random OpenAI-style tower."""
     own = open_clip.create_model(name, force_custom_text=True).eval().visual
