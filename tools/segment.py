@@ -170,8 +170,12 @@ def catseg_panel(cfg: SimpleNamespace, segmenter: CATSeg, classes: Classes
                  ) -> tuple[str, Segmenter]:
     """A title, and what downstream.catseg.eval makes of a segmenter, by its own windows.
 
-    Raises UserError for a threshold, which its probabilities of single classes do not have.
+    Raises UserError for a threshold, which its probabilities of single classes do not have, and for
+    PAMR, which refines cosines.
     """
+    if cfg.PAMR:
+        raise UserError(f"PAMR is {cfg.PAMR}, but {cfg.CKPT} is a CAT-Seg, whose probabilities it "
+                        "does not refine; leave it out.")
     if cfg.THRESHOLD is not None:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}, but {cfg.CKPT} is a CAT-Seg, whose "
                         "background is a class like others; leave it out.")

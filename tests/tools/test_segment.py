@@ -375,6 +375,7 @@ def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
                                  catseg_eval.encode(segmenter, classes), [read_image(path)])
     assert panels["CAT-Seg (toy/clip)"] == segment.shares(found, classes)
     for more, words in (({"threshold": 0.5, "background": "true"}, "THRESHOLD is 0.5, but"),
+                        ({"pamr": 10}, "PAMR is 10, but"),
                         ({"classes": "a " * 50}, "is longer than the 32 tokens")):
         with pytest.raises(SystemExit, match=words):
             run(path, **given | more, ckpt=tmp_path / "catseg.safetensors")
