@@ -15,7 +15,6 @@ region.json beside the checkpoint, and for several sizes a plot.
 import re
 import sys
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -99,12 +98,12 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     clip = open_model(cfg).to(ranks.device)
     teacher = DeCLIP(clip.source, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
-    text = {suffix: encode_classes(clip, named, cfg.TEMPLATES, cfg.CACHE)
-            for suffix, named in namings.items()}
+    namings = {suffix: Naming(named, encode_classes(clip, named, cfg.TEMPLATES, cfg.CACHE))
+               for suffix, named in namings.items()}
     result, hits = {}, {}
     for size in cfg.SIZES:
         # Crops are cut from the original image, so their figures are those of the first size.
-        models = Models(clip, None if hits else teacher, text, namings)
+        models = Models(clip, None if hits else teacher, namings)
         hits |= evaluate(cfg, models, dataset, size, ranks)
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
@@ -268,12 +267,17 @@ def region_masks(region_ids: Tensor, count: int, size: int, patch_size: int) -> 
 
 # ------------------------------------------------------------------------------ classification
 
+class Naming(NamedTuple):
+    """What the classes are called."""
+    classes: Classes
+    text: Tensor                # (prompts, C)
+
+
 class Models(NamedTuple):
     """What regions are classified with."""
     clip: DeCLIP
     teacher: DeCLIP | None      # of the crops' [CLS]; None: crops are left out
-    text: dict[str, Tensor]     # of each naming, (prompts, C)
-    namings: dict[str, Classes]     # "": CLASSES; OTHERS: SYNONYMS
+    namings: dict[str, Naming]  # "": CLASSES; OTHERS: SYNONYMS
 
 
 def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, size: int,
@@ -284,8 +288,9 @@ def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, siz
     """
     ways = ("box", "mask", "crop") if models.teacher else ("box", "mask")
     left_out = torch.zeros(1, dtype=torch.long, device=ranks.device)
-    hits = {way + naming: torch.zeros(len(named), 3, dtype=torch.long, device=ranks.device)
-            for naming, named in models.namings.items() for way in ways}
+    hits = {way + suffix: torch.zeros(len(naming.classes), 3, dtype=torch.long,
+                                      device=ranks.device)
+            for suffix, naming in models.namings.items() for way in ways}
     loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch",
                         disable=not ranks.is_main):
@@ -293,9 +298,10 @@ def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, siz
         labels = torch.cat([sample.labels for sample in samples])
         labels = labels.to(ranks.device, non_blocking=True)
         encoded = encode_regions(cfg, models.clip, models.teacher, samples, size, ranks.device)
-        for (way, features), naming in product(encoded.items(), models.namings):
-            scores = (F.normalize(features, dim=-1) @ models.text[naming].T).T
-            hits[way + naming] += count_hits(models.namings[naming].best(scores).T, labels)
+        for way, features in encoded.items():
+            features = F.normalize(features, dim=-1)
+            for suffix, (classes, text) in models.namings.items():
+                hits[way + suffix] += count_hits(classes.best((features @ text.T).T).T, labels)
     hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
     left_out = distributed.sum_over_ranks(left_out).item()
     if left_out and not hits["box"].any():
@@ -405,9 +411,10 @@ def shown(figure: float | None) -> str:
 
 def table_of_sizes(result: dict[str, dict]) -> str:
     """Top-1 mAcc at every size, for a screen."""
-    width = max(16, *(len(way) + 1 for way in next(iter(result.values()))["mAcc"]))
+    ways = next(iter(result.values()))["mAcc"]
+    width = max(16, *(len(way) + 1 for way in ways))
     lines = [f"{'top 1 mAcc, %':{width}}" + "".join(f"{size:>7}" for size in result)]
-    for way in next(iter(result.values()))["mAcc"]:
+    for way in ways:
         values = [shown(of_size["mAcc"][way]["top1"]) for of_size in result.values()]
         lines.append(f"{way:{width}}" + "".join(f"{value:>7}" for value in values))
     return "\n".join(lines)

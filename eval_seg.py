@@ -550,7 +550,7 @@ def refined(scores: Scores, image: Tensor, steps: int) -> Iterator[Tensor]:
             some.zero_()
             for weight, other in zip(weights, seen):
                 some.addcmul_(weight, other)
-    return iter([found])
+    yield found
 
 
 def colour_weights(image: Tensor) -> Tensor:

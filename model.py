@@ -43,9 +43,9 @@ from util.towers import (
     create_open_clip,
     locate,
     paths_inside,
+    project_values,
     projection,
     timm_trunk,
-    values,
 )
 from util.weights import from_published, read_record, read_weights, write_checkpoint
 
@@ -148,10 +148,11 @@ class VisionTower(nn.Module):
         attention = self.known(attention)
         check_layers(layers, self.num_layers, self.name)
         x, extra, grid = self.embed(images)
-        inputs = [x]
-        for block in self.trunk.blocks[:-1]:
-            inputs.append(self._run([block], inputs[-1], extra))
-        outputs = dict(enumerate(inputs[1:]))
+        outputs, inputs, count = {}, [x], ATTENTIONS[attention].layers
+        for number, block in enumerate(self.trunk.blocks[:-1]):
+            inputs = [*inputs, self._run([block], inputs[-1], extra)][-count:]
+            if number in layers:
+                outputs[number] = inputs[-1]
         if self.num_layers - 1 in layers:
             outputs[self.num_layers - 1] = self._last_block(inputs, extra, attention)[0]
         return [outputs[number][:, 1:].mT.unflatten(2, grid) for number in layers]
@@ -243,9 +244,9 @@ class VisionTower(nn.Module):
         y = (y if projections else v).transpose(1, 2).flatten(2)
         # 3. Proj, without residual connection and FFN; for `values` also of the blocks before
         earlier = slice(-row.layers, -1)
-        y = block.attn.proj(block.attn.norm(y)) + sum(
-            each.attn.proj(each.attn.norm(values(each.attn, each.norm1(tokens))))
-            for each, tokens in zip(self.trunk.blocks[earlier], inputs[earlier]))
+        y = sum((each.attn.proj(each.attn.norm(project_values(each.attn, each.norm1(tokens))))
+                 for each, tokens in zip(self.trunk.blocks[earlier], inputs[earlier])),
+                start=block.attn.proj(block.attn.norm(y)))
         if row.keeps_residual:
             y = (x[:, :1] if row.of_cls else x) + y
             y = y + block.mlp(block.norm2(y))

@@ -140,6 +140,14 @@ def test_published_implementation(golden, published, case, monkeypatch):
 
 # ---------------------------------------------------------------------------------------- the model
 
+def tokens_before_blocks(clip: DeCLIP, x: torch.Tensor) -> list[torch.Tensor]:
+    x, extra, _ = clip.visual.embed(x)
+    inputs = [x]
+    for block in clip.visual.trunk.blocks[:-1]:
+        inputs.append(block(inputs[-1], **extra))
+    return inputs
+
+
 def direct_values(attn: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What a block's attention returns before its norm if each token sees itself alone."""
     found = []
@@ -181,10 +189,7 @@ def direct_last_block(clip: DeCLIP, inputs: list[torch.Tensor], attention: str) 
 def test_attention_rows(clip, attention, size, scale):
     clip.visual.scale = scale
     with torch.inference_mode():
-        x, extra, _ = clip.visual.embed(images(*size))
-        inputs = [x]
-        for block in clip.visual.trunk.blocks[:-1]:
-            inputs.append(block(inputs[-1], **extra))
+        inputs = tokens_before_blocks(clip, images(*size))
         expected = clip.visual.project(direct_last_block(clip, inputs, attention))[:, 1:]
         content, _ = clip.encode_dense(images(*size), attention)
     assert content.shape == (2, 32, size[0] // 8, size[1] // 8)
@@ -202,12 +207,9 @@ def test_values_have_the_gradient_of_the_plain_form(clip):
                                    allow_unused=True)
 
     found = gradients(*clip.encode_dense(images(32, 48)))
-    x, extra, grid = clip.visual.embed(images(32, 48))
-    inputs = [x]
-    for block in clip.visual.trunk.blocks[:-1]:
-        inputs.append(block(inputs[-1], **extra))
+    inputs = tokens_before_blocks(clip, images(32, 48))
     tokens = clip.visual.project(direct_last_block(clip, inputs, "values"))[:, 1:]
-    expected = gradients(tokens.mT.unflatten(2, grid), tokens)
+    expected = gradients(tokens.mT, tokens)
     for own, plain in zip(found, expected):
         if plain is not None:       # that of Q and K is zero, for one token's softmax is 1
             own = torch.zeros_like(plain) if own is None else own

@@ -80,10 +80,10 @@ def report(cfg: SimpleNamespace) -> str:
     columns = (*FIGURES, *MORE_FIGURES, "seconds")
     lines = [f"{'val scenes, %':34}" + "".join(f"{column:>14}" for column in columns)]
     for name, runs in found.items():
-        columns = [[run[column] for run in runs] for column in runs[0]]
-        spread = [stdev(each) if len(each) > 1 else 0 for each in columns]
+        values = [[run[column] for run in runs] for column in columns]
+        spread = [stdev(each) if len(each) > 1 else 0 for each in values]
         lines.append(f"{name:34}" + "".join(f"{mean(each):8.1f} ± {wide:3.1f}"
-                                            for each, wide in zip(columns, spread)))
+                                            for each, wide in zip(values, spread)))
     return "\n".join(lines)
 
 

@@ -207,7 +207,7 @@ def projection(attn: nn.Module, name: str) -> nn.Linear:
     return getattr(attn.qkv, name) if is_split else getattr(attn, f"{name}_proj")
 
 
-def values(attn: nn.Module, x: Tensor) -> Tensor:
+def project_values(attn: nn.Module, x: Tensor) -> Tensor:
     """Proj_v of any block's attention, also of one whose three projections are fused."""
     if not isinstance(attn.qkv, nn.Linear):
         return projection(attn, "v")(x)
