@@ -38,7 +38,7 @@ from util.order import WindowOrder, check_batch
 from util.run import ignore_signals
 from util.shards import CACHE, ShardChanged, Shards, expand, is_remote
 
-MOST_PIXELS = 100_000_000    # larger images are not decoded: a small file could fill the memory
+MAX_DECODED = 100_000_000    # larger images are not decoded: a small file could fill the memory
 Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Image files that are not read, and are named when they are left out.
@@ -46,7 +46,7 @@ OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".p
                   ".nef", ".cr2", ".arw", ".svg", ".eps", ".psd")
 # PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-MOST_LISTED = 1_000_000     # paths that a process holds, 100 MB; longer lists are kept in a file
+MAX_LISTED = 1_000_000     # paths that a process holds, 100 MB; longer lists are kept in a file
 
 
 # --------------------------------------------------------------------------------- image files
@@ -96,8 +96,8 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndar
     if factor > 1:      # a JPEG can be decoded at a half, a quarter or an eighth
         file.draft(None, (max(1, file.width // factor), max(1, file.height // factor)))
         factor = reduction(file, most)
-    if file.width * file.height > MOST_PIXELS:
-        raise ValueError(f"it is {file.width} x {file.height}, and at most {MOST_PIXELS:,} pixels "
+    if file.width * file.height > MAX_DECODED:
+        raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
                          "are decoded")
     if upright:
         ImageOps.exif_transpose(file, in_place=True)
@@ -129,7 +129,7 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
                 others: Counter[str] | None = None) -> Sequence[str]:
     """The sorted image files below a folder, or those that a COCO-style json names.
 
-    A folder of more than MOST_LISTED is listed once into a file of CACHE, and again when it has
+    A folder of more than MAX_LISTED is listed once into a file of CACHE, and again when it has
     changed; no process then holds all the paths.
     root: folder of the json's images, by default the json's own. outside: a json may name images
     that are not below it. others: gets the number of image files of each suffix that is not read.
@@ -186,10 +186,10 @@ def list_folder(folder: Path, others: Counter[str]) -> Sequence[str]:
             return names
     times: dict[str, int] = {}
     found = walk_images(folder, others, times)
-    first = list(islice(found, MOST_LISTED + 1))
-    if len(first) <= MOST_LISTED:
+    first = list(islice(found, MAX_LISTED + 1))
+    if len(first) <= MAX_LISTED:
         return sorted(first)
-    print(f"{folder} holds more than {MOST_LISTED:,} images; listing them into {listed}")
+    print(f"{folder} holds more than {MAX_LISTED:,} images; listing them into {listed}")
     names = (os.path.relpath(path, folder) for path in chain(first, found))
     write_sorted(listed, names, {"times": times, "others": others})
     return Names(listed, str(folder))
@@ -436,17 +436,17 @@ def num_workers(wanted: int) -> int:
 
 # ------------------------------------------------------------------------ images on the device
 
-MOST_REDUCED = 32       # factor that CUDA's antialiased resize surely takes; it fails beyond 47
+MAX_REDUCED = 32       # factor that CUDA's antialiased resize surely takes; it fails beyond 47
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 or float [0, 1] (3, H, W) -> float [0, 1] (3, height, width), antialiased bicubic."""
     image = image.float() / 255 if image.dtype == torch.uint8 else image
     H, W = image.shape[-2:]
-    if H > MOST_REDUCED * height or W > MOST_REDUCED * width:
+    if H > MAX_REDUCED * height or W > MAX_REDUCED * width:
         # The filter of so large a step does not fit into a GPU's shared memory: two steps.
-        image = F.adaptive_avg_pool2d(image, (min(H, MOST_REDUCED // 2 * height),
-                                              min(W, MOST_REDUCED // 2 * width)))
+        image = F.adaptive_avg_pool2d(image, (min(H, MAX_REDUCED // 2 * height),
+                                              min(W, MAX_REDUCED // 2 * width)))
     size = (height, width)
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
@@ -558,7 +558,7 @@ class Classes:
     """Class names with synonyms: `names` has the first of each class, `prompts` all of them."""
     names: list[str]
     prompts: list[str]
-    owner: list[int]        # the class of each prompt
+    class_of_prompt: list[int]        # the class of each prompt
 
     def __len__(self) -> int:
         return len(self.names)
@@ -567,18 +567,18 @@ class Classes:
         """Scores (prompts, ...) -> (K, ...): a class has the best score of its synonyms."""
         if len(self.prompts) == len(self.names):
             return scores
-        owner = constant(tuple(self.owner), torch.long, scores.device)
-        owner = owner.view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
+        class_of_prompt = constant(tuple(self.class_of_prompt), torch.long, scores.device)
+        class_of_prompt = class_of_prompt.view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
         out = scores.new_full((len(self), *scores.shape[1:]), float("-inf"))
-        return out.scatter_reduce(0, owner, scores, "amax")
+        return out.scatter_reduce(0, class_of_prompt, scores, "amax")
 
 
 def make_classes(lines: Sequence[str]) -> Classes:
     """One class a line, synonyms after commas."""
     synonyms = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
-    owner = [index for index, names in enumerate(synonyms) for _ in names]
+    class_of_prompt = [index for index, names in enumerate(synonyms) for _ in names]
     return Classes([names[0] for names in synonyms],
-                   [name for names in synonyms for name in names], owner)
+                   [name for names in synonyms for name in names], class_of_prompt)
 
 
 def first_twice(names: Sequence[str]) -> str | None:

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Classifies the regions of all images at every size; prints and writes the figures."""
-    settings.check_least(cfg, BATCH_SIZE=1, CROP_BATCH=1, NUM_WORKERS=0)
+    settings.check_min(cfg, BATCH_SIZE=1, CROP_BATCH=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes = class_names(cfg, dataset)
@@ -147,8 +147,8 @@ def other_names(cfg: SimpleNamespace, classes: Classes) -> Classes:
     if len(others) != len(classes):
         raise UserError(f"{cfg.SYNONYMS} has {len(others)} classes, but there are {len(classes)}; "
                         "give other names of each, a class a line, in the order of CLASSES.")
-    own = {(k, name.casefold()): name for name, k in zip(classes.prompts, classes.owner)}
-    same = next((own[k, name.casefold()] for name, k in zip(others.prompts, others.owner)
+    own = {(k, name.casefold()): name for name, k in zip(classes.prompts, classes.class_of_prompt)}
+    same = next((own[k, name.casefold()] for name, k in zip(others.prompts, others.class_of_prompt)
                  if (k, name.casefold()) in own), None)
     if same:
         raise UserError(f"{cfg.SYNONYMS} calls {same!r} by a name that CLASSES has for it already; "
@@ -158,7 +158,7 @@ def other_names(cfg: SimpleNamespace, classes: Classes) -> Classes:
 
 # ---------------------------------------------------------------------------- panoptic regions
 
-class Regions(NamedTuple):
+class LabelledRegions(NamedTuple):
     """An image and its labelled regions."""
     image: Tensor       # uint8 (3, H, W)
     region_ids: Tensor  # int16 (H, W): the region that a pixel belongs to, -1 for none
@@ -196,11 +196,11 @@ class PanopticRegions(Dataset):
     def __len__(self) -> int:
         return len(self.annotations)
 
-    def __getitem__(self, index: int) -> Regions:
+    def __getitem__(self, index: int) -> LabelledRegions:
         with fields_of(self.path):
             return self._read(self.annotations[index])
 
-    def _read(self, annotation: dict) -> Regions:
+    def _read(self, annotation: dict) -> LabelledRegions:
         png = self.pngs / annotation["file_name"]
         image, ids = self._read_files(annotation, png)
         self._check(png, annotation["segments_info"])
@@ -215,7 +215,7 @@ class PanopticRegions(Dataset):
         boxes = torch.tensor([region["bbox"] for region in kept], dtype=torch.float).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = [self.class_of[region["category_id"]] for region in kept]
-        return Regions(image, torch.from_numpy(region_ids), boxes,
+        return LabelledRegions(image, torch.from_numpy(region_ids), boxes,
                        torch.tensor(labels, dtype=torch.long), len(wanted) - len(kept))
 
     def _read_files(self, annotation: dict, png: Path) -> tuple[Tensor, np.ndarray]:
@@ -252,7 +252,7 @@ def is_inside(bbox: list[float], height: int, width: int) -> bool:
 
 
 def region_masks(region_ids: Tensor, count: int, size: int, patch_size: int) -> Tensor:
-    """Regions' shares of each patch of the student's padded image.
+    """LabelledRegions' shares of each patch of the student's padded image.
 
     int (H, W), the region of each pixel -> float (count, size / patch_size, size / patch_size).
     """
@@ -315,7 +315,7 @@ def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, siz
 
 @torch.inference_mode()
 def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
-                   samples: list[Regions], size: int, device: torch.device) -> dict[str, Tensor]:
+                   samples: list[LabelledRegions], size: int, device: torch.device) -> dict[str, Tensor]:
     """Features of all regions by box, by mask, and their crops' [CLS] by `teacher`: (sum k, C)."""
     images = [sample.image.to(device, non_blocking=True) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
@@ -337,7 +337,7 @@ def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
     return features
 
 
-def box_in_frame(sample: Regions, size: int) -> Tensor:
+def box_in_frame(sample: LabelledRegions, size: int) -> Tensor:
     """Boxes in pixels of the image -> (k, 4) in [0, 1] of the student's padded image."""
     H, W = sample.image.shape[-2:]
     h, w = fitted_size(sample.image, size)

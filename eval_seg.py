@@ -122,7 +122,7 @@ def protocol(cfg: SimpleNamespace, logit_scale: float, threshold: float | None
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_windows(cfg)
     names = PAPER_BENCHMARKS if cfg.BENCHMARKS == ("all",) else cfg.BENCHMARKS
     benchmarks = [find_benchmark(name) for name in names]
@@ -137,7 +137,7 @@ def check(cfg: SimpleNamespace) -> None:
 def check_windows(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting of the sliding window that is out of its range."""
     check_precision(cfg.PRECISION)
-    settings.check_least(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1,
+    settings.check_min(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1,
                          LOGIT_SCALE=1, PAMR=0)
     if not 0 <= (cfg.THRESHOLD or 0) <= 1:
         raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
@@ -177,7 +177,7 @@ UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class SegmentationBenchmark:
     """A benchmark's files in their original layout, its label values, and how it is evaluated.
 
     `{}` in a path stands for an image's name.
@@ -219,22 +219,22 @@ TOY = ("names.txt", "images/{}.png", "labels/{}.png", "toy.txt", range(18))
 
 # Thresholds and scales are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
-    "voc21": Benchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0),
-    "context60": Benchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
-    "coco_object": Benchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
-    "voc20": Benchmark(*VOC, "voc20.txt", range(1, 21), (0, 255)),
-    "context59": Benchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
-    "coco_stuff": Benchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
-    "cityscapes": Benchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, CITYSCAPES_VOID),
-    "ade150": Benchmark(*ADE, "ade150.txt", range(1, 151), (0,)),
-    "toy": Benchmark("toy/val", *TOY),
-    "toy_dev": Benchmark("toy/dev", *TOY),      # to choose settings with
+    "voc21": SegmentationBenchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0),
+    "context60": SegmentationBenchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
+    "coco_object": SegmentationBenchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
+    "voc20": SegmentationBenchmark(*VOC, "voc20.txt", range(1, 21), (0, 255)),
+    "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
+    "coco_stuff": SegmentationBenchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
+    "cityscapes": SegmentationBenchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, CITYSCAPES_VOID),
+    "ade150": SegmentationBenchmark(*ADE, "ade150.txt", range(1, 151), (0,)),
+    "toy": SegmentationBenchmark("toy/val", *TOY),
+    "toy_dev": SegmentationBenchmark("toy/dev", *TOY),      # to choose settings with
 }
 # Those of Tables 5 and 10.
 PAPER_BENCHMARKS = tuple(name for name in KNOWN_BENCHMARKS if not name.startswith("toy"))
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name: str) -> SegmentationBenchmark:
     """The benchmark of a name, or the one that a user's json file describes (docs/data.md).
 
     Paths in the json are relative to it. Raises UserError if there is none, or for wrong fields.
@@ -255,12 +255,12 @@ def find_benchmark(name: str) -> Benchmark:
     if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
         classes = CLASS_FILES / content["classes"]
     content = {"names": "*", "values": range(len(read_classes(classes)))} | content
-    return Benchmark(**content | {"folder": str(folder / content.get("folder", "")),
+    return SegmentationBenchmark(**content | {"folder": str(folder / content.get("folder", "")),
                                   "classes": str(classes)})
 
 
 def is_field(key: str, value: object) -> bool:
-    """Whether a user's json may have a field of Benchmark with this value."""
+    """Whether a user's json may have a field of SegmentationBenchmark with this value."""
     if key in ("values", "void"):
         return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**16
                                                for each in value)
@@ -284,7 +284,7 @@ class MissingData(UserError):
 class SegmentationImages(Dataset):
     """A benchmark: item i is (uint8 image (3, H, W), int16 label (H, W) of classes or VOID)."""
 
-    def __init__(self, benchmark: Benchmark, data: str | Path):
+    def __init__(self, benchmark: SegmentationBenchmark, data: str | Path):
         self.root = find(Path(data) / benchmark.folder)
         self.benchmark = benchmark
         self.names = self._list()
@@ -623,7 +623,7 @@ def decide(scores: Tensor, classes: Classes, logit_scale: float, threshold: floa
     class is that probable is class 0, the background.
     """
     best, prompt = scores.max(dim=0)
-    prediction = constant(tuple(classes.owner), torch.long, scores.device)[prompt]
+    prediction = constant(tuple(classes.class_of_prompt), torch.long, scores.device)[prompt]
     if threshold is None:
         return prediction
     total = torch.logsumexp(logit_scale * scores, dim=0)

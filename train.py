@@ -111,7 +111,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     if dataset.others and ranks.is_main:
         print(f"left out: {counted(dataset.others)}; only {' '.join(IMAGE_SUFFIXES)} are read")
     steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
-    with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", HARMLESS) as run:
+    with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", MAY_CHANGE_ON_RESUME) as run:
         clip, teacher, vfm = build(cfg, torch.device("cpu") if cfg.FSDP else ranks.device)
         if cfg.FSDP:        # before the optimiser, which takes the parts of the weights
             shard_models(clip.visual, teacher, vfm, ranks)
@@ -195,12 +195,12 @@ def vfm_size(image_size: int, clip: VisionTower, vfm: VFM) -> int:
 # ---------------------------------------------------------------------------------- the set-up
 
 # Settings that may differ when a run is resumed, besides those of util/run.py.
-HARMLESS = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "READ_TIMEOUT", "COMPILE", "CHECKPOINTING")
+MAY_CHANGE_ON_RESUME = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "READ_TIMEOUT", "COMPILE", "CHECKPOINTING")
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
+    settings.check_min(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
                          SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
                          CROP_SIZE=1, MAX_CROPS=1, MAX_PIXELS=1, GRID_ASPECT=1, UNLOCKED_BLOCKS=1,
                          WARMUP=0, NUM_WORKERS=0, READ_TIMEOUT=0.001, TIMEOUT=1, LR=0, LAMBDA=0,

@@ -58,7 +58,7 @@ RARE = "rare"       # the novel classes are those of LVIS's frequency r
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class DetectionBenchmark:
     """A data set's files in their original layout, and its split.
 
     train, val: a COCO-style json and the folder of its images, below DATA.
@@ -76,22 +76,22 @@ COCO_VAL = ("coco/annotations/instances_val2017.json", "coco/val2017")
 TOY_TRAIN = ("toy/train/instances.json", "toy/train")
 
 KNOWN_BENCHMARKS = {
-    "ovcoco": Benchmark(COCO_TRAIN, COCO_VAL, "ovcoco_base.txt", "ovcoco_novel.txt"),
-    "ovlvis": Benchmark(("lvis/lvis_v1_train.json", "coco"), ("lvis/lvis_v1_val.json", "coco"),
+    "ovcoco": DetectionBenchmark(COCO_TRAIN, COCO_VAL, "ovcoco_base.txt", "ovcoco_novel.txt"),
+    "ovlvis": DetectionBenchmark(("lvis/lvis_v1_train.json", "coco"), ("lvis/lvis_v1_val.json", "coco"),
                         novel=RARE, is_lvis=True, most=300),
     # Of transfer: nothing is seen or novel but by the detector's own training.
-    "coco": Benchmark(COCO_TRAIN, COCO_VAL),
-    "objects365": Benchmark(None, ("objects365/annotations/objects365_val.json",
+    "coco": DetectionBenchmark(COCO_TRAIN, COCO_VAL),
+    "objects365": DetectionBenchmark(None, ("objects365/annotations/objects365_val.json",
                                    "objects365/val")),
-    "toy": Benchmark(TOY_TRAIN, ("toy/val/instances.json", "toy/val/images")),
-    "toy_dev": Benchmark(TOY_TRAIN, ("toy/dev/instances.json", "toy/dev/images")),
+    "toy": DetectionBenchmark(TOY_TRAIN, ("toy/val/instances.json", "toy/val/images")),
+    "toy_dev": DetectionBenchmark(TOY_TRAIN, ("toy/dev/instances.json", "toy/dev/images")),
 }
 
 
 class Annotations(NamedTuple):
     """A json as a benchmark wants it: images, and the objects of its classes."""
     path: Path                  # the json, for messages
-    benchmark: Benchmark
+    benchmark: DetectionBenchmark
     images: list[dict]          # the json's entries: id, height, width ...
     files: list[str]            # and their files
     objects: list[dict]         # the json's entries, crowds too
@@ -131,11 +131,11 @@ def find_annotations(cfg: SimpleNamespace, split: str) -> Annotations:
     return Annotations(path, benchmark, images, files, objects, ids, *classes)
 
 
-def find_files(cfg: SimpleNamespace, split: str) -> tuple[Benchmark, Path, Path]:
+def find_files(cfg: SimpleNamespace, split: str) -> tuple[DetectionBenchmark, Path, Path]:
     """The benchmark of DATASET, its json for a split, and the folder of its images."""
     if cfg.DATASET.endswith(".json"):
         own = find(cfg.DATASET)
-        benchmark, path, folder = Benchmark(None, ("", "")), own, own.parent
+        benchmark, path, folder = DetectionBenchmark(None, ("", "")), own, own.parent
     elif cfg.DATASET not in KNOWN_BENCHMARKS:
         raise UserError(f"There is no data set {cfg.DATASET!r}; choose among "
                         f"{', '.join(KNOWN_BENCHMARKS)}, or a COCO-style json of your own.")
@@ -152,7 +152,7 @@ def find_files(cfg: SimpleNamespace, split: str) -> tuple[Benchmark, Path, Path]
     return benchmark, path, find(cfg.IMAGES or folder)
 
 
-def split_classes(path: Path, categories: list[dict], benchmark: Benchmark, novel: str | None
+def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchmark, novel: str | None
                   ) -> tuple[list[int], list[str], list[bool], list[str]]:
     """The json's id, name, whether seen, and frequency of each class, in the order of ids.
 
@@ -305,7 +305,7 @@ def inside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------- augmentation
 
-MOST_DRAWS = 50     # of crops, until one shows an object
+MAX_DRAWS = 50     # of crops, until one shows an object
 
 
 class View(NamedTuple):
@@ -362,7 +362,7 @@ def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float]
     """A random view; drawn again as long as it shows none of the image's objects."""
     rng, of_image = random.Random(key), tuple(objects.image.shape[-2:])
     boxes = objects.boxes.cpu()     # once an image; the draws would each wait for a GPU
-    for _ in range(MOST_DRAWS):
+    for _ in range(MAX_DRAWS):
         size = fitted_size(objects.image, max(1, round(side * rng.uniform(*scales))))
         height, width = (min(each, side) for each in size)
         view = View(size, rng.randint(0, size[0] - height), rng.randint(0, size[1] - width),

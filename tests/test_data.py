@@ -128,7 +128,7 @@ def test_a_large_folder_is_listed_once(tmp_path, images, monkeypatch, capsys):
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "x.gif").touch()
     expected, small = data.list_images(folder), data.TrainingImages(folder)
-    monkeypatch.setattr(data, "MOST_LISTED", 3)
+    monkeypatch.setattr(data, "MAX_LISTED", 3)
     dataset = data.TrainingImages(folder)
     assert isinstance(dataset.paths, Names) and list(dataset.paths) == expected
     assert dataset[4].data.equal(small[4].data) and dataset.others == {".gif": 1}

@@ -306,7 +306,7 @@ def test_masks_may_be_binary(panoptic):
     assert ((0 < weights) & (weights < 0.99)).any()
 
 
-def first(panoptic: dict, tmp_path, change) -> eval_region.Regions:
+def first(panoptic: dict, tmp_path, change) -> eval_region.LabelledRegions:
     """The first item after `change` has been made to the json."""
     content = json.loads(open(panoptic["annotations"]).read())
     change(content)

@@ -65,7 +65,7 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     STRIDE,
     WINDOW,
     WINDOW_BATCH,
-    Benchmark,
+    SegmentationBenchmark,
 )
 from model import VFM, VisionTower, context_loss
 from tools import reference, reference_catseg
@@ -141,7 +141,7 @@ WIDTH = 56      # of the table's first column
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1,
+    settings.check_min(cfg, REPEATS=1, PROMPTS=1, CROPS=1, MICRO_BATCH=1, SEGMENT_BATCH=1,
                          FVIT_SIZE=1, FVIT_BATCH=1, CATSEG_SIZE=1, CATSEG_CLASSES=1)
     unknown = [part for part in cfg.PARTS if part not in MEASURES]
     if unknown:
@@ -179,7 +179,7 @@ class Bench:
         own = vars(cfg) | {"PRETRAINED": None, "VFM_PRETRAINED": False}
         self.training = SimpleNamespace(**vars(settings.parse([], train)) | own)
         of_evaluation = SimpleNamespace(**vars(settings.parse([], eval_seg)) | own)
-        self.evaluation = eval_seg.protocol(of_evaluation, Benchmark.logit_scale, None)
+        self.evaluation = eval_seg.protocol(of_evaluation, SegmentationBenchmark.logit_scale, None)
         train.check(self.training)
         eval_seg.check_windows(self.evaluation)
         self.cfg, self.device, self.dataset = cfg, device, dataset

@@ -39,7 +39,7 @@ from downstream.fvit.eval import (  # noqa: F401 - settings shared with eval.py
     check_scores,
     detector_settings,
     open_detector,
-    rules_of,
+    score_rules,
 )
 from tools.segment import PALETTE, find_photos, outputs_of
 from util import UserError, distributed, settings
@@ -70,7 +70,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
-    rules = rules_of(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
+    rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
     failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
     for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
@@ -128,7 +128,7 @@ def counted(labels: Sequence[int]) -> dict[int, int]:
 
 INCHES = 9.0        # longest side of the photograph in the figure
 LETTER = 8.0        # size of a letter in points
-MOST_NAMED = 24     # classes in a legend
+MAX_NAMED = 24     # classes in a legend
 
 
 def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, path: str) -> None:
@@ -213,9 +213,9 @@ def add_legend(axis: plt.Axes, counts: dict[int, int], titles: Sequence[str],
                colour_of: dict[int, str]) -> None:
     """Below the photograph: colour, name and number of each class, and what an asterisk says."""
     handles = [patches.Patch(color=colour_of[label], label=f"{titles[label]}  {count}")
-               for label, count in list(counts.items())[:MOST_NAMED]]
-    if len(counts) > MOST_NAMED:
-        handles.append(patches.Patch(color="none", label=f"{len(counts) - MOST_NAMED} more"))
+               for label, count in list(counts.items())[:MAX_NAMED]]
+    if len(counts) > MAX_NAMED:
+        handles.append(patches.Patch(color="none", label=f"{len(counts) - MAX_NAMED} more"))
     title = None if handles else "nothing found"
     if any(titles[label].endswith("*") for label in counts):
         title = "* not seen in training"

@@ -51,7 +51,7 @@ def aggregate(aggregator: Aggregator, cost: Tensor, content: Tensor, taps: tuple
     (D, 4h, 4w), text (T, C) -> (1, T, 4h, 4w)."""
     out = torch.full((len(cost), 4 * cost.shape[1], 4 * cost.shape[2]), -100.0, device=cost.device)
     best = sorted(range(len(cost)), key=lambda k: -cost[k].max().item())
-    kept = sorted(best[:aggregator.most_classes])
+    kept = sorted(best[:aggregator.max_classes])
     of_image = aggregator.image_guidance(content[None]).expand(len(kept), -1, -1, -1)
     of_text = aggregator.text_guidance(text[kept])
     x = torch.cat([aggregator.embed(cost[k][None, None]) for k in kept])        # (T, D, h, w)
@@ -91,7 +91,7 @@ def classes(block: ClassBlock, x: Tensor, guidance: Tensor) -> Tensor:
     """As ClassBlock, with every class that is padded: x (T, D, h, w), guidance (T, D) -> x."""
     T, D, h, w = x.shape
     small = F.avg_pool2d(x, 2) if block.training else x
-    missing = max(0, block.most_classes - T)
+    missing = max(0, block.max_classes - T)
     padding = block.padding[None, :, None, None].expand(missing, -1, *small.shape[2:])
     y = torch.cat([small, padding]).permute(2, 3, 0, 1)                 # (h, w, classes, D)
     guidance = torch.cat([guidance, block.padding_guidance.expand(missing, -1)])

@@ -61,7 +61,7 @@ from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
     THRESHOLD,
     WINDOW,
     WINDOW_BATCH,
-    Benchmark,
+    SegmentationBenchmark,
     Segmenter,
     check_windows,
     fit_windows,
@@ -135,7 +135,7 @@ def check_readable(photos: Sequence[Path]) -> None:
 
 def rules_of(cfg: SimpleNamespace, clip: DeCLIP, attention: str | None) -> SimpleNamespace:
     """The settings of segmentation with one attention; a threshold only where it was given."""
-    rules = fit_windows(protocol(cfg, Benchmark.logit_scale, cfg.THRESHOLD), clip)
+    rules = fit_windows(protocol(cfg, SegmentationBenchmark.logit_scale, cfg.THRESHOLD), clip)
     return SimpleNamespace(**vars(rules) | {"ATTENTION": attention})
 
 
@@ -258,7 +258,7 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
 
 def line_of(classes: Classes, k: int) -> str:
     """A class with its synonyms, as a class file has it."""
-    return ", ".join(name for name, owner in zip(classes.prompts, classes.owner) if owner == k)
+    return ", ".join(name for name, number in zip(classes.prompts, classes.class_of_prompt) if number == k)
 
 
 OWN_FILES = (".segmentation.png", ".labels.png", ".detection.png")      # also of tools.detect
@@ -318,8 +318,8 @@ PALETTE = ("#005ba1", "#ff8700", "#4aff94", "#d90012", "#b702ff", "#90c9ff", "#b
            "#47c98b", "#aff800", "#e74b00", "#fe6fc6")
 OPACITY = 0.6       # of a colour over the photograph in grey
 NEUTRAL = "#9a9a9a"         # of the background in legends; in pictures it has no tint
-MOST_NAMED = 24     # entries of a legend
-LEAST_NAMED = 0.0005        # the share of an image from which on a class is in the legend: 0.1 %
+MAX_NAMED = 24     # entries of a legend
+MIN_NAMED = 0.0005        # the share of an image from which on a class is in the legend: 0.1 %
 INCHES = 5.5        # the longest side of a picture
 matplotlib.rcParams["text.parse_math"] = False      # a $ is a $
 
@@ -444,8 +444,8 @@ def deepest(mask: Tensor) -> tuple[float, float, float]:
 def named(prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> list[patches.Patch]:
     """Legend entries: colour, name and share of the classes that are seen, the largest first."""
     found = shares(prediction, classes)
-    seen = [name for name, share in found.items() if share >= LEAST_NAMED]
-    shown = seen if len(seen) <= MOST_NAMED else seen[:MOST_NAMED - 1]
+    seen = [name for name, share in found.items() if share >= MIN_NAMED]
+    shown = seen if len(seen) <= MAX_NAMED else seen[:MAX_NAMED - 1]
     entries = [patches.Patch(color=colour_of[name], label=f"{name}  {100 * found[name]:.1f} %")
                for name in shown]
     if len(shown) < len(seen):

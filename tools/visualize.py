@@ -53,7 +53,7 @@ from model import DECOUPLED, VFM, VisionTower, encode_classes, load_vfm, open_mo
 from tools.segment import (  # noqa: F401 - settings shared with segment.py
     BACKGROUND,
     CLASSES,
-    LEAST_NAMED,
+    MIN_NAMED,
     LEGEND,
     METHOD_NAMES,
     balanced,
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             problem = "needs files after it" if kind in KINDS else "is no kind of figure"
             raise UserError(f"{kind!r} {problem}; say python -m tools.visualize KIND FILES, with "
                             f"KIND one of {', '.join(KINDS)}.")
-        settings.check_least(cfg, LAYERS=1, SIZE=1)
+        settings.check_min(cfg, LAYERS=1, SIZE=1)
         check_precision(cfg.PRECISION)
         if not 0 < cfg.PROXIES <= 1:
             raise UserError(f"PROXIES is {cfg.PROXIES}; it is a share of the patches, such as "
@@ -406,7 +406,7 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
         axis.spines[:].set_visible(False)
     # 3. One legend
     seen = dict.fromkeys(name for each in found.values()
-                         for name, share in shares(each, classes).items() if share >= LEAST_NAMED)
+                         for name, share in shares(each, classes).items() if share >= MIN_NAMED)
     handles = [matplotlib.patches.Patch(color=colour_of[name], label=name)
                for name in list(seen)[:24]]
     figure.legend(handles=handles, loc="outside lower center", ncols=balanced(len(handles), 8),

@@ -21,7 +21,7 @@ from torch import Tensor
 from data import Classes, read_classes, student_image
 from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
 from model import DeCLIP, encode_classes
-from tools.segment import LEAST_NAMED, LEGEND, OPACITY, PALETTE, balanced, deepest
+from tools.segment import MIN_NAMED, LEGEND, OPACITY, PALETTE, balanced, deepest
 from tools.visualize import token_of
 from toy.world import THINGS
 from util import UserError, settings
@@ -117,7 +117,7 @@ def draw(cfg: SimpleNamespace) -> None:
 def visible(label: Tensor) -> Tensor:
     """The pixels of the classes that a legend names: those that cover enough to be seen."""
     counts = label.flatten().bincount()
-    return label[counts[label] >= LEAST_NAMED * label.numel()]
+    return label[counts[label] >= MIN_NAMED * label.numel()]
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],

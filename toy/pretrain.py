@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(cfg: SimpleNamespace) -> None:
     """Trains and writes one model."""
-    settings.check_least(cfg, SCENES=1, STEPS=1, BATCH_SIZE=1, SEED=0)
+    settings.check_min(cfg, SCENES=1, STEPS=1, BATCH_SIZE=1, SEED=0)
     check_number(cfg.SCENES)
     if len(cfg.KIND) != 1 or cfg.KIND[0] not in PRETRAINERS:
         raise UserError(f"{' '.join(cfg.KIND)!r} is no model to train; name one of "
@@ -225,13 +225,13 @@ def caption(classes: Sequence[int], shares: Sequence[float], only_first: bool) -
     return " on ".join(" and ".join(names) for names in (things, stuff) if names)
 
 
-def contrast(image: Tensor, text: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss for images (n, C) that share captions (u, C): image i has owner[i]."""
+def contrast(image: Tensor, text: Tensor, matched: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss for images (n, C) that share captions (u, C): image i has matched[i]."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    to_image = logits.T.log_softmax(dim=-1)[owner, torch.arange(len(owner))]
+    to_image = logits.T.log_softmax(dim=-1)[matched, torch.arange(len(matched))]
     # Every caption counts once, however many images it has.
-    each = 1 / owner.bincount(minlength=len(text))[owner]
-    return (F.cross_entropy(logits, owner) - (to_image * each).sum() / each.sum()) / 2
+    each = 1 / matched.bincount(minlength=len(text))[matched]
+    return (F.cross_entropy(logits, matched) - (to_image * each).sum() / each.sum()) / 2
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -298,10 +298,10 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
         images, captions = sample(source, cfg.BATCH_SIZE or 128,
                                   torch.rand((), generator=rng) < 0.6)
         unique = list(dict.fromkeys(captions))
-        owner = torch.tensor([unique.index(each) for each in captions])
+        matched = torch.tensor([unique.index(each) for each in captions])
         scale = model.logit_scale.exp().clamp(max=100)
         loss = contrast(model.encode_image(images), encode([template(each) for each in unique]),
-                        owner, scale)
+                        matched, scale)
         return loss, figures
 
     @torch.no_grad()

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(cfg: SimpleNamespace) -> None:
     """Draws the training images and both labelled sets below OUT, in several processes."""
-    settings.check_least(cfg, TRAIN=0, DEV=0, VAL=0, LABELLED=0, SIZE=32)
+    settings.check_min(cfg, TRAIN=0, DEV=0, VAL=0, LABELLED=0, SIZE=32)
     check_number(cfg.TRAIN, cfg.DEV, cfg.VAL, cfg.LABELLED)
     with ProcessPoolExecutor() as pool:
         for kind, count in (("train", cfg.TRAIN), ("dev", cfg.DEV), ("val", cfg.VAL),
@@ -64,8 +64,8 @@ def run(cfg: SimpleNamespace) -> None:
 
 def check_number(*counts: int) -> None:
     """Raises UserError if there are not as many scenes of a kind."""
-    if max(counts) > MOST_SCENES:
-        raise UserError(f"More than {MOST_SCENES:,} scenes of a kind were asked for, and there are "
+    if max(counts) > MAX_SCENES:
+        raise UserError(f"More than {MAX_SCENES:,} scenes of a kind were asked for, and there are "
                         "no more; ask for fewer.")
 
 
@@ -77,7 +77,7 @@ STUFF = ("stripes", "checker", "dots", "noise", "plain", "bricks", "waves", "gri
 NAMES = THINGS + STUFF
 FIRST_SCENE = {"train": 0, "dev": 10_000_000, "val": 20_000_000, "clip": 30_000_000,
                "vfm": 40_000_000, "labelled": 50_000_000}
-MOST_SCENES = 10_000_000
+MAX_SCENES = 10_000_000
 # standard deviation of a thing's hue around its class's; classes are 36° apart
 HUE_SPREAD = 25 / 360
 LARGEST_TURN = 0.4          # of things, in radians to either side

@@ -51,7 +51,7 @@ from util.files import atomic_write
 from util.sharding import own_part, read_about, read_parts, write_parts
 
 # Settings that may differ when a run is resumed: any other would make it another run.
-HARMLESS = ("OUT", "RESUME", "MICRO_BATCH", "NUM_WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS",
+MAY_CHANGE_ON_RESUME = ("OUT", "RESUME", "MICRO_BATCH", "NUM_WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS",
             "KEEP", "MAX_BAD_FILES", "MAX_BAD_STEPS", "TIMEOUT")
 # What a line of log.jsonl has besides the losses.
 LOG_FIELDS = ("step", "epoch", "lr", "images_per_second", "memory_mb", "bad_steps", "bad_files")
@@ -67,14 +67,14 @@ class Images(Protocol):
 class Run:
     """One training run: locked folder, exact resume, log, checkpoints, signals.
 
-    cfg: the settings named above. model_name: file of the finished model in OUT. harmless: settings
-    that may differ on resume besides HARMLESS.
+    cfg: the settings named above. model_name: file of the finished model in OUT. may_change: settings
+    that may differ on resume besides MAY_CHANGE_ON_RESUME.
     Raises UserError if OUT is in use, holds a run that is not to be resumed, or one with other
     settings or images.
     """
 
     def __init__(self, cfg: SimpleNamespace, ranks: Ranks, images: Images, steps_per_epoch: int,
-                 model_name: str, harmless: Sequence[str] = ()):
+                 model_name: str, may_change: Sequence[str] = ()):
         self.cfg, self.ranks, self.images = cfg, ranks, images
         self.steps_per_epoch = steps_per_epoch
         self.total = cfg.EPOCHS * steps_per_epoch
@@ -85,7 +85,7 @@ class Run:
         self.is_sharded = getattr(cfg, "FSDP", False)   # then all ranks save together
         self.fingerprint = images.fingerprint       # now: a save must not fail for want of it
         self.lock = hold_folder(cfg.OUT) if ranks.is_main else None
-        self.resumed = find_resume(cfg, self.fingerprint, (*HARMLESS, *harmless))
+        self.resumed = find_resume(cfg, self.fingerprint, (*MAY_CHANGE_ON_RESUME, *may_change))
         self.has_begun = False
         if ranks.is_main:
             self.prepare_folder()
@@ -667,7 +667,7 @@ def check_disk(cfg: SimpleNamespace, model: nn.Module, model_path: Path) -> None
                         "disk, or lower KEEP.")
 
 
-def find_resume(cfg: SimpleNamespace, fingerprint: str, harmless: Sequence[str]) -> dict | None:
+def find_resume(cfg: SimpleNamespace, fingerprint: str, may_change: Sequence[str]) -> dict | None:
     """The state to go on from; None for a new run.
 
     Raises UserError if OUT holds a run that is not to be resumed, or one with other settings or
@@ -684,7 +684,7 @@ def find_resume(cfg: SimpleNamespace, fingerprint: str, harmless: Sequence[str])
         raise UserError(f"All checkpoints in {cfg.OUT} are damaged; remove them, or begin anew in "
                         "another OUT.")
     now, then = vars(cfg), state["settings"]
-    changed = next((name for name in now if name not in harmless and now[name] != then.get(name)),
+    changed = next((name for name in now if name not in may_change and now[name] != then.get(name)),
                    None)
     if changed:
         raise UserError(f"The run in {cfg.OUT} was begun with {changed} {then.get(changed)}, but "

@@ -176,7 +176,7 @@ def show(settings: SimpleNamespace) -> str:
     return "\n".join(f"{name:{width}} = {value!r}" for name, value in vars(settings).items())
 
 
-def check_least(cfg: SimpleNamespace, **least: float) -> None:
+def check_min(cfg: SimpleNamespace, **least: float) -> None:
     """Raises UserError on a setting below its least value."""
     for name, limit in least.items():
         value = getattr(cfg, name)

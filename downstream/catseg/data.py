@@ -28,7 +28,7 @@ from eval_seg import (
     TOY,
     VOC,
     VOID,
-    Benchmark,
+    SegmentationBenchmark,
     MissingData,
     SegmentationImages,
     benchmark_classes,
@@ -47,7 +47,7 @@ UNSEEN = [number for number in range(18) if number % 3 == 2]
 TRAINING = {
     "coco_stuff": replace(KNOWN_BENCHMARKS["coco_stuff"], image="train2017/{}.jpg",
                           label="stuffthingmaps/train2017/{}.png"),
-    "toy": Benchmark("toy/labelled", *TOY[:3], "toy_seen.txt", SEEN, void=UNSEEN),
+    "toy": SegmentationBenchmark("toy/labelled", *TOY[:3], "toy_seen.txt", SEEN, void=UNSEEN),
 }
 
 
@@ -60,7 +60,7 @@ class Labelled(NamedTuple):
 class LabelledImages(TrainingData):
     """The images of a benchmark's row, with labels: what training reads."""
 
-    def __init__(self, benchmark: Benchmark, data: str | Path, read_timeout: float = 60.0):
+    def __init__(self, benchmark: SegmentationBenchmark, data: str | Path, read_timeout: float = 60.0):
         self.scenes = SegmentationImages(benchmark, data)
         root = self.scenes.root
         super().__init__([str(root / benchmark.image.format(name)) for name in self.scenes.names],
@@ -70,7 +70,7 @@ class LabelledImages(TrainingData):
         return Labelled(*self.scenes[index])
 
 
-def find_training(name: str) -> tuple[Benchmark, list[str]]:
+def find_training(name: str) -> tuple[SegmentationBenchmark, list[str]]:
     """A row of TRAINING or a user's own json -> it, and the first name of each of its classes.
 
     Raises UserError if there is no such row or file.
@@ -224,7 +224,7 @@ def ade847(data: str | Path) -> tuple[Dataset, Classes]:
     """A-847: the most frequent of ADE20K's objects; all others are void."""
     values, names = read_table(TABLES["ade847"], data)
     void = sorted({*range(ADE_OBJECTS + 1)} - {*values})
-    row = Benchmark("ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
+    row = SegmentationBenchmark("ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
                     "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
     return Reduced(SegmentationImages(row, data), 512), classes_of(names)
 
@@ -233,7 +233,7 @@ def context459(data: str | Path) -> tuple[Dataset, Classes]:
     """PC-459: all objects of PASCAL-Context."""
     values, names = read_table(TABLES["context459"], data)
     folder, listed, image, _ = CONTEXT_LAYOUT
-    row = Benchmark(folder, listed, image, "trainval/{}.mat", "", values,
+    row = SegmentationBenchmark(folder, listed, image, "trainval/{}.mat", "", values,
                     (0, CONTEXT_OBJECTS + 1), read=read_mat)
     return SegmentationImages(row, data), classes_of(names)
 
@@ -241,11 +241,11 @@ def context459(data: str | Path) -> tuple[Dataset, Classes]:
 def voc20b(data: str | Path) -> tuple[Dataset, Classes]:
     """PAS-20b, the paper's VOC21: background is what PC-59's other 39 names get."""
     voc, context = (read_classes(f"classes/{name}.txt") for name in ("voc20", "context59"))
-    theirs = [[name for name, owner in zip(context.prompts, context.owner) if owner == k]
+    theirs = [[name for name, number in zip(context.prompts, context.class_of_prompt) if number == k]
               for k in range(len(context))]
     others = [names[0] for names in theirs if not {*names} & {*voc.prompts}]
     names, owner = [*others, *voc.names], [0] * len(others) + [*range(1, len(voc) + 1)]
-    row = Benchmark(*VOC, "", range(len(voc) + 1), (255,))
+    row = SegmentationBenchmark(*VOC, "", range(len(voc) + 1), (255,))
     return SegmentationImages(row, data), Classes(["background", *voc.names], names, owner)
 
 

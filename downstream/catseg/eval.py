@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
-    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0, WINDOW_BATCH=1, SIZE=1, STRIDE=1)
+    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0, WINDOW_BATCH=1, SIZE=1, STRIDE=1)
     check_precision(cfg.PRECISION)
     sets, missing = find_sets(cfg)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
@@ -128,7 +128,7 @@ def predict(cfg: SimpleNamespace, segmenter: CATSeg, classes: Classes, text: Ten
 
     A class has the probability of its most probable name.
     """
-    owner = constant(tuple(classes.owner), torch.long, text.device)
+    owner = constant(tuple(classes.class_of_prompt), torch.long, text.device)
     views = torch.cat([views_of(cfg, segmenter, image) for image in images])
     logits = []
     for some in views.split(cfg.WINDOW_BATCH):

@@ -44,7 +44,7 @@ class Design(NamedTuple):
     width: int = 128            # D
     heads: int = 4
     layers: int = 2
-    most_classes: int = 256     # fewer are padded; of more, the most similar ones are kept
+    max_classes: int = 256     # fewer are padded; of more, the most similar ones are kept
     template: str = "A photo of a {} in the scene"
 
 
@@ -114,7 +114,7 @@ class CATSeg(nn.Module):
         tower = self.clip.text
         with short_context(tower.text, self.tokens.shape[1]):
             text = tower.encode_text(self.tokens)
-        return F.normalize(text.float(), dim=-1)[self.owner]
+        return F.normalize(text.float(), dim=-1)[self.class_of_prompt]
 
     def freeze(self) -> None:
         """Leaves the aggregator trainable, and inside CLIP what the published system trains.
@@ -130,7 +130,7 @@ class CATSeg(nn.Module):
         projections = ATTENTIONS[visual.known(self.design.attention)].projections
         if projections is not None and "q" not in projections:
             projection(visual.trunk.blocks[-1].attn, "q").requires_grad_(False)
-        if len(self.names) >= self.design.most_classes:
+        if len(self.names) >= self.design.max_classes:
             for layer in self.aggregator.layers:
                 layer.classes.padding.requires_grad_(False)
                 layer.classes.padding_guidance.requires_grad_(False)
@@ -209,7 +209,7 @@ class Aggregator(nn.Module):
 
     def __init__(self, design: Design, side: int, channels: int):
         super().__init__()
-        width, self.most_classes = design.width, design.most_classes
+        width, self.max_classes = design.width, design.max_classes
         self.embed = nn.Conv2d(1, width, 7, padding=3)
         self.image_guidance = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU())
         self.text_guidance = nn.Sequential(nn.Linear(channels, width), nn.ReLU())
@@ -221,13 +221,13 @@ class Aggregator(nn.Module):
         """Cost (B, T, h, w), content (B, C, h, w), text (T, C) and the decoder's guidance
         (B, 2D, 2h, 2w), (B, D, 4h, 4w) -> logits (B, T, 4h, 4w).
 
-        Of more than most_classes, those of the highest largest cosine are kept in each image; the
+        Of more than max_classes, those of the highest largest cosine are kept in each image; the
         others get -100.
         """
         B, T = cost.shape[:2]
         text, kept = text.expand(B, -1, -1), None
-        if T > self.most_classes:
-            kept = cost.amax(dim=(2, 3)).topk(self.most_classes).indices
+        if T > self.max_classes:
+            kept = cost.amax(dim=(2, 3)).topk(self.max_classes).indices
             cost = cost.gather(1, kept[..., None, None].expand(-1, -1, *cost.shape[2:]))
             text = text.gather(1, kept[..., None].expand(-1, -1, text.shape[-1]))
         of_image = self.image_guidance(content).permute(0, 2, 3, 1)         # (B, h, w, D)
@@ -315,13 +315,13 @@ def shift_mask(h: int, w: int, window: int, shift: int, device: torch.device) ->
 class ClassBlock(nn.Module):
     """Linear attention among the classes at each place; queries and keys are guided by the text.
 
-    Classes are padded to most_classes with copies of one learned token. Equal keys and values add
+    Classes are padded to max_classes with copies of one learned token. Equal keys and values add
     up, so one of them is computed and counted as often as it would occur.
     """
 
     def __init__(self, design: Design):
         super().__init__()
-        width, self.heads, self.most_classes = design.width, design.heads, design.most_classes
+        width, self.heads, self.max_classes = design.width, design.heads, design.max_classes
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k = nn.Linear(2 * width, width), nn.Linear(2 * width, width)
         self.v = nn.Linear(width, width)
@@ -349,7 +349,7 @@ class ClassBlock(nn.Module):
             q, k, v, padding_k, padding_v = (
                 each.float().unflatten(-1, (self.heads, -1))
                 for each in (q, k, v, padding_k, self.v(token)))
-            padding = F.elu(padding_k) + 1, padding_v, max(0, self.most_classes - x.shape[1])
+            padding = F.elu(padding_k) + 1, padding_v, max(0, self.max_classes - x.shape[1])
             return linear_attention(F.elu(q) + 1, F.elu(k) + 1, v, padding).flatten(-2)
 
 

@@ -56,7 +56,7 @@ NORMALIZE = True                    # guide by L2-normalised content (published:
 WIDTH = 128                         # of the aggregator; smaller is faster
 HEADS = 4                           # of its attention
 LAYERS = 2                          # of its aggregation
-MOST_CLASSES = 256                  # fewer are padded; of more, the most similar ones are kept
+MAX_CLASSES = 256                  # fewer are padded; of more, the most similar ones are kept
 TEMPLATE = "A photo of a {} in the scene"       # the sentence that names a class
 
 # The optimisation
@@ -92,7 +92,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     benchmark, names = find_training(cfg.IMAGES)
     dataset = LabelledImages(benchmark, cfg.DATA, cfg.READ_TIMEOUT)
     steps_per_epoch = plan(cfg, dataset)
-    with Run(cfg, ranks, dataset, steps_per_epoch, "catseg.safetensors", HARMLESS) as run:
+    with Run(cfg, ranks, dataset, steps_per_epoch, "catseg.safetensors", MAY_CHANGE_ON_RESUME) as run:
         segmenter = build(cfg, names, ranks.device)
         optimizer = build_optimizer(cfg, segmenter)
         scaler = grad_scaler(cfg.PRECISION, ranks.device)
@@ -140,14 +140,14 @@ def make_views(cfg: SimpleNamespace, segmenter: CATSeg, samples: list[Labelled],
 # ---------------------------------------------------------------------------------- the set-up
 
 # Settings that may differ when a run is resumed, besides those of util/run.py.
-HARMLESS = ("DATA", "READ_TIMEOUT", "CHECKPOINTING")
+MAY_CHANGE_ON_RESUME = ("DATA", "READ_TIMEOUT", "CHECKPOINTING")
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, ITERATIONS=1, STEPS=1, LOG_EVERY=1,
+    settings.check_min(cfg, BATCH_SIZE=1, MICRO_BATCH=1, ITERATIONS=1, STEPS=1, LOG_EVERY=1,
                          SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
-                         WIDTH=16, HEADS=1, LAYERS=1, MOST_CLASSES=1, NUM_WORKERS=0,
+                         WIDTH=16, HEADS=1, LAYERS=1, MAX_CLASSES=1, NUM_WORKERS=0,
                          READ_TIMEOUT=0.001, TIMEOUT=1, LR=0, CLIP_LR=0, WEIGHT_DECAY=0)
     check_precision(cfg.PRECISION)
     if not cfg.CLIP_NORM > 0:
@@ -174,7 +174,7 @@ def build(cfg: SimpleNamespace, names: list[str], device: torch.device) -> CATSe
     size = cfg.IMAGE_SIZE or 24 * clip.patch_size
     torch.manual_seed(cfg.SEED)
     segmenter = CATSeg(clip, Design(size, cfg.ATTENTION, cfg.NORMALIZE, cfg.WIDTH, cfg.HEADS,
-                                    cfg.LAYERS, cfg.MOST_CLASSES, cfg.TEMPLATE))
+                                    cfg.LAYERS, cfg.MAX_CLASSES, cfg.TEMPLATE))
     segmenter.set_classes(names)
     segmenter.freeze()
     clip.visual.checkpointing = cfg.CHECKPOINTING

@@ -30,7 +30,7 @@ from downstream.detection import (
     precisions,
     summarize,
 )
-from downstream.fvit.model import FViT, Rules, open_backbone, open_fvit
+from downstream.fvit.model import FViT, ScoreRules, open_backbone, open_fvit
 from downstream.fvit.train import (  # noqa: F401 - settings shared with train.py
     ANNOTATIONS,
     CACHE,
@@ -68,13 +68,13 @@ OUT: str | None = None              # folder of the result; None: the checkpoint
 
 # Published, but T, which is the paper's for DeCLIP (section 9.2)
 RULES = {
-    "ovcoco": Rules(a=0.1, b=0.8, temperature=45.0, least=0.01, nms=0.4, most=100),
-    "ovlvis": Rules(a=0.1, b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
-    "coco": Rules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
-    "objects365": Rules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+    "ovcoco": ScoreRules(a=0.1, b=0.8, temperature=45.0, least=0.01, nms=0.4, most=100),
+    "ovlvis": ScoreRules(a=0.1, b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
+    "coco": ScoreRules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+    "objects365": ScoreRules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
     # T is the best on the dev scenes
-    "toy": Rules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
-    "toy_dev": Rules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
+    "toy": ScoreRules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
+    "toy_dev": ScoreRules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
 }
 
 
@@ -95,7 +95,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
     if annotations.classes != fvit.classes:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
-    results = evaluate(cfg, partial(fvit.detect, rules=rules_of(cfg, cfg.DATASET)), images, ranks)
+    results = evaluate(cfg, partial(fvit.detect, rules=score_rules(cfg, cfg.DATASET)), images, ranks)
     if not ranks.is_main:
         return {}
     figures = score(annotations, results, fvit)
@@ -110,13 +110,13 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_scores(cfg)
 
 
 def check_scores(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting of the scores that is out of its range."""
-    settings.check_least(cfg, MOST=1, TEMPERATURE=0, TAU=0)
+    settings.check_min(cfg, MOST=1, TEMPERATURE=0, TAU=0)
     check_precision(cfg.PRECISION)
     for name in ("A", "B", "LEAST", "NMS"):
         if not 0 <= (getattr(cfg, name) or 0) <= 1:
@@ -146,10 +146,10 @@ def open_detector(path: str, backbone: str | None) -> FViT:
     return open_fvit(path, clip)
 
 
-def rules_of(cfg: SimpleNamespace, dataset: str) -> Rules:
+def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
     """What RULES has for a data set, by default OV-COCO's, but for the settings that are given."""
-    given = {name: getattr(cfg, name.upper()) for name in Rules._fields if name != "masks"}
-    return RULES.get(dataset, Rules())._replace(**{
+    given = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
+    return RULES.get(dataset, ScoreRules())._replace(**{
         name: value for name, value in given.items() if value is not None})
 
 

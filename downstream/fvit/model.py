@@ -4,7 +4,7 @@
     fvit.set_classes(["person", "red kite"])            # any names, without training
     detections, = fvit.detect([read_image("photo.jpg")])
 
-Of the CLIP's vision tower four blocks' outputs become a feature pyramid. Regions are proposed and
+Of the CLIP's vision tower four blocks' outputs become a feature pyramid. SampledRegions are proposed and
 found there as in Mask R-CNN; their names come from a comparison with text embeddings. In training
 this is the detector's alone; in use the CLIP's own dense features, which know all classes, have a
 say as well (`fuse_scores`): where those are DeCLIP's, novel classes are found.
@@ -65,7 +65,7 @@ class Target(NamedTuple):
     key: str            # what is sampled of the image depends on this text alone
 
 
-class Rules(NamedTuple):
+class ScoreRules(NamedTuple):
     """How regions are scored and chosen. The defaults are DeCLIP's for OV-COCO."""
     a: float = 0.1                  # share of the VLM in the scores of seen classes
     b: float = 0.8                  # and of novel ones
@@ -83,7 +83,7 @@ class Rules(NamedTuple):
 RATIOS = (0.5, 1.0, 2.0)            # height : width of the anchors of a place
 ANCHOR_SCALE = 8                    # side of an anchor in strides
 REGION_STDS = (0.1, 0.1, 0.2, 0.2)  # of the regions' deltas; the anchors' have 1
-MOST_GROWTH = math.log(1000 / 16)   # of a side by a delta
+MAX_GROWTH = math.log(1000 / 16)   # of a side by a delta
 
 
 def make_anchors(stride: float, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -117,7 +117,7 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, size: tuple[int, int],
     deltas = deltas.float() * constant(stds, torch.float, deltas.device)
     centre, sides = centre_size(anchors)
     centre = centre + deltas[:, :2] * sides
-    sides = sides * deltas[:, 2:].clamp(-MOST_GROWTH, MOST_GROWTH).exp()
+    sides = sides * deltas[:, 2:].clamp(-MAX_GROWTH, MAX_GROWTH).exp()
     return clip_boxes_to_image(torch.cat([centre - sides / 2, centre + sides / 2], dim=-1), size)
 
 
@@ -143,37 +143,37 @@ def pool_regions(levels: Sequence[Tensor], strides: Sequence[float], boxes: list
 
 # --------------------------------------------------------------------------- what training samples
 
-BACKGROUND, NEITHER = -1, -2        # owners of candidates that are no object's
+BACKGROUND, IGNORE = -1, -2        # owners of candidates that are no object's
 
 
 def assign(overlaps: Tensor, positive: float, negative: float, best: float | None = None) -> Tensor:
     """IoU (n, k) of candidates and objects -> (n,): the object that owns each candidate.
 
     It is the one of the highest IoU from `positive` on; below `negative` BACKGROUND; between them
-    NEITHER. best: the object's best candidates are its own from this IoU on, even if another one
+    IGNORE. best: the object's best candidates are its own from this IoU on, even if another one
     overlaps more.
     """
     n, k = overlaps.shape
     if k == 0:
         return overlaps.new_full((n,), BACKGROUND, dtype=torch.long)
-    highest, owner = overlaps.max(dim=1)
-    owner[highest < positive] = NEITHER
-    owner[highest < negative] = BACKGROUND
+    highest, matched = overlaps.max(dim=1)
+    matched[highest < positive] = IGNORE
+    matched[highest < negative] = BACKGROUND
     if best is not None:
         of_object = overlaps.amax(dim=0)
         is_best = (overlaps == of_object) & (of_object >= best)
         # Of several objects the last one takes it.
-        number = (is_best * torch.arange(1, k + 1, device=owner.device)).amax(dim=1)
-        owner = torch.where(number > 0, number - 1, owner)
-    return owner
+        number = (is_best * torch.arange(1, k + 1, device=matched.device)).amax(dim=1)
+        matched = torch.where(number > 0, number - 1, matched)
+    return matched
 
 
-def sample(owner: Tensor, number: int, share: float, generator: torch.Generator
+def sample(matched: Tensor, number: int, share: float, generator: torch.Generator
            ) -> tuple[Tensor, Tensor]:
-    """Random places of `owner`: at most `share` of `number` that an object owns, and as much
+    """Random places of `matched`: at most `share` of `number` that an object owns, and as much
     background as fills up `number`."""
     chosen, most = [], int(number * share)
-    for is_kind in (owner >= 0, owner == BACKGROUND):
+    for is_kind in (matched >= 0, matched == BACKGROUND):
         places = is_kind.nonzero().flatten()
         order = torch.randperm(len(places), generator=generator, device=places.device)
         chosen.append(places[order[:most]])
@@ -196,10 +196,10 @@ def mean_over_ranks(count: int, device: torch.device) -> Tensor:
     return (total / ranks).clamp(min=1)
 
 
-class Regions(NamedTuple):
+class SampledRegions(NamedTuple):
     """The sampled regions of a training image; those that an object owns come first."""
     boxes: Tensor       # (n, 4)
-    owner: Tensor       # (p,) the object of each of the first p regions
+    matched: Tensor       # (p,) the object of each of the first p regions
     labels: Tensor      # (n,) class; K for background
 
 
@@ -429,9 +429,9 @@ class FViT(nn.Module):
         class_loss, box_loss, count = 0.0, 0.0, 0
         for score, delta, (target, generator) in zip(torch.cat(scores, 1), torch.cat(deltas, 1),
                                                      targets):
-            owner = assign(box_iou(anchors, target.boxes), 0.7, 0.3, best=0.3)
-            positive, negative = sample(owner, self.design.anchors, 0.5, generator)
-            wanted = encode_boxes(target.boxes[owner[positive]], anchors[positive])
+            matched = assign(box_iou(anchors, target.boxes), 0.7, 0.3, best=0.3)
+            positive, negative = sample(matched, self.design.anchors, 0.5, generator)
+            wanted = encode_boxes(target.boxes[matched[positive]], anchors[positive])
             class_loss += F.softplus(-score[positive]).sum() + F.softplus(score[negative]).sum()
             box_loss += F.l1_loss(delta[positive], wanted, reduction="sum")
             count += len(positive) + len(negative)
@@ -458,18 +458,18 @@ class FViT(nn.Module):
 
     @torch.no_grad()
     def sample_regions(self, proposals: Tensor, target: Target, generator: torch.Generator
-                       ) -> Regions:
+                       ) -> SampledRegions:
         """Proposals and true boxes -> the regions that are trained with, a quarter of objects."""
         best = 0.5 if self.design.keep_best else None
-        owner = assign(box_iou(proposals, target.boxes), 0.5, 0.5, best)
+        matched = assign(box_iou(proposals, target.boxes), 0.5, 0.5, best)
         boxes = torch.cat([target.boxes, proposals])
-        owner = torch.cat([torch.arange(len(target.boxes), device=owner.device), owner])
-        positive, negative = sample(owner, self.design.regions, 0.25, generator)
+        matched = torch.cat([torch.arange(len(target.boxes), device=matched.device), matched])
+        positive, negative = sample(matched, self.design.regions, 0.25, generator)
         background = torch.full_like(negative, len(self.classes))
-        return Regions(boxes[torch.cat([positive, negative])], owner[positive],
-                       torch.cat([target.labels[owner[positive]], background]))
+        return SampledRegions(boxes[torch.cat([positive, negative])], matched[positive],
+                       torch.cat([target.labels[matched[positive]], background]))
 
-    def region_losses(self, levels: list[Tensor], regions: list[Regions], targets: list[Target]
+    def region_losses(self, levels: list[Tensor], regions: list[SampledRegions], targets: list[Target]
                       ) -> dict[str, Tensor]:
         """Classification and box regression, divided by the number of all regions; masks."""
         pooled = pool_regions(levels, self.strides, [each.boxes for each in regions], REGION_SIDE)
@@ -477,10 +477,10 @@ class FViT(nn.Module):
         count = mean_over_ranks(len(pooled), pooled.device)
         losses = {"class": self.class_loss(embeddings, torch.cat([r.labels for r in regions]),
                                            count)}
-        owned = [each.boxes[:len(each.owner)] for each in regions]
-        wanted = torch.cat([encode_boxes(target.boxes[each.owner], boxes, REGION_STDS)
+        owned = [each.boxes[:len(each.matched)] for each in regions]
+        wanted = torch.cat([encode_boxes(target.boxes[each.matched], boxes, REGION_STDS)
                             for target, each, boxes in zip(targets, regions, owned)])
-        of_owned = torch.cat([delta[:len(each.owner)] for delta, each in zip(
+        of_owned = torch.cat([delta[:len(each.matched)] for delta, each in zip(
             deltas.split([len(each.boxes) for each in regions]), regions)])
         losses["box"] = F.l1_loss(of_owned, wanted, reduction="sum") / count
         if self.mask_head:
@@ -495,11 +495,11 @@ class FViT(nn.Module):
         is_background = labels == len(self.classes)
         return torch.where(is_background, self.design.background * losses, losses).sum() / count
 
-    def mask_loss(self, levels: list[Tensor], boxes: list[Tensor], regions: list[Regions],
+    def mask_loss(self, levels: list[Tensor], boxes: list[Tensor], regions: list[SampledRegions],
                   targets: list[Target]) -> Tensor:
         """BCE of the masks of the regions that an object owns, on 28 x 28; the mean."""
         logits = self.mask_head(pool_regions(levels, self.strides, boxes, MASK_SIDE))
-        wanted = torch.cat([cut_masks(target.masks, each.owner, of_image)
+        wanted = torch.cat([cut_masks(target.masks, each.matched, of_image)
                             for target, each, of_image in zip(targets, regions, boxes)])
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
         return loss / mean_over_ranks(wanted.numel(), loss.device)
@@ -507,12 +507,12 @@ class FViT(nn.Module):
     # ------------------------------------------------------------------------------ detection
 
     @torch.inference_mode()
-    def detect(self, images: list[Tensor], rules: Rules | None = None) -> list[Detections]:
+    def detect(self, images: list[Tensor], rules: ScoreRules | None = None) -> list[Detections]:
         """uint8 (3, H, W) of any size -> what is on each image, in its pixels, the best first.
 
         rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
         """
-        rules = rules or Rules()
+        rules = rules or ScoreRules()
         views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
         sizes = [view.shape[-2:] for view in views]
         taps = self.look(views)
@@ -532,7 +532,7 @@ class FViT(nn.Module):
         return [to_pixels(each, size, image.shape[-2:], masks[number] if has_masks else None)
                 for number, (each, size, image) in enumerate(zip(found, sizes, images))]
 
-    def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: Rules) -> Tensor:
+    def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: ScoreRules) -> Tensor:
         """The detector's and the VLM's unit vectors of regions, (n, C) each -> scores (n, K).
 
         p_det^(1-e) * p_vlm^e with e = a for seen classes and b for novel ones, not normalised.
@@ -590,14 +590,14 @@ def cosines(regions: Tensor, text: Tensor) -> Tensor:
         return regions.float() @ text.T
 
 
-def cut_masks(masks: Tensor, owner: Tensor, boxes: Tensor) -> Tensor:
+def cut_masks(masks: Tensor, matched: Tensor, boxes: Tensor) -> Tensor:
     """Masks (k, h, w) of objects -> those of regions (p, 4), cut out as 0 or 1 (p, 28, 28)."""
-    rois = torch.cat([owner[:, None].to(boxes.dtype), boxes], dim=1)
+    rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
     return (roi_align(masks[:, None].float(), rois, 2 * MASK_SIDE, aligned=True)[:, 0] >= 0.5
             ).float()
 
 
-def choose(boxes: Tensor, scores: Tensor, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
+def choose(boxes: Tensor, scores: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (n, 4) and scores (n, K) -> the detections' boxes, scores, labels, the best first."""
     region, label = (scores > rules.least).nonzero(as_tuple=True)
     boxes, scores = boxes[region], scores[region, label]

@@ -106,7 +106,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                                                        ranks.world_size)
     dataset = DetectionData(find_annotations(cfg, "train"), cfg.MASKS, cfg.READ_TIMEOUT)
     steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
-    with Run(cfg, ranks, dataset, steps_per_epoch, "fvit.safetensors", HARMLESS) as run:
+    with Run(cfg, ranks, dataset, steps_per_epoch, "fvit.safetensors", MAY_CHANGE_ON_RESUME) as run:
         fvit = build(cfg, dataset, ranks)
         optimizer = build_optimizer(cfg, fvit)
         scaler = grad_scaler(cfg.PRECISION, ranks.device)
@@ -155,12 +155,12 @@ def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[i
 # ---------------------------------------------------------------------------------- the set-up
 
 # Settings that may differ when a run is resumed, besides those of util/run.py.
-HARMLESS = ("DATA", "ANNOTATIONS", "IMAGES", "CACHE", "READ_TIMEOUT")
+MAY_CHANGE_ON_RESUME = ("DATA", "ANNOTATIONS", "IMAGES", "CACHE", "READ_TIMEOUT")
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_least(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
+    settings.check_min(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
                          SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
                          CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
                          BACKGROUND=0, WARMUP=0, NUM_WORKERS=0, READ_TIMEOUT=0.001, TIMEOUT=1,

@@ -89,12 +89,12 @@ def test_classes_of_ade_may_share_their_first_name(tmp_path):
 def test_background_of_pas_20b_is_the_39_other_names_of_pc_59(tmp_path):
     write(tmp_path, "voc20b")
     _, classes = find_evaluation("voc20b", tmp_path)
-    background = [name for name, owner in zip(classes.prompts, classes.owner) if owner == 0]
+    background = [name for name, number in zip(classes.prompts, classes.class_of_prompt) if number == 0]
     assert len(background) == 39 and classes.names[0] == "background"
     assert {"sky", "wood", "bag"} < {*background} and not {"sofa", "table", "tv monitor"} & {
         *background}
     assert classes.prompts[39:] == read_classes("classes/voc20.txt").names
-    assert classes.owner[39:] == [*range(1, 21)]
+    assert classes.class_of_prompt[39:] == [*range(1, 21)]
 
 
 def test_large_images_of_ade_are_reduced(tmp_path):

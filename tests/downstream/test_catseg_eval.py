@@ -83,7 +83,7 @@ def test_a_class_has_the_best_of_its_names(segmenter):
     text = catseg_eval.encode(segmenter, each)
     one, = catseg_eval.predict(cfg, segmenter, each, text, images()[:1])
     other, = catseg_eval.predict(cfg, segmenter, both, text, images()[:1])
-    assert torch.equal(other, torch.tensor(both.owner)[one])
+    assert torch.equal(other, torch.tensor(both.class_of_prompt)[one])
 
 
 def test_every_set_is_scored_by_the_shared_loop(checkpoint, tmp_path, capsys):

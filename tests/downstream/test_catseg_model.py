@@ -16,7 +16,7 @@ NAMES = ["cat", "dog", "tall grass", "sea", "old wooden chair"]
 def make(name: str = "tiny-eva", **given) -> CATSeg:
     """A segmenter of random weights, none of them 0, that sees 8 x 8 patches in windows of 4."""
     torch.manual_seed(0)
-    segmenter = CATSeg(DeCLIP(name), Design(**{"image_size": 64, "width": 32, "most_classes": 8}
+    segmenter = CATSeg(DeCLIP(name), Design(**{"image_size": 64, "width": 32, "max_classes": 8}
                                             | given))
     for parameter in segmenter.aggregator.parameters():
         if parameter.ndim == 1:
@@ -91,7 +91,7 @@ def test_places_of_other_windows_have_no_influence():
 @pytest.mark.parametrize("training", [False, True])
 def test_class_attention_with_padding(training):
     """One token that counts n times against n tokens; in training at half the resolution."""
-    block = model.ClassBlock(Design(0, width=32, most_classes=9)).train(training)
+    block = model.ClassBlock(Design(0, width=32, max_classes=9)).train(training)
     nn.init.normal_(block.padding), nn.init.normal_(block.padding_guidance)
     x, guidance = torch.randn(2, 4, 4, 6, 32), torch.randn(2, 4, 1, 1, 32)
     with torch.no_grad():

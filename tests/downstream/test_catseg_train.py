@@ -24,7 +24,7 @@ from util import settings
 from util.weights import read_weights
 
 TINY = {"model": "tiny-eva", "pretrained": "none", "image_size": 32, "width": 16, "heads": 2,
-        "layers": 1, "most_classes": 4, "batch_size": 2, "micro_batch": 2, "iterations": 4,
+        "layers": 1, "max_classes": 4, "batch_size": 2, "micro_batch": 2, "iterations": 4,
         "num_workers": 0, "log_every": 1, "lr": 1e-3}
 
 
@@ -167,7 +167,7 @@ def test_published_settings():
     """Those of the facts: 384 px, 80,000 steps of 4 images, 2e-4 ..."""
     cfg = settings.parse([], train)
     assert (cfg.BATCH_SIZE, cfg.ITERATIONS, cfg.LR, cfg.CLIP_LR, cfg.WEIGHT_DECAY, cfg.CLIP_NORM,
-            cfg.WIDTH, cfg.HEADS, cfg.LAYERS, cfg.MOST_CLASSES, cfg.PRECISION, cfg.TF32) == (
+            cfg.WIDTH, cfg.HEADS, cfg.LAYERS, cfg.MAX_CLASSES, cfg.PRECISION, cfg.TF32) == (
         4, 80_000, 2e-4, 0.01, 1e-4, 0.01, 128, 4, 2, 256, "fp32", True)
     openai = settings.parse(["@presets/catseg_openai.txt"], train)
     assert (openai.ATTENTION, openai.NORMALIZE) == ("catseg", False)

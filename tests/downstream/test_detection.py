@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from data import read_classes, resize
 from downstream.detection import (
     Annotations,
-    Benchmark,
+    DetectionBenchmark,
     DetectionData,
     Detections,
     EvaluationImages,
@@ -298,7 +298,7 @@ def synthetic(seed: int = 0) -> tuple[Annotations, list[dict], dict]:
                 moved = np.array(bbox) + draw.normal(0, 4, 4)
                 guess = label if draw.random() < 0.8 else int(draw.integers(4))
                 found.append((image, guess, moved.tolist(), draw.random()))
-    annotations = Annotations(Path("x.json"), Benchmark(None, ("", "")), images, [], truth,
+    annotations = Annotations(Path("x.json"), DetectionBenchmark(None, ("", "")), images, [], truth,
                               list(range(4)), list("abcd"), [True] * 4, [""] * 4)
     results = []
     for image, label, (x, y, width, height), score in found:
@@ -364,7 +364,7 @@ def test_lvis_counts_what_was_looked_for():
               for id, (negative, partly) in enumerate([([], []), ([7], []), ([], []), ([], [7])])]
     truth = [{"image_id": image, "category_id": 7, "bbox": box, "area": 1600,
               "segmentation": polygon(*box)} for image in (0, 3)]
-    annotations = Annotations(Path("x.json"), Benchmark(None, ("", ""), is_lvis=True, most=300),
+    annotations = Annotations(Path("x.json"), DetectionBenchmark(None, ("", ""), is_lvis=True, most=300),
                               images, [], truth, [7, 9], ["a", "b"], [False, True], ["r", "f"])
 
     def ap(*wrong: int) -> float:

@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from downstream.detection import DetectionData, Detections, find_annotations
 from downstream.fvit import eval as evaluation
-from downstream.fvit.model import Design, FViT, Rules
+from downstream.fvit.model import Design, FViT, ScoreRules
 from model import DeCLIP
 from util import settings
 
@@ -103,14 +103,14 @@ def test_transfer_swaps_the_names(checkpoint, scenes_json, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["ovcoco", "ovlvis"])
 def test_presets_are_the_rules_of_their_data_sets(name):
     cfg = settings.parse([f"@presets/fvit_{name}.txt"], evaluation)
-    assert evaluation.rules_of(cfg, "unknown") == evaluation.RULES[name]
+    assert evaluation.score_rules(cfg, "unknown") == evaluation.RULES[name]
     assert cfg.DATASET == name
 
 
 def test_given_scores_replace_those_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
     cfg = settings.parse(["--a", "0", "--temperature", "120", "--at_boxes"], evaluation)
-    expected = Rules(a=0, b=0.6, temperature=120, least=1e-4, nms=0.5, most=300, at_boxes=True)
-    assert evaluation.rules_of(cfg, "ovlvis") == expected
+    expected = ScoreRules(a=0, b=0.6, temperature=120, least=1e-4, nms=0.5, most=300, at_boxes=True)
+    assert evaluation.score_rules(cfg, "ovlvis") == expected
     transfer = evaluation.RULES["coco"]
     assert transfer.a == transfer.b == 0.2 and transfer.tau == 50 and not transfer.masks
 

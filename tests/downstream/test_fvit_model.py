@@ -14,7 +14,7 @@ from torchvision.ops import box_iou, roi_align
 
 from data import fitted_size
 from downstream.fvit import model
-from downstream.fvit.model import BACKGROUND, NEITHER, Design, FViT, Rules, Target, open_fvit
+from downstream.fvit.model import BACKGROUND, IGNORE, Design, FViT, ScoreRules, Target, open_fvit
 from model import DeCLIP
 from util import UserError
 
@@ -128,15 +128,15 @@ def test_regions_are_pooled_one_by_one_in_their_level():
 
 def assign_slowly(overlaps, positive, negative, best):
     """The rule, candidate by candidate and object by object."""
-    owner = []
+    matched = []
     for row in overlaps.tolist():
         highest = max(row)
-        owner.append(row.index(highest) if highest >= positive
-                     else BACKGROUND if highest < negative else NEITHER)
+        matched.append(row.index(highest) if highest >= positive
+                     else BACKGROUND if highest < negative else IGNORE)
     for number, column in enumerate(overlaps.T.tolist()):
         if best is not None and max(column) >= best:
-            owner = [number if value == max(column) else own for value, own in zip(column, owner)]
-    return owner
+            matched = [number if value == max(column) else own for value, own in zip(column, matched)]
+    return matched
 
 
 @pytest.mark.parametrize("positive, negative, best", [(0.7, 0.3, 0.3), (0.5, 0.5, None),
@@ -145,17 +145,17 @@ def test_assignment(positive, negative, best):
     objects = random_boxes(6)
     candidates = torch.cat([random_boxes(200), objects + 40 * torch.rand(6, 4), objects[:2]])
     overlaps = box_iou(candidates, objects)
-    owner = model.assign(overlaps, positive, negative, best).tolist()
-    assert owner == assign_slowly(overlaps, positive, negative, best)
-    assert {BACKGROUND, 0} <= set(owner) and (NEITHER in owner) == (positive > negative)
+    matched = model.assign(overlaps, positive, negative, best).tolist()
+    assert matched == assign_slowly(overlaps, positive, negative, best)
+    assert {BACKGROUND, 0} <= set(matched) and (IGNORE in matched) == (positive > negative)
 
 
 def test_the_best_anchors_of_an_object_are_its_own():
     """Two candidates tie; another object overlaps one of them more."""
     overlaps = torch.tensor([[0.6, 0.2], [0.6, 0.9], [0.1, 0.95], [0.2, 0.1]])
-    assert model.assign(overlaps, 0.7, 0.3).tolist() == [NEITHER, 1, 1, BACKGROUND]
+    assert model.assign(overlaps, 0.7, 0.3).tolist() == [IGNORE, 1, 1, BACKGROUND]
     assert model.assign(overlaps, 0.7, 0.3, 0.3).tolist() == [0, 0, 1, BACKGROUND]
-    assert model.assign(overlaps, 0.7, 0.3, 0.61).tolist() == [NEITHER, 1, 1, BACKGROUND]
+    assert model.assign(overlaps, 0.7, 0.3, 0.61).tolist() == [IGNORE, 1, 1, BACKGROUND]
 
 
 def test_without_objects_all_is_background():
@@ -164,14 +164,14 @@ def test_without_objects_all_is_background():
 
 def test_sampling():
     """At most the share of positives, background fills up; the same for the same key alone."""
-    owner = torch.tensor([2] * 40 + [BACKGROUND] * 100 + [NEITHER] * 30)[torch.randperm(170)]
+    matched = torch.tensor([2] * 40 + [BACKGROUND] * 100 + [IGNORE] * 30)[torch.randperm(170)]
 
-    def draw(key, number, of=owner):
+    def draw(key, number, of=matched):
         return model.sample(of, number, 0.25, model.make_generator(key, torch.device("cpu")))
 
     positive, negative = draw("a", 80)
     assert (len(positive), len(negative)) == (20, 60)
-    assert (owner[positive] == 2).all() and (owner[negative] == BACKGROUND).all()
+    assert (matched[positive] == 2).all() and (matched[negative] == BACKGROUND).all()
     assert len(set(positive.tolist())) == 20 and len(set(negative.tolist())) == 60
     few = draw("a", 80, torch.where(torch.arange(170) < 3, 0, BACKGROUND))
     assert (len(few[0]), len(few[1])) == (3, 77)
@@ -190,15 +190,15 @@ def test_proposal_losses_by_hand(fvit):
     losses = fvit.proposal_losses(scores, deltas, anchors, list(zip(targets, generators)))
     bce, l1, count = 0.0, 0.0, 0
     for number, target in enumerate(targets):
-        owner = model.assign(box_iou(anchors, target.boxes), 0.7, 0.3, 0.3)
-        chosen = model.sample(owner, 32, 0.5, model.make_generator(target.key, anchors.device))
+        matched = model.assign(box_iou(anchors, target.boxes), 0.7, 0.3, 0.3)
+        chosen = model.sample(matched, 32, 0.5, model.make_generator(target.key, anchors.device))
         for label, places in zip((1.0, 0.0), chosen):
             for place in places:
                 score = torch.cat(scores, 1)[number, place]
                 bce += F.binary_cross_entropy_with_logits(score, torch.tensor(label)).item()
                 count += 1
                 if label:
-                    wanted = model.encode_boxes(target.boxes[owner[place]][None],
+                    wanted = model.encode_boxes(target.boxes[matched[place]][None],
                                                 anchors[place][None])
                     l1 += (torch.cat(deltas, 1)[number, place] - wanted).abs().sum().item()
     assert count == 64 and l1 > 0
@@ -216,14 +216,14 @@ def test_regions_are_proposals_and_true_boxes(fvit, keep_best):
     fvit.design = SMALL._replace(keep_best=keep_best)
     regions = fvit.sample_regions(proposals, target,
                                   model.make_generator("key", torch.device("cpu")))
-    owner = dict(zip(map(tuple, regions.boxes.tolist()), regions.owner.tolist()))
-    assert owner == {(0, 0, 20, 10): 0, (3, 0, 20, 10): 1, (2, 0, 20, 10): 1 - keep_best,
+    matched = dict(zip(map(tuple, regions.boxes.tolist()), regions.matched.tolist()))
+    assert matched == {(0, 0, 20, 10): 0, (3, 0, 20, 10): 1, (2, 0, 20, 10): 1 - keep_best,
                      (3.5, 0, 20, 10): 1}
     assert regions.boxes.shape == (6, 4)
-    assert regions.labels.tolist() == [*target.labels[regions.owner].tolist(), 3, 3]
+    assert regions.labels.tolist() == [*target.labels[regions.matched].tolist(), 3, 3]
     many = model.FViT.sample_regions(fvit, random_boxes(200), target,
                                      model.make_generator("key", torch.device("cpu")))
-    assert len(many.boxes) == 16 and len(many.owner) <= 4
+    assert len(many.boxes) == 16 and len(many.matched) <= 4
 
 
 def test_text_is_of_vilds_sentences(clip):
@@ -310,7 +310,7 @@ def test_boxes_at_the_edge_stay_in_their_image(height, width):
 def test_scores_one_by_one(fvit):
     """p_det^(1-e) p_vlm^e with softmaxes over all classes and background, e by class."""
     embeddings, vlm = (F.normalize(torch.randn(4, 32), dim=-1) for _ in range(2))
-    scores = fvit.fuse_scores(embeddings, vlm, Rules(a=0.2, b=0.7, temperature=30))
+    scores = fvit.fuse_scores(embeddings, vlm, ScoreRules(a=0.2, b=0.7, temperature=30))
     for n in range(4):
         det = [math.exp(50 * float(embeddings[n] @ text)) for text in fvit.text]
         seen_by_clip = [math.exp(30 * float(vlm[n] @ text)) for text in fvit.text]
@@ -319,7 +319,7 @@ def test_scores_one_by_one(fvit):
             assert scores[n, k].item() == pytest.approx(p_det ** (1 - share) * p_vlm ** share,
                                                         rel=1e-3)
     assert scores.shape == (4, 3)
-    of_tau = fvit.fuse_scores(embeddings, vlm, Rules(a=0, b=0, tau=10.0))
+    of_tau = fvit.fuse_scores(embeddings, vlm, ScoreRules(a=0, b=0, tau=10.0))
     torch.testing.assert_close(of_tau, (10 * embeddings @ fvit.text.T).softmax(-1)[:, :-1])
 
 
@@ -333,8 +333,8 @@ def test_the_vlm_sees_the_proposals_of_its_own_map(fvit, monkeypatch):
     with torch.no_grad():
         fvit.box_head.deltas[-1].bias.fill_(3)
     pictures = [(image * 255).byte() for image in images]
-    fvit.detect(pictures, Rules())
-    fvit.detect(pictures, Rules(at_boxes=True))
+    fvit.detect(pictures, ScoreRules())
+    fvit.detect(pictures, ScoreRules(at_boxes=True))
     views = [model.resize(image, *model.fitted_size(image, 64)) for image in pictures]
     with torch.no_grad():
         tokens = fvit.look(views)[-1]
@@ -349,11 +349,11 @@ def test_nms_and_thresholds():
     """Within a class the lower of two boxes goes, between classes both stay."""
     boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 10, 9], [30, 30, 40, 40]])
     scores = torch.tensor([[0.9, 0.05], [0.8, 0.7], [0.005, 0.3]])
-    found = model.choose(boxes, scores, Rules(least=0.01, nms=0.4, most=10))
+    found = model.choose(boxes, scores, ScoreRules(least=0.01, nms=0.4, most=10))
     assert found[2].tolist() == [0, 1, 1] and found[1].tolist() == pytest.approx([0.9, 0.7, 0.3])
     assert torch.equal(found[0], boxes[[0, 1, 2]])
-    assert len(model.choose(boxes, scores, Rules(most=2))[1]) == 2
-    assert len(model.choose(boxes, scores, Rules(nms=0.95, most=10))[1]) == 5
+    assert len(model.choose(boxes, scores, ScoreRules(most=2))[1]) == 2
+    assert len(model.choose(boxes, scores, ScoreRules(nms=0.95, most=10))[1]) == 5
 
 
 def test_detections_are_in_the_pixels_of_their_images(fvit, monkeypatch):
@@ -362,14 +362,14 @@ def test_detections_are_in_the_pixels_of_their_images(fvit, monkeypatch):
     with torch.no_grad():
         fvit.box_head.deltas[-1].weight.zero_()
     blank = torch.zeros(3, 30, 60, dtype=torch.uint8)
-    for found in fvit.detect([blank, blank], Rules(least=0)):
+    for found in fvit.detect([blank, blank], ScoreRules(least=0)):
         torch.testing.assert_close(found.boxes, torch.tensor([[7.5, 15, 22.5, 30]]).expand(3, 4))
         assert found.masks is None
 
 
 def test_without_detections(fvit):
     blank = torch.zeros(3, 30, 60, dtype=torch.uint8)
-    found, = fvit.detect([blank], Rules(least=1.0))
+    found, = fvit.detect([blank], ScoreRules(least=1.0))
     assert found.boxes.shape == (0, 4) and found.scores.shape == found.labels.shape == (0,)
 
 
@@ -435,7 +435,7 @@ def test_other_backbones(name):
     losses = fvit.train()(images, targets)
     assert set(losses) == {"proposal class", "proposal box", "class", "box", "mask"}
     assert all(loss.isfinite() for loss in losses.values())
-    found = fvit.eval().detect([(image * 255).byte() for image in images], Rules(least=0, most=3))
+    found = fvit.eval().detect([(image * 255).byte() for image in images], ScoreRules(least=0, most=3))
     assert [each.masks[0].shape for each in found] == [(64, 48), (40, 64)]
 
 
@@ -536,7 +536,7 @@ def test_names_are_swapped_without_training(fvit):
                                          [False, True, False, False])
     expected = fvit.backbone.encode_text(["kite", "disc", "cat", "zebra", "background"])
     torch.testing.assert_close(fvit.text, expected)
-    found, = fvit.detect([torch.zeros(3, 30, 60, dtype=torch.uint8)], Rules(least=0))
+    found, = fvit.detect([torch.zeros(3, 30, 60, dtype=torch.uint8)], ScoreRules(least=0))
     assert set(found.labels.tolist()) <= {0, 1, 2, 3}
     fvit.set_classes(["kite", "disc"], [True, False])
     assert fvit.seen == [True, False]

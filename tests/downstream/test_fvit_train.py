@@ -14,7 +14,7 @@ from pycocotools import mask as coco_masks
 from data import read_image
 from downstream import detection
 from downstream.fvit import train
-from downstream.fvit.model import FViT, Rules, open_fvit
+from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from model import DeCLIP
 from util import distributed, settings
 
@@ -86,7 +86,7 @@ def test_it_learns_four_scenes(scenes_json, tmp_path, saved_once):
     fvit = open_fvit(tmp_path / "fvit.safetensors")
     annotations = detection.find_annotations(parsed(scenes_json), "val")
     images = [read_image(file) for file in annotations.files]
-    results = [result for number, found in enumerate(fvit.detect(images, Rules(a=0, b=0)))
+    results = [result for number, found in enumerate(fvit.detect(images, ScoreRules(a=0, b=0)))
                for result in detection.encode_detections(number, found)]
     precision = detection.precisions(annotations, results)
     groups = detection.groups_of(annotations, fvit.seen)

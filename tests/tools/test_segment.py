@@ -121,8 +121,8 @@ def test_background_is_not_what_was_asked_for():
                                  positional="PHOTOS")
     classes = segment.find_classes(cfg)
     assert "grass" not in classes.prompts
-    assert classes.owner[classes.prompts.index("Grass")] == 2
-    assert "sky" in classes.prompts and classes.owner[classes.prompts.index("sky")] == 0
+    assert classes.class_of_prompt[classes.prompts.index("Grass")] == 2
+    assert "sky" in classes.prompts and classes.class_of_prompt[classes.prompts.index("sky")] == 0
 
 
 def test_classes_as_they_are_typed(tmp_path):

@@ -63,12 +63,12 @@ def test_images_with_one_caption_are_no_negatives_of_it():
     """Two images of a caption: text to image, each is as right as the other, and the caption counts
     once."""
     image = F.normalize(torch.randn(3, 8), dim=1)
-    text, owner = torch.stack([image[0], image[2]]), torch.tensor([0, 0, 1])
+    text, matched = torch.stack([image[0], image[2]]), torch.tensor([0, 0, 1])
     logits = 7 * image @ text.T
     to_image = -logits.T.log_softmax(dim=1)
-    expected = (F.cross_entropy(logits, owner)
+    expected = (F.cross_entropy(logits, matched)
                 + ((to_image[0, 0] + to_image[0, 1]) / 2 + to_image[1, 2]) / 2) / 2
-    torch.testing.assert_close(pretrain.contrast(image, text, owner, torch.tensor(7.0)), expected)
+    torch.testing.assert_close(pretrain.contrast(image, text, matched, torch.tensor(7.0)), expected)
 
 
 def test_every_word_is_one_token(tmp_path):

@@ -12,7 +12,7 @@ from data import read_classes
 from eval_region import PanopticRegions
 from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
 from toy import world
-from toy.world import FIRST_SCENE, MOST_SCENES, NAMES, STUFF, THINGS, draw_scene
+from toy.world import FIRST_SCENE, MAX_SCENES, NAMES, STUFF, THINGS, draw_scene
 
 
 def test_a_scene_is_its_number():
@@ -81,7 +81,7 @@ def test_sets_have_scenes_of_their_own(drawn):
     files = [*(drawn / "toy" / "train").glob("*.png"), *(drawn / "toy").glob("*/images/*.png")]
     assert len(files) == 3 + 2 + 6 and len({file.read_bytes() for file in files}) == len(files)
     starts = sorted(FIRST_SCENE.values())
-    assert all(later - start >= MOST_SCENES for start, later in zip(starts, starts[1:]))
+    assert all(later - start >= MAX_SCENES for start, later in zip(starts, starts[1:]))
 
 
 def test_drawing_again_leaves_no_old_scenes(drawn, tmp_path):
@@ -92,7 +92,7 @@ def test_drawing_again_leaves_no_old_scenes(drawn, tmp_path):
     assert sizes == [(32, 32)] * 2 and len(list((tmp_path / "dev" / "images").iterdir())) == 2
 
 
-@pytest.mark.parametrize("given, words", [({"val": MOST_SCENES + 1}, "ask for fewer"),
+@pytest.mark.parametrize("given, words", [({"val": MAX_SCENES + 1}, "ask for fewer"),
                                           ({"size": 3}, "SIZE is 3")])
 def test_bad_settings_are_one_sentence(tmp_path, given, words):
     with pytest.raises(SystemExit, match=words):
