@@ -3,13 +3,12 @@
     python eval_region.py --ckpt out/declip/declip.safetensors
     python eval_region.py --attention clip                  # plain CLIP, no checkpoint
     python eval_region.py --sizes 224 336 448 560 672 784 896 1024 --ckpt ...       # Figure 6
-    python eval_region.py --synonyms classes/coco_panoptic_synonyms.txt --ckpt ...  # by other names
     torchrun --nproc_per_node 8 eval_region.py --ckpt ...   # images divided among GPUs
 
-Prints top-1 and top-5 mAcc for boxes, for masks and for the crops' [CLS], which is the bound of
-what regions can learn from the teacher: name its weights, `--teacher merged2b_s8b_b131k`, or leave
---ckpt out; otherwise it is the [CLS] of the model itself, which training has changed. Writes
-region.json beside the checkpoint, and for several sizes a plot.
+Prints top-1 and top-5 mAcc for boxes, masks and the crops' [CLS], which bounds what regions can
+learn from the teacher: name its weights, `--teacher merged2b_s8b_b131k`, or leave --ckpt out; else
+it is the trained model's own [CLS]. Writes region.json beside the checkpoint, to be plotted by
+python -m tools.visualize sizes.
 """
 
 import re
@@ -34,21 +33,16 @@ from data import (
     normalize,
     pad_to,
     read_classes,
-    read_image,
     resize,
     student_image,
 )
-from model import (
-    DeCLIP,
-    encode_classes,
-    mask_features,
-    open_model,
-    region_features,
-    title,
-)
+from model import ATTENTIONS, DECOUPLED, DeCLIP, mask_features, region_features
 from util import UserError, distributed, settings
-from util.files import fields_of, find, read_json, write_result
-from util.precision import autocast, check_precision
+from util.coco import Panoptic, is_inside
+from util.files import fields_of, find, write_result
+from util.precision import autocast, check_precision, find_precision
+from util.text import find_templates
+from util.weights import read_clip_record, read_published
 
 # The model
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
@@ -57,26 +51,29 @@ PRETRAINED: str | None = "merged2b_s8b_b131k"   # MODEL's weights, unless CKPT n
 CONTEXT: str | None = None          # of train.py, such as q or qk; None: the checkpoint's, else q
 SCALE: float | None = None          # factor of the last block's logits; None: the checkpoint's
 ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: CONTEXT's
-TEACHER: str | None = None          # weights of MODEL for the crops' [CLS]; None: the model's own
+
+# Names and numbers
 TEMPLATES = "imagenet"              # imagenet: 80 templates (paper); simple: 7; or one with {}
 PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
+CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
 
 # The data
 ANNOTATIONS = "data/coco/annotations/panoptic_val2017.json"     # COCO-panoptic json
 PNGS = "data/coco/annotations/panoptic_val2017"         # folder of its PNGs
 IMAGES = "data/coco/val2017"        # folder of its images
 CLASSES: str | None = "classes/coco_panoptic.txt"       # in the order of ids; None: the json's
-SYNONYMS: str | None = None         # class file of other names, to be evaluated beside CLASSES
 CROWD = False                       # also regions marked iscrowd, like CLIPSelf's evaluation
 MIN_AREA = 64                       # smallest box in pixels; 64 is CLIPSelf's
 BINARY_MASKS = False                # a patch that a mask touches counts wholly, as published
 
-# The evaluation
+# The views
+TEACHER: str | None = None          # weights of MODEL for the crops' [CLS]; None: the model's own
 SIZES = (560,)                      # longest side, one or several; the paper has 560 and 1024
-BATCH_SIZE = 8                      # images of one forward pass
 CROP_BATCH = 64                     # crops of one forward pass
+
+# The evaluation
+BATCH_SIZE = 8                      # images of one forward pass
 NUM_WORKERS = 4                     # processes that decode images, for each GPU
-CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
 OUT: str | None = None              # folder of the result; None: the checkpoint's, else out/
 
 
@@ -92,26 +89,21 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, CROP_BATCH=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
-    classes = class_names(cfg, dataset)
-    namings = {"": classes} | ({OTHERS: other_names(cfg, classes)} if cfg.SYNONYMS else {})
+    classes, templates = class_names(cfg, dataset), find_templates(cfg.TEMPLATES)
     dataset[0]      # a wrong folder is found before a model is loaded
     clip = open_model(cfg).to(ranks.device)
     teacher = DeCLIP(clip.source, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
-    namings = {suffix: Naming(named, encode_classes(clip, named, cfg.TEMPLATES, cfg.CACHE))
-               for suffix, named in namings.items()}
+    text = clip.encode_text(classes.prompts, templates, cfg.CACHE)
     result, hits = {}, {}
     for size in cfg.SIZES:
         # Crops are cut from the original image, so their figures are those of the first size.
-        models = Models(clip, None if hits else teacher, namings)
+        models = Models(clip, None if hits else teacher, classes, text)
         hits |= evaluate(cfg, models, dataset, size, ranks)
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
             print(f"\n{title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
-            path = write_result(cfg, "region", {"sizes": result} | clip.describe())
-    if ranks.is_main and len(cfg.SIZES) > 1:
-        print("\n" + table_of_sizes(result))
-        plot_sizes(result, title(cfg, clip), path.with_suffix(".png"))
+            write_result(cfg, "region", {"sizes": result} | clip.describe())
     return result
 
 
@@ -137,23 +129,37 @@ def class_names(cfg: SimpleNamespace, dataset: "PanopticRegions") -> Classes:
     return classes
 
 
-OTHERS = ", synonyms"       # ends the names of figures that SYNONYMS gave
+# ----------------------------------------------------------------------------------- the model
 
+def open_model(cfg: SimpleNamespace) -> DeCLIP:
+    """The model of CKPT, MODEL, PRETRAINED, CONTEXT and SCALE, to be used with ATTENTION.
 
-def other_names(cfg: SimpleNamespace, classes: Classes) -> Classes:
-    """The classes as SYNONYMS calls them; UserError unless every class has only other names there.
+    A `declip.safetensors` says what it is; any other CKPT is loaded over MODEL with PRETRAINED, and
+    its attention must be named. UserError if the settings contradict it, or are missing.
     """
-    others = read_classes(cfg.SYNONYMS)
-    if len(others) != len(classes):
-        raise UserError(f"{cfg.SYNONYMS} has {len(others)} classes, but there are {len(classes)}; "
-                        "give other names of each, a class a line, in the order of CLASSES.")
-    own = {(k, name.casefold()): name for name, k in zip(classes.prompts, classes.class_of_prompt)}
-    same = next((own[k, name.casefold()] for name, k in zip(others.prompts, others.class_of_prompt)
-                 if (k, name.casefold()) in own), None)
-    if same:
-        raise UserError(f"{cfg.SYNONYMS} calls {same!r} by a name that CLASSES has for it already; "
-                        "give another one.")
-    return others
+    settings.check(cfg, ATTENTION=(cfg.ATTENTION in (None, *ATTENTIONS),
+                                   f"one of {', '.join(ATTENTIONS)}"))
+    if cfg.CKPT and read_clip_record(cfg.CKPT):
+        return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
+    is_described = cfg.ATTENTION or None not in (cfg.MODEL, cfg.CONTEXT, cfg.SCALE)
+    weights = read_published(cfg.CKPT, is_described) if cfg.CKPT else {}    # before any download
+    torch.manual_seed(0)        # random weights, if asked for, are the same at every run
+    clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
+    if cfg.CKPT:
+        clip.load_weights(cfg.CKPT, weights, {})
+    return clip
+
+
+def title(cfg: SimpleNamespace, clip: DeCLIP) -> str:
+    """One line that says what was evaluated: model, attention, weights, precision."""
+    attention = cfg.ATTENTION or clip.context
+    if attention in DECOUPLED:
+        attention += f", scale {'1/√d' if clip.scale is None else clip.scale}"
+    has_own = cfg.PRETRAINED and ":" in clip.model_name
+    weights = cfg.CKPT or ("its own weights" if has_own else cfg.PRETRAINED) or "random weights"
+    precision = find_precision(cfg.PRECISION, clip.visual.trunk.pos_embed.device)
+    return ", ".join([clip.model_name, f"attention {attention}", weights,
+                      *([] if precision == "fp32" else [precision])])
 
 
 # ---------------------------------------------------------------------------- panoptic regions
@@ -175,35 +181,20 @@ class PanopticRegions(Dataset):
 
     def __init__(self, annotations: str | Path, pngs: str | Path, images: str | Path,
                  crowd: bool = False, min_area: int = 0):
-        annotations = find(annotations)
-        content = read_json(annotations, "images", "annotations", "categories")
+        self.json = Panoptic(find(annotations))
+        self.names, self.is_thing = self.json.names, self.json.is_thing     # of each category
         self.pngs, self.images = find(pngs), find(images)
         self.crowd, self.min_area = crowd, min_area
-        with fields_of(annotations):
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            self.names = [category["name"] for category in categories]
-            self.is_thing = [bool(category["isthing"]) for category in categories]
-            self.class_of = {category["id"]: place for place, category in enumerate(categories)}
-            self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
-        self.annotations, self.path = content["annotations"], annotations
-        if not self.annotations:
-            raise UserError(f"{annotations} has no annotations; give a COCO-panoptic json.")
-        if "segments_info" not in self.annotations[0]:
-            raise UserError(f"{annotations} has no field 'segments_info' in its annotations; give "
-                            "the panoptic json, such as panoptic_val2017.json, not instances or "
-                            "captions.")
 
     def __len__(self) -> int:
-        return len(self.annotations)
+        return len(self.json.annotations)
 
     def __getitem__(self, index: int) -> LabelledRegions:
-        with fields_of(self.path):
-            return self._read(self.annotations[index])
+        with fields_of(self.json.path):
+            return self._read(self.json.annotations[index])
 
     def _read(self, annotation: dict) -> LabelledRegions:
-        png = self.pngs / annotation["file_name"]
-        image, ids = self._read_files(annotation, png)
-        self._check(png, annotation["segments_info"])
+        image, ids = self.json.read_files(annotation, self.images, self.pngs)
         wanted = [region for region in annotation["segments_info"] if self._counts(region)]
         present = set(np.unique(ids).tolist())
         kept = sorted((region for region in wanted if region["id"] in present
@@ -214,41 +205,16 @@ class PanopticRegions(Dataset):
         region_ids = np.where((known[place] == ids) & bool(kept), place, -1).astype(np.int16)
         boxes = torch.tensor([region["bbox"] for region in kept], dtype=torch.float).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = [self.class_of[region["category_id"]] for region in kept]
-        return LabelledRegions(image, torch.from_numpy(region_ids), boxes,
-                       torch.tensor(labels, dtype=torch.long), len(wanted) - len(kept))
-
-    def _read_files(self, annotation: dict, png: Path) -> tuple[Tensor, np.ndarray]:
-        """The image, uint8 (3, H, W), and COCO's ids of its pixels' regions, (H, W)."""
-        if annotation["image_id"] not in self.file_names:
-            raise UserError(f"{self.path} has the image_id {annotation['image_id']} for {png.name},"
-                            " but no such image in 'images'; download the json again.")
-        image = read_image(self.images / self.file_names[annotation["image_id"]])
-        rgb = read_image(png).int()
-        if rgb.shape != image.shape:
-            raise UserError(f"{png} is {tuple(rgb.shape[1:])}, but its image "
-                            f"{tuple(image.shape[1:])}; they must be of one size.")
-        return image, (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
-
-    def _check(self, png: Path, regions: list[dict]) -> None:
-        """Raises UserError on a region of an unknown category."""
-        for region in regions:
-            if region["category_id"] not in self.class_of:
-                raise UserError(f"{self.path} has the category_id {region['category_id']} in a "
-                                f"segment of {png.name}, but no such category in 'categories'; "
-                                "download the json again.")
+        labels = torch.tensor([self.json.class_of[region["category_id"]] for region in kept],
+                              dtype=torch.long)
+        return LabelledRegions(image, torch.from_numpy(region_ids), boxes, labels,
+                               len(wanted) - len(kept))
 
     def _counts(self, region: dict) -> bool:
         """Whether the evaluation wants a region: no crowd, and no small one unless it is empty."""
         width, height = region["bbox"][2:]
         is_small = 0 < width * height < self.min_area
         return not is_small and (self.crowd or not region.get("iscrowd", 0))
-
-
-def is_inside(bbox: list[float], height: int, width: int) -> bool:
-    """Whether a box x, y, width, height has a part in an image."""
-    x, y, w, h = bbox
-    return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
 
 
 def region_masks(region_ids: Tensor, count: int, size: int, patch_size: int) -> Tensor:
@@ -267,41 +233,31 @@ def region_masks(region_ids: Tensor, count: int, size: int, patch_size: int) -> 
 
 # ------------------------------------------------------------------------------ classification
 
-class Naming(NamedTuple):
-    """What the classes are called."""
-    classes: Classes
-    text: Tensor                # (prompts, C)
-
-
 class Models(NamedTuple):
     """What regions are classified with."""
     clip: DeCLIP
     teacher: DeCLIP | None      # of the crops' [CLS]; None: crops are left out
-    namings: dict[str, Naming]  # "": CLASSES; OTHERS: SYNONYMS
+    classes: Classes
+    text: Tensor                # (prompts, C)
 
 
 def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, size: int,
              ranks: distributed.Ranks) -> dict[str, Tensor]:
-    """All images at one size -> for each way the counts (K, 3) of count_hits, over all ranks.
-
-    A way is box, mask or crop, and the same with OTHERS behind it.
-    """
-    ways = ("box", "mask", "crop") if models.teacher else ("box", "mask")
+    """All images at one size -> for box, mask and crop the counts (K, 3) of count_hits, over all
+    ranks."""
+    clip, teacher, classes, text = models
     left_out = torch.zeros(1, dtype=torch.long, device=ranks.device)
-    hits = {way + suffix: torch.zeros(len(naming.classes), 3, dtype=torch.long,
-                                      device=ranks.device)
-            for suffix, naming in models.namings.items() for way in ways}
+    ways = ("box", "mask", "crop") if teacher else ("box", "mask")
+    hits = {way: left_out.new_zeros(len(classes), 3) for way in ways}
     loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
     for samples in tqdm(loader, desc=f"regions, {size} px", unit="batch",
                         disable=not ranks.is_main):
         left_out += sum(sample.left_out for sample in samples)
-        labels = torch.cat([sample.labels for sample in samples])
-        labels = labels.to(ranks.device, non_blocking=True)
-        encoded = encode_regions(cfg, models.clip, models.teacher, samples, size, ranks.device)
+        labels = torch.cat([sample.labels for sample in samples]).to(ranks.device)
+        encoded = encode_regions(cfg, clip, teacher, samples, size, ranks.device)
         for way, features in encoded.items():
-            features = F.normalize(features, dim=-1)
-            for suffix, (classes, text) in models.namings.items():
-                hits[way + suffix] += count_hits(classes.best((features @ text.T).T).T, labels)
+            scores = F.normalize(features, dim=-1) @ text.T
+            hits[way] += count_hits(classes.best(scores.T).T, labels)
     hits = {way: distributed.sum_over_ranks(counts).cpu() for way, counts in hits.items()}
     left_out = distributed.sum_over_ranks(left_out).item()
     if left_out and not hits["box"].any():
@@ -315,7 +271,8 @@ def evaluate(cfg: SimpleNamespace, models: Models, dataset: PanopticRegions, siz
 
 @torch.inference_mode()
 def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
-                   samples: list[LabelledRegions], size: int, device: torch.device) -> dict[str, Tensor]:
+                   samples: list[LabelledRegions], size: int, device: torch.device
+                   ) -> dict[str, Tensor]:
     """Features of all regions by box, by mask, and their crops' [CLS] by `teacher`: (sum k, C)."""
     images = [sample.image.to(device, non_blocking=True) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
@@ -333,7 +290,7 @@ def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
             encoded = [teacher.encode_image(torch.stack(crops[start:start + cfg.CROP_BATCH]))
                        for start in range(0, len(crops), cfg.CROP_BATCH)]
         none = content.new_zeros(0, content.shape[1])
-        features["crop"] = torch.cat([none, *(each.float() for each in encoded)])
+        features["crop"] = torch.cat([none, *(cls.float() for cls in encoded)])
     return features
 
 
@@ -346,8 +303,7 @@ def box_in_frame(sample: LabelledRegions, size: int) -> Tensor:
 
 def box_crops(teacher: DeCLIP, image: Tensor, boxes: Tensor) -> list[Tensor]:
     """Each box cut out and resized to CLIP's own square, normalised: k of (3, size, size)."""
-    H, W = image.shape[-2:]
-    crops = []
+    crops, (H, W) = [], image.shape[-2:]
     for x0, y0, x1, y1 in boxes.tolist():
         left, top = min(max(int(x0), 0), W - 1), min(max(int(y0), 0), H - 1)
         crop = image[:, top:max(top + 1, round(y1)), left:max(left + 1, round(x1))]
@@ -382,11 +338,8 @@ def mean_accuracy(counts: Tensor) -> dict[str, float | int | None]:
 def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor]) -> dict:
     """Counts (K, 3) for each way -> mAcc of things and stuff, each class's top-1, in per cent."""
     of_kind = {"thing": torch.tensor(is_thing), "stuff": ~torch.tensor(is_thing)}
-    means = {}
-    for way, counts in hits.items():
-        name, others, _ = way.partition(OTHERS)
-        means |= {f"{name} {kind}{others}": mean_accuracy(counts[chosen])
-                  for kind, chosen in of_kind.items()}
+    means = {f"{way} {kind}": mean_accuracy(counts[chosen])
+             for way, counts in hits.items() for kind, chosen in of_kind.items()}
     top1 = {name: {way: round(100 * counts[index, 1].item() / counts[index, 0].item(), 2)
                    for way, counts in hits.items()}
             for index, name in enumerate(classes.names) if hits["box"][index, 0]}
@@ -395,52 +348,12 @@ def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor
 
 def table(means: dict[str, dict]) -> str:
     """The rows of `mAcc` for a screen."""
-    width = max(16, *(len(name) + len(" [CLS]") for name in means))
-    rows = [f"{'mAcc, %':{width}}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
+    rows = [f"{'mAcc, %':16}{'top 1':>7}{'top 5':>8}{'regions':>9}{'classes':>9}"]
     for name, row in means.items():
-        top1, top5 = (shown(row[top]) for top in ("top1", "top5"))
-        rows.append(f"{name.replace('crop', 'crop [CLS]'):{width}}{top1:>7}{top5:>8}"
+        top1, top5 = ("-" if row[top] is None else f"{row[top]:.1f}" for top in ("top1", "top5"))
+        rows.append(f"{name.replace('crop', 'crop [CLS]'):16}{top1:>7}{top5:>8}"
                     f"{row['regions']:9}{row['classes']:9}")
     return "\n".join(rows)
-
-
-def shown(figure: float | None) -> str:
-    """A figure for a table."""
-    return "-" if figure is None else f"{figure:.1f}"
-
-
-def table_of_sizes(result: dict[str, dict]) -> str:
-    """Top-1 mAcc at every size, for a screen."""
-    ways = next(iter(result.values()))["mAcc"]
-    width = max(16, *(len(way) + 1 for way in ways))
-    lines = [f"{'top 1 mAcc, %':{width}}" + "".join(f"{size:>7}" for size in result)]
-    for way in ways:
-        values = [shown(of_size["mAcc"][way]["top1"]) for of_size in result.values()]
-        lines.append(f"{way:{width}}" + "".join(f"{value:>7}" for value in values))
-    return "\n".join(lines)
-
-
-def plot_sizes(result: dict[str, dict], heading: str, path: Path) -> None:
-    """Figure 6: top-1 mAcc over the image's size, for things and for stuff."""
-    from matplotlib import pyplot as plt  # here: it takes a second, and most runs plot nothing
-
-    sizes = [int(size) for size in result]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
-    for axis, kind in zip(axes, ("thing", "stuff")):
-        for way, label in (("box", "boxes"), ("mask", "masks"), ("crop", "[CLS] of crops")):
-            values = [of_size["mAcc"][f"{way} {kind}"]["top1"] for of_size in result.values()]
-            if None not in values:
-                axis.plot(sizes, values, marker="o", label=label)
-        axis.set(title={"thing": "things", "stuff": "stuff"}[kind], xticks=sizes,
-                 xlabel="longest side of the image, px")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1 mAcc, %")
-    axes[1].legend()
-    figure.suptitle(heading, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(f"the plot is {path}")
 
 
 if __name__ == "__main__":

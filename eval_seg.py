@@ -10,70 +10,54 @@ templates. Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.
 checkpoint.
 """
 
-import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from pycocotools import mask as coco_masks
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (
-    Classes,
-    constant,
-    load_share,
-    normalize,
-    pad_to,
-    read_classes,
-    read_image,
-    resize,
-    unreadable,
-)
-from model import DeCLIP, encode_classes, open_model, title
+from data import Classes, constant, load_share, normalize, pad_to, read_classes, resize
+from eval_region import open_model, title
+from model import DeCLIP
 from util import UserError, distributed, settings
-from util.files import fields_of, find, read_json, write_result
+from util.files import find, write_result
+from util.labels import (
+    CLASS_FILES,
+    VOID,
+    SegmentationBenchmark,
+    SegmentationImages,
+    find_data,
+    read_benchmark,
+)
+from util.pamr import refine
 from util.precision import autocast, check_precision
+from util.text import find_templates
 
-# The model
-CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
-MODEL: str | None = None            # open_clip model; None: the checkpoint's, else EVA02-B-16
-PRETRAINED: str | None = "merged2b_s8b_b131k"   # MODEL's weights, unless CKPT names its own model
-CONTEXT: str | None = None          # of train.py, such as q or qk; None: the checkpoint's, else q
-SCALE: float | None = None          # factor of the last block's logits; None: the checkpoint's
-ATTENTION: str | None = None        # clip, maskclip, sclip, clearclip: a baseline; None: CONTEXT's
-TEMPLATES = "imagenet"              # imagenet: 80 templates (paper); simple: 7; or one with {}
-PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
+# The model, its precision and the run are set as in eval_region.py
+SHARED = {"eval_region": ["The model", "Names and numbers", "The evaluation"]}
 
 # The data
 BENCHMARKS = ("voc20", "voc21")     # which to evaluate; all: the paper's eight; my.json: your own
 DATA = "data"                       # folder that holds the data sets in their original layouts
 CLASSES: str | None = None          # class file instead of the benchmark's own in classes/
 
-# The protocol
+# The windows
 SHORT_SIDE: int | None = None       # of the image, in pixels; None: 448, less for small models
-LONG_SIDE = 2048                    # most that the longer side may have; the authors' limit
+LONG_SIDE: int | None = None        # most that the longer side may have; None: 2048, the authors'
 WINDOW: int | None = None           # side, a multiple of the patch size; None: 336, or less
 STRIDE: int | None = None           # from window to window; None: a third of WINDOW
 LOGIT_SCALE: float | None = None    # factor of the cosines before the softmax; None: 40 (VOC21: 80)
 THRESHOLD: float | None = None      # background where no class is more probable; None: benchmark's
 PAMR = 0                            # steps that fit scores to the image's colours (docs/beyond.md)
 WINDOW_BATCH = 16                   # windows of one forward pass
-BATCH_SIZE = 8                      # images whose windows share forward passes
-NUM_WORKERS = 4                     # processes that decode images, for each GPU
-CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
-OUT: str | None = None              # folder of the result; None: the checkpoint's, else out/
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -85,17 +69,19 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
-    check(cfg)
-    sets, missing = find_data(cfg)
+    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    protocols, templates = find_protocols(cfg), find_templates(cfg.TEMPLATES)
+    sets, missing = find_data(cfg.BENCHMARKS, PAPER_BENCHMARKS, cfg.DATA,
+                              partial(find_set, class_file=cfg.CLASSES))
     clip = open_model(cfg).to(ranks.device)
     result = {}
     for name, (dataset, classes) in sets.items():
-        rules = fit_windows(dataset.benchmark.rules(cfg), clip)
-        text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
-        segmenter = partial(predict, rules, clip, classes, text)
-        confusion = evaluate(cfg, segmenter, dataset, len(classes), ranks, name)
-        result[name] = summarize(confusion, classes) | {"protocol": {
-            key.lower(): getattr(rules, key) for key in PROTOCOL}}
+        protocol = protocols[name].fit(clip)
+        text = clip.encode_text(classes.prompts, templates, cfg.CACHE)
+        segmenter = partial(predict, protocol, clip, classes, text)
+        loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+        confusion = evaluate(segmenter, loader, len(classes), ranks, name)
+        result[name] = summarize(confusion, classes) | {"protocol": protocol.recorded()}
         if ranks.is_main:
             print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "seg", {"benchmarks": result} | clip.describe())
@@ -104,101 +90,82 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     return result
 
 
-PROTOCOL = ("SHORT_SIDE", "LONG_SIDE", "WINDOW", "STRIDE", "LOGIT_SCALE", "THRESHOLD", "PAMR")
+# ------------------------------------------------------------------------------------ protocol
 
+@dataclass(frozen=True)
+class Protocol:
+    """How images become windows, and scores classes. None: `fit` finds what suits a model.
 
-def protocol(cfg: SimpleNamespace, logit_scale: float, threshold: float | None
-             ) -> SimpleNamespace:
-    """The settings with a benchmark's LOGIT_SCALE and THRESHOLD where none were given.
-
-    threshold: None where background is no class; then THRESHOLD has no effect.
+    Raises UserError for a value out of its range.
     """
-    own = vars(cfg).copy()
-    own["LOGIT_SCALE"] = logit_scale if cfg.LOGIT_SCALE is None else cfg.LOGIT_SCALE
-    is_given = cfg.THRESHOLD is not None and threshold is not None
-    own["THRESHOLD"] = cfg.THRESHOLD if is_given else threshold
-    return SimpleNamespace(**own)
+    short_side: int | None = None
+    long_side: int = 2048
+    window: int | None = None
+    stride: int | None = None
+    logit_scale: float = 40.0           # the authors'; 1 / temperature of the softmax
+    threshold: float | None = None      # None: background is no class
+    pamr: int = 0
+    attention: str | None = None        # a row of model.ATTENTIONS; None: the model's context
+    precision: str = "fp32"
+    window_batch: int = 16
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        own = SimpleNamespace(**{name.upper(): value for name, value in asdict(self).items()})
+        settings.check_min(own, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1,
+                           LOGIT_SCALE=1, PAMR=0)
+        if not 0 <= (self.threshold or 0) <= 1:
+            raise UserError(f"THRESHOLD is {self.threshold}; it is a probability, from 0 to 1.")
+        if None not in (self.stride, self.window) and self.stride > self.window:
+            raise UserError(f"STRIDE is {self.stride}; it must be from 1 to WINDOW, {self.window}, "
+                            "or pixels are left out.")
+
+    @classmethod
+    def of(cls, cfg: SimpleNamespace, benchmark: SegmentationBenchmark | None = None) -> "Protocol":
+        """That of the settings and, where they leave something open, of a benchmark."""
+        settings_of = {field.name: getattr(cfg, field.name.upper()) for field in fields(cls)}
+        chosen = {name: value for name, value in settings_of.items() if value is not None}
+        if benchmark is None:
+            return cls(**chosen)
+        own = {"logit_scale": benchmark.logit_scale, "threshold": benchmark.threshold}
+        if benchmark.threshold is None:     # background is no class
+            chosen.pop("threshold", None)
+        return cls(**own | benchmark.protocol | chosen)
+
+    def fit(self, clip: DeCLIP) -> "Protocol":
+        """With the paper's 448, 336 and 112 for short_side, window and stride where they are open.
+
+        Those are for a CLIP that learned from images of 224 px; one that learned from smaller
+        images has them in proportion, because in larger ones it recognises little.
+        Raises UserError if the model's patches don't fill a window.
+        """
+        share, p = min(1.0, clip.image_size / 224), clip.patch_size
+        window = self.window or max(1, int(336 * share) // p) * p
+        if window % p:
+            raise UserError(f"WINDOW {window} is no multiple of {clip.model_name}'s patch size; "
+                            f"set it to {window // p * p or p}.")
+        return replace(self, short_side=self.short_side or round(448 * share), window=window,
+                       stride=self.stride or max(1, round(window / 3)))
+
+    def recorded(self) -> dict:
+        """What a result says of it."""
+        return {name: value for name, value in asdict(self).items()
+                if name not in ("attention", "precision", "window_batch")}
 
 
-def check(cfg: SimpleNamespace) -> None:
-    """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
-    check_windows(cfg)
+def find_protocols(cfg: SimpleNamespace) -> dict[str, Protocol]:
+    """The protocol of each benchmark; UserError for a setting that is out of range or in vain."""
     names = PAPER_BENCHMARKS if cfg.BENCHMARKS == ("all",) else cfg.BENCHMARKS
-    benchmarks = [find_benchmark(name) for name in names]
-    for benchmark in benchmarks:
-        check_windows(benchmark.rules(cfg))
+    benchmarks = {name: find_benchmark(name) for name in names}
     idle = [name for name in ("THRESHOLD", "LOGIT_SCALE") if getattr(cfg, name) is not None]
-    if idle and all(benchmark.threshold is None for benchmark in benchmarks):
+    protocols = {name: Protocol.of(cfg, benchmark) for name, benchmark in benchmarks.items()}
+    if idle and all(benchmark.threshold is None for benchmark in benchmarks.values()):
         raise UserError(f"{idle[0]} is for background, which gets what no class is sure of, but "
                         f"{', '.join(names)} has none; leave it out.")
-
-
-def check_windows(cfg: SimpleNamespace) -> None:
-    """Raises UserError on a setting of the sliding window that is out of its range."""
-    check_precision(cfg.PRECISION)
-    settings.check_min(cfg, SHORT_SIDE=1, LONG_SIDE=1, WINDOW=1, STRIDE=1, WINDOW_BATCH=1,
-                         LOGIT_SCALE=1, PAMR=0)
-    if not 0 <= (cfg.THRESHOLD or 0) <= 1:
-        raise UserError(f"THRESHOLD is {cfg.THRESHOLD}; it is a probability, from 0 to 1.")
-    if None not in (cfg.STRIDE, cfg.WINDOW) and not 0 < cfg.STRIDE <= cfg.WINDOW:
-        raise UserError(f"STRIDE is {cfg.STRIDE}; it must be from 1 to WINDOW, {cfg.WINDOW}, or "
-                        "pixels are left out.")
-
-
-def fit_windows(cfg: SimpleNamespace, clip: DeCLIP) -> SimpleNamespace:
-    """The settings with SHORT_SIDE, WINDOW and STRIDE where none were given: 448, 336 and 112.
-
-    Those are the paper's, for a CLIP that learned from images of 224 px; one that learned from
-    smaller images has them in proportion, because in larger ones it recognises little.
-    Raises UserError if the model's patches don't fill a window, or if windows leave out pixels.
-    """
-    share, p = min(1.0, clip.image_size / 224), clip.patch_size
-    fitted = SimpleNamespace(**vars(cfg))
-    if cfg.SHORT_SIDE is None:
-        fitted.SHORT_SIDE = round(448 * share)
-    if cfg.WINDOW is None:
-        fitted.WINDOW = max(1, int(336 * share) // p) * p
-    if cfg.STRIDE is None:
-        fitted.STRIDE = max(1, round(fitted.WINDOW / 3))
-    if fitted.WINDOW % p:
-        fits = fitted.WINDOW // p * p or p
-        raise UserError(f"WINDOW {fitted.WINDOW} is no multiple of {clip.model_name}'s patch size; "
-                        f"set it to {fits}.")
-    check_windows(fitted)
-    return fitted
+    return protocols
 
 
 # ---------------------------------------------------------------------------------- benchmarks
-
-CLASS_FILES = Path(__file__).parent / "classes"
-VOID = -1       # label of pixels that do not count
-UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
-
-
-@dataclass(frozen=True)
-class SegmentationBenchmark:
-    """A benchmark's files in their original layout, its label values, and how it is evaluated.
-
-    `{}` in a path stands for an image's name.
-    """
-    folder: str                         # below DATA
-    names: str                          # file of the images' names, one a line; or * or */*
-    image: str                          # path of an image
-    label: str                          # path of its label file, or of a COCO-instances json
-    classes: str                        # class file, by default in classes/
-    values: Sequence[int]               # label value of each class in `classes`
-    void: Sequence[int] = ()            # label values of pixels that do not count
-    threshold: float | None = None      # background is the first class, where none is more probable
-    logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
-    protocol: dict[str, int] = field(default_factory=dict)      # short_side, window ... if its own
-    read: Callable[[Path], np.ndarray] | None = None    # a label file's values; None: read_label
-
-    def rules(self, cfg: SimpleNamespace) -> SimpleNamespace:
-        """The settings with this benchmark's protocol."""
-        own = {name.upper(): value for name, value in self.protocol.items()}
-        return protocol(SimpleNamespace(**vars(cfg) | own), self.logit_scale, self.threshold)
-
 
 VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg",
        "SegmentationClass/{}.png")
@@ -215,7 +182,6 @@ STUFF = ("coco", "*", "val2017/{}.jpg", "stuffthingmaps/val2017/{}.png")
 NOT_IN_STUFF = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 STUFF_VALUES = [id - 1 for id in range(1, 183) if id not in NOT_IN_STUFF]
 STUFF_VOID = (*(id - 1 for id in NOT_IN_STUFF), 255)
-TOY = ("names.txt", "images/{}.png", "labels/{}.png", "toy.txt", range(18))
 
 # Thresholds and scales are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
@@ -225,220 +191,38 @@ KNOWN_BENCHMARKS = {
     "voc20": SegmentationBenchmark(*VOC, "voc20.txt", range(1, 21), (0, 255)),
     "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
     "coco_stuff": SegmentationBenchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
-    "cityscapes": SegmentationBenchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS, CITYSCAPES_VOID),
+    "cityscapes": SegmentationBenchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS,
+                                        CITYSCAPES_VOID),
     "ade150": SegmentationBenchmark(*ADE, "ade150.txt", range(1, 151), (0,)),
-    "toy": SegmentationBenchmark("toy/val", *TOY),
-    "toy_dev": SegmentationBenchmark("toy/dev", *TOY),      # to choose settings with
 }
-# Those of Tables 5 and 10.
-PAPER_BENCHMARKS = tuple(name for name in KNOWN_BENCHMARKS if not name.startswith("toy"))
+PAPER_BENCHMARKS = tuple(KNOWN_BENCHMARKS)      # of Tables 5 and 10
 
 
 def find_benchmark(name: str) -> SegmentationBenchmark:
-    """The benchmark of a name, or the one that a user's json file describes (docs/data.md).
-
-    Paths in the json are relative to it. Raises UserError if there is none, or for wrong fields.
-    """
+    """The benchmark of a name, or the one that a user's json describes (docs/data.md): a file, or
+    the benchmark.json in a folder. UserError if there is none."""
     if name in KNOWN_BENCHMARKS:
         return KNOWN_BENCHMARKS[name]
-    if not name.endswith(".json"):
+    in_folder = find(Path(name) / "benchmark.json")
+    if not name.endswith(".json") and not in_folder.is_file():
         raise UserError(f"There is no benchmark {name!r}; choose among "
                         f"{', '.join(KNOWN_BENCHMARKS)}, all alone, or a json file of your own.")
-    content = read_json(name, "image", "label", "classes")
-    wrong = next((key for key, value in content.items() if not is_field(key, value)), None)
-    if wrong:
-        raise UserError(f"{name} has {wrong!r}: {json.dumps(content[wrong])[:60]}, which is no "
-                        "field of a benchmark or has a wrong value; docs/data.md shows a whole "
-                        "file.")
-    folder = Path(name).absolute().parent
-    classes = folder / content["classes"]
-    if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
-        classes = CLASS_FILES / content["classes"]
-    content = {"names": "*", "values": range(len(read_classes(classes)))} | content
-    return SegmentationBenchmark(**content | {"folder": str(folder / content.get("folder", "")),
-                                  "classes": str(classes)})
+    benchmark = read_benchmark(name if name.endswith(".json") else in_folder)
+    if benchmark.values is None:
+        benchmark = replace(benchmark, values=range(len(read_classes(benchmark.classes))))
+    return benchmark
 
 
-def is_field(key: str, value: object) -> bool:
-    """Whether a user's json may have a field of SegmentationBenchmark with this value."""
-    if key in ("values", "void"):
-        return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**16
-                                               for each in value)
-    if key == "protocol":
-        return isinstance(value, dict) and all(
-            side in ("short_side", "long_side", "window", "stride") and type(pixels) is int
-            for side, pixels in value.items())
-    if key in ("threshold", "logit_scale"):
-        return type(value) in (int, float)
-    if key in ("image", "label"):
-        has_instances = key == "label" and str(value).endswith(".json")
-        pattern = r"[^{}]*" if has_instances else r"[^{}]*\{\}[^{}]*"
-        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
-    return key in ("folder", "names", "classes") and isinstance(value, str)
-
-
-class MissingData(UserError):
-    """A benchmark's files are not where they should be."""
-
-
-class SegmentationImages(Dataset):
-    """A benchmark: item i is (uint8 image (3, H, W), int16 label (H, W) of classes or VOID)."""
-
-    def __init__(self, benchmark: SegmentationBenchmark, data: str | Path):
-        self.root = find(Path(data) / benchmark.folder)
-        self.benchmark = benchmark
-        self.names = self._list()
-        has_instances = benchmark.label.endswith(".json")
-        self.instances = Instances(self.root / benchmark.label) if has_instances else None
-        for path in (benchmark.image, benchmark.label):
-            first = self.root / path.format(self.names[0])
-            if not first.is_file():
-                raise MissingData(f"There is no {first.absolute()}; unpack all of the data set, "
-                                  "images and labels.")
-        # The class of each label value.
-        self.lookup = np.full(65536, UNKNOWN, dtype=np.int16)
-        self.lookup[list(benchmark.void)] = VOID
-        self.lookup[list(benchmark.values)] = np.arange(len(benchmark.values))
-
-    def _list(self) -> list[str]:
-        """The images' names; MissingData if there are none."""
-        pattern = self.benchmark.image.format(self.benchmark.names)
-        is_listed = "*" not in self.benchmark.names
-        place = self.root / (self.benchmark.names if is_listed else pattern)
-        names = []
-        if is_listed and place.is_file():
-            lines = place.read_text(encoding="utf-8-sig").splitlines()
-            names = [line.strip() for line in lines if line.strip()]
-        elif not is_listed:
-            before, after = self.benchmark.image.split("{}")
-            paths = sorted(path.relative_to(self.root).as_posix()
-                           for path in self.root.glob(pattern))
-            names = [path[len(before):len(path) - len(after)] for path in paths]
-        if not names:
-            raise MissingData(f"There is no {place.absolute()}, or it names no image; unpack the "
-                              "data set there in its original layout (python -m toy.world draws "
-                              "the toy scenes), or set DATA to the folder that holds "
-                              f"{self.benchmark.folder}.")
-        return names
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = read_image(self.root / self.benchmark.image.format(self.names[index]))
-        path = self.root / self.benchmark.label.format(self.names[index])
-        with unreadable(path, "a label image"):
-            if self.instances:
-                file_name = Path(self.benchmark.image.format(self.names[index])).name
-                values = self.instances.render(file_name, *image.shape[1:])
-            else:
-                values = (self.benchmark.read or read_label)(path)
-        label = self.lookup[values]
-        unknown = values[label == UNKNOWN]
-        if unknown.size:
-            some = ", ".join(map(str, np.unique(unknown)[:5]))
-            raise UserError(f"{path} has {unknown.size} pixels of values that are no class and not "
-                            f"void ({some}); take the labels of this benchmark.")
-        if label.shape != tuple(image.shape[1:]):
-            raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; "
-                            "they must be of one size.")
-        return image, torch.from_numpy(label)
-
-
-def read_label(path: Path) -> np.ndarray:
-    """A label PNG -> its values, 0 to 65535, (H, W); UserError for colours or a mask of two."""
-    with Image.open(path, formats=("PNG",)) as file:
-        values = np.array(file)
-    if values.ndim != 2 or values.dtype == bool or values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path} is an image of mode {file.mode}, but a label image has one class "
-                        "number for each pixel, in a PNG of 8 or 16 bits; take the labels of this "
-                        "benchmark.")
-    return values
-
-
-class Instances:
-    """A COCO-instances json, rendered to label images.
-
-    0 is background, 1 ... are the categories in the order of their ids.
-    """
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise MissingData(f"There is no {path.absolute()}; unpack COCO's annotations there, or "
-                              "set DATA to the folder that holds coco.")
-        self.path, content = path, read_json(path, "images", "annotations", "categories")
-        with fields_of(path):
-            ids = sorted(category["id"] for category in content["categories"])
-            self.value = {id: place + 1 for place, id in enumerate(ids)}
-            self.image_of = {image["file_name"]: image["id"] for image in content["images"]}
-            self.of_image: dict[int, list[tuple]] = {}
-            for annotation in content["annotations"]:
-                kept = annotation["category_id"], annotation["segmentation"]
-                self.of_image.setdefault(annotation["image_id"], []).append(kept)
-
-    def render(self, file_name: str, height: int, width: int) -> np.ndarray:
-        """The label image (height, width); of overlapping objects the smaller one is on top.
-
-        Raises UserError for an image that the json does not list.
-        """
-        if file_name not in self.image_of:
-            raise UserError(f"{self.path} says nothing of {file_name}; give the json and the "
-                            "images of one split.")
-        label = np.zeros((height, width), np.uint16)
-        with fields_of(self.path):
-            objects = [(instance_mask(shape, height, width), self.value[category])
-                       for category, shape in self.of_image.get(self.image_of[file_name], [])]
-            for mask, value in sorted(objects, key=lambda each: -int(each[0].sum())):
-                label[mask] = value
-        return label
-
-
-def instance_mask(shape: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons, or a run-length code in either of COCO's forms -> bool (height, width).
-
-    Raises TypeError if it is neither, or of another size.
-    """
-    if isinstance(shape, dict) and list(shape["size"]) != [height, width]:
-        raise TypeError(f"a mask of {shape['size']} for an image of {[height, width]}")
-    try:
-        is_compressed = isinstance(shape, dict) and isinstance(shape["counts"], str)
-        codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
-        codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
-        return coco_masks.decode(codes).astype(bool)
-    except Exception as error:      # pycocotools raises anything
-        raise TypeError(error) from None
-
-
-def find_data(cfg: SimpleNamespace) -> tuple[dict[str, tuple[SegmentationImages, Classes]],
-                                             dict[str, str]]:
-    """The images and classes of each benchmark; of `all`, those missing and where they should be.
-    """
-    sets, missing = {}, {}
-    wants_all = cfg.BENCHMARKS == ("all",)
-    for name in PAPER_BENCHMARKS if wants_all else cfg.BENCHMARKS:
-        try:
-            dataset = SegmentationImages(find_benchmark(name), cfg.DATA)
-            sets[name] = dataset, benchmark_classes(cfg, name)
-            dataset[0]      # a label of another data set is found before a model is loaded
-        except MissingData as error:
-            if not wants_all:
-                raise
-            missing[name] = str(error)
-    if not sets:
-        raise UserError(f"None of the benchmarks is in {Path(cfg.DATA).absolute()}; docs/data.md "
-                        f"says how each is unpacked: {' '.join(missing.values())}")
-    return sets, missing
-
-
-def benchmark_classes(cfg: SimpleNamespace, name: str) -> Classes:
-    """A benchmark's class list; UserError if a user's own has another number of lines."""
+def find_set(name: str, data: str, class_file: str | None = None
+             ) -> tuple[SegmentationImages, Classes]:
+    """A benchmark's images and its class list, or one's own; UserError if its length is another."""
     benchmark = find_benchmark(name)
-    path = cfg.CLASSES or CLASS_FILES / benchmark.classes
-    classes = read_classes(path)
+    path = class_file or CLASS_FILES / benchmark.classes
+    images, classes = SegmentationImages(benchmark, data), read_classes(path)
     if len(classes) != len(benchmark.values):
         raise UserError(f"{path} has {len(classes)} classes, but {name} has "
                         f"{len(benchmark.values)}; give as many lines.")
-    return classes
+    return images, classes
 
 
 # -------------------------------------------------------------------------------- segmentation
@@ -446,20 +230,19 @@ def benchmark_classes(cfg: SimpleNamespace, name: str) -> Classes:
 Segmenter = Callable[[list[Tensor]], list[Tensor]]     # uint8 (3, H, W) each -> classes (H, W) each
 
 
-def evaluate(cfg: SimpleNamespace, predict: Segmenter, dataset: Dataset, num_classes: int,
-             ranks: distributed.Ranks, name: str) -> Tensor:
+def evaluate(segmenter: Segmenter, loader: DataLoader, num_classes: int, ranks: distributed.Ranks,
+             name: str) -> Tensor:
     """The confusion matrix (K, K) of any segmenter, rows true, columns predicted, over all ranks.
 
-    dataset: items as of SegmentationImages.
+    loader: data.load_share of items like those of SegmentationImages.
     """
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=ranks.device)
-    loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
     # Nothing below waits for a GPU: files are read and results counted while it works.
     with tqdm(total=len(loader.dataset), desc=name, unit="image",
               disable=not ranks.is_main) as progress:
         for samples in loader:
             images = [image.to(ranks.device, non_blocking=True) for image, _ in samples]
-            for (_, label), prediction in zip(samples, predict(images)):
+            for (_, label), prediction in zip(samples, segmenter(images)):
                 label = label.to(ranks.device, non_blocking=True)
                 confusion += confusion_matrix(label, prediction, num_classes)
             progress.update(len(samples))
@@ -471,14 +254,18 @@ def evaluate(cfg: SimpleNamespace, predict: Segmenter, dataset: Dataset, num_cla
 
 
 @torch.inference_mode()
-def predict(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, text: Tensor,
+def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor,
             images: Sequence[Tensor]) -> list[Tensor]:
     """Images uint8 (3, H, W) and all names' embeddings (P, C) -> the class of each pixel, (H, W).
     """
-    return [torch.cat([decide(rows, classes, cfg.LOGIT_SCALE, cfg.THRESHOLD)
-                       for rows in (refined(scores, image, cfg.PAMR) if cfg.PAMR
-                                    else scores.of_pixels())])
-            for scores, image in zip(score_images(cfg, clip, images, text), images)]
+    predictions = []
+    for scores, image in zip(score_images(protocol, clip, images, text), images):
+        rows = scores.of_pixels()
+        if protocol.pamr:       # all scores of an image are in memory at once, (P, H, W)
+            rows = [refine(rows, image, protocol.pamr)]
+        predictions.append(torch.cat([
+            decide(some, classes, protocol.logit_scale, protocol.threshold) for some in rows]))
+    return predictions
 
 
 class Scores(NamedTuple):
@@ -500,80 +287,36 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def score_images(cfg: SimpleNamespace, clip: DeCLIP, images: Sequence[Tensor], text: Tensor
+def score_images(protocol: Protocol, clip: DeCLIP, images: Sequence[Tensor], text: Tensor
                  ) -> list[Scores]:
     """Images uint8 (3, H, W) and text (P, C) -> their scores by a sliding window.
 
     Windows of all images together fill the batches.
     """
+    window, stride = protocol.window, protocol.stride
     # 1. Resize; an image smaller than a window is one window, padded
-    sizes = [resized_size(image, cfg.SHORT_SIDE, cfg.LONG_SIDE) for image in images]
-    resized = [pad_to(resize(image, *size), *(max(side, cfg.WINDOW) for side in size))
+    sizes = [resized_size(image, protocol.short_side, protocol.long_side) for image in images]
+    resized = [pad_to(resize(image, *size), *(max(side, window) for side in size))
                for image, size in zip(images, sizes)]
     resized = [normalize(image, clip.mean, clip.std) for image in resized]
     # 2. Windows
-    places = [[window_starts(side, cfg.WINDOW, cfg.STRIDE) for side in image.shape[-2:]]
+    places = [[window_starts(side, window, stride) for side in image.shape[-2:]]
               for image in resized]
-    windows = [image[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
+    windows = [image[:, y:y + window, x:x + window]
                for image, (ys, xs) in zip(resized, places) for y in ys for x in xs]
     # 3. Cosine of each patch and each text
     scores = torch.cat([
-        window_scores(cfg, clip, torch.stack(windows[start:start + cfg.WINDOW_BATCH]), text)
-        for start in range(0, len(windows), cfg.WINDOW_BATCH)])
+        window_scores(protocol, clip, torch.stack(windows[start:start + protocol.window_batch]),
+                      text) for start in range(0, len(windows), protocol.window_batch)])
     of_image = scores.split([len(ys) * len(xs) for ys, xs in places])
     # 4. Rows and columns of each image's patches
     out = []
-    for each, image, size, (ys, xs) in zip(of_image, images, sizes, places):
-        patches = each.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4)
-        weights = [side_weights(*sides, cfg.WINDOW, cfg.STRIDE, each.shape[-1], each.device)
+    for patches, image, size, (ys, xs) in zip(of_image, images, sizes, places):
+        weights = [side_weights(*sides, window, stride, patches.shape[-1], patches.device)
                    for sides in zip(size, image.shape[-2:])]
+        patches = patches.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4)
         out.append(Scores(patches.flatten(3).flatten(1, 2), *weights))
     return out
-
-
-# Distances of the pixels that PAMR compares, as published.
-DILATIONS = (1, 2, 4, 8, 12, 24)
-
-
-def refined(scores: Scores, image: Tensor, steps: int) -> Iterator[Tensor]:
-    """As Scores.of_pixels, after PAMR (Araslanov and Roth, CVPR 2020); not in the paper.
-
-    In every step a pixel's scores become a mean of those of its neighbours, 8 in each of DILATIONS,
-    that weighs those of a like colour most. image: uint8 (3, H, W). All scores of an image are in
-    memory at once, (P, H, W).
-    """
-    weights = colour_weights(image)
-    found = torch.cat(list(scores.of_pixels()), dim=1)
-    for some in found.split(16):        # scores of one text do not depend on those of others
-        for _ in range(steps):
-            seen = neighbours(some)     # of a copy
-            some.zero_()
-            for weight, other in zip(weights, seen):
-                some.addcmul_(weight, other)
-    yield found
-
-
-def colour_weights(image: Tensor) -> Tensor:
-    """uint8 (3, H, W) -> what each of a pixel's neighbours weighs, (8 * dilations, H, W), sum 1.
-
-    The softmax of the negative difference of colours, in tenths of the standard deviation among the
-    neighbours and, once for each dilation, the pixel itself.
-    """
-    image = image.float() / 255
-    differences = [other - image for other in neighbours(image)]
-    count = len(differences) + len(DILATIONS)
-    mean = sum(differences) / count
-    variance = (sum(each.square() for each in differences) - count * mean.square()) / (count - 1)
-    unit = 0.1 * variance.clamp(min=0).sqrt() + 1e-8
-    return torch.stack([-(each.abs() / unit).mean(dim=0) for each in differences]).softmax(dim=0)
-
-
-def neighbours(maps: Tensor) -> list[Tensor]:
-    """(C, H, W) -> for each neighbour a view of a copy with repeated borders, (C, H, W)."""
-    H, W, m = *maps.shape[-2:], max(DILATIONS)
-    padded = F.pad(maps[None], (m, m, m, m), mode="replicate")[0]
-    return [padded[:, y:y + H, x:x + W] for d in DILATIONS
-            for y, x in product((m - d, m, m + d), repeat=2) if (y, x) != (m, m)]
 
 
 def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:
@@ -583,10 +326,10 @@ def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, i
     return tuple(max(1, round(side * factor)) for side in image.shape[-2:])
 
 
-def window_scores(cfg: SimpleNamespace, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
+def window_scores(protocol: Protocol, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
     """Windows (n, 3, S, S) -> float32 cosines of patches and texts, (n, P, S/patch, S/patch)."""
-    with autocast(cfg.PRECISION, windows.device):
-        content = clip.encode_dense(windows, cfg.ATTENTION)[0].float()
+    with autocast(protocol.precision, windows.device):
+        content = clip.encode_dense(windows, protocol.attention)[0].float()
     return torch.einsum("nchw,pc->nphw", F.normalize(content, dim=1), text)
 
 
@@ -672,7 +415,7 @@ def table(result: dict) -> str:
 def overview(result: dict[str, dict], missing: dict[str, str]) -> str:
     """mIoU of each benchmark, their mean, and what was missing, for a screen."""
     of_paper = [result[name]["mIoU"] for name in result if name in PAPER_BENCHMARKS]
-    lines = ["", *(f"{name:16}{each['mIoU']:6.1f}" for name, each in result.items())]
+    lines = ["", *(f"{name:16}{found['mIoU']:6.1f}" for name, found in result.items())]
     if len(of_paper) > 1:
         mean = sum(of_paper) / len(of_paper)
         lines.append(f"{'mean':16}{mean:6.1f}   of {len(of_paper)} of the paper's "

@@ -12,7 +12,6 @@ has what the published scripts do instead. The total batch is BATCH_SIZE on any 
 
 import copy
 import math
-import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,21 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from data import (
-    IMAGE_SUFFIXES,
     Grid,
-    counted,
     grid_boxes,
     grid_crops,
     image_tokens,
     sample_grid,
     student_image,
     training_batches,
-    training_images,
 )
 from model import CONTEXTS, VFM, DeCLIP, VisionTower, content_loss, context_loss, load_vfm
 from util import UserError, distributed, settings
-from util.precision import autocast, check_precision, grad_scaler
-from util.run import Run
+from util.run import Run, check_training
+from util.samples import find_images
 from util.sharding import shard
 from util.weights import read_record
 
@@ -81,18 +77,12 @@ PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a 
 TF32 = False                        # fp32 products with 10 bits on a GPU: faster, the losses' too
 SEED = 0                            # of the order of images and of their grids
 
-# The machinery
+# The machinery of this training; that of every training, from workers to checkpoints, is at the top
+# of util/run.py
+SHARED = {"util.run": ["The machinery"]}
 COMPILE = False                     # torch.compile of every block; tools.bench shows what it gives
 CHECKPOINTING = False               # compute blocks again in backward: less memory, 1/3 more time
 FSDP = False                        # divide weights over the GPUs: for models too large for one
-NUM_WORKERS = 4                     # processes that decode images, for each GPU
-READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
-TIMEOUT = 600.0                     # seconds after which a step that does not end ends the run
-LOG_EVERY = 20                      # steps between lines of log.jsonl
-SAVE_EVERY = 1000                   # steps between checkpoints; each epoch ends with one, too
-KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
-MAX_BAD_FILES = 0.01                # share of files that may be unreadable before the run stops
-MAX_BAD_STEPS = 20                  # steps in a row without a finite gradient before it stops
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,52 +95,27 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
-    micro_batch, accumulate = distributed.divide_batch(cfg.BATCH_SIZE, cfg.MICRO_BATCH,
-                                                       ranks.world_size)
-    dataset = training_images(cfg, ranks)
-    if dataset.others and ranks.is_main:
-        print(f"left out: {counted(dataset.others)}; only {' '.join(IMAGE_SUFFIXES)} are read")
-    steps_per_epoch = len(dataset.order(cfg.BATCH_SIZE, 0, cfg.SEED))
-    with Run(cfg, ranks, dataset, steps_per_epoch, "declip.safetensors", MAY_CHANGE_ON_RESUME) as run:
-        clip, teacher, vfm = build(cfg, torch.device("cpu") if cfg.FSDP else ranks.device)
-        if cfg.FSDP:        # before the optimiser, which takes the parts of the weights
-            shard_models(clip.visual, teacher, vfm, ranks)
+    images = find_images(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT, cfg.READ_TIMEOUT,
+                         cfg.MAX_PIXELS, ranks)
+    with Run(cfg, ranks, images, "declip.safetensors", MAY_CHANGE_ON_RESUME) as run:
+        clip, teacher, vfm = build(cfg, ranks)
         optimizer = build_optimizer(cfg, clip.visual)
-        scaler = grad_scaler(cfg.PRECISION, ranks.device)
-        run.begin(clip, optimizer, scaler,
-                  lambda path, about: clip.save(path, about, teacher, cfg.ENSEMBLE))
-        if cfg.COMPILE:
-            compile_blocks(clip.visual, teacher, vfm)
-        student = distributed.wrap(clip.visual, ranks)
-        batches = training_batches(cfg, dataset, micro_batch, run.step, ranks)
+        student = run.begin(clip, optimizer, trained=clip.visual, save=lambda path, about:
+                            clip.save(path, about, teacher, cfg.ENSEMBLE))
+        batches = training_batches(images, run)
 
-        for step in range(run.step, run.last):
-            epoch = step // steps_per_epoch
-            lr = set_learning_rate(cfg, optimizer, step, run.total)
+        for step in run.steps():
             # 1. Losses and gradients, one micro batch after the other
-            for micro_step in range(accumulate):
-                images, indices, skipped = next(batches)
-                grids = sample_grids(cfg, epoch, indices)
-                with distributed.synchronized(student, micro_step == accumulate - 1):
-                    with autocast(cfg.PRECISION, ranks.device):
-                        losses = distill(cfg, student, teacher, vfm, images, grids)
-                        # Equation 10
-                        loss = losses["content"] + cfg.LAMBDA * losses["context"]
-                    scaler.scale(loss / accumulate).backward()
-                run.record({"loss": loss, **losses}, indices, skipped)
-            # 2. The optimiser's step; the scaler leaves it out if the gradient is not finite
-            run.check_gradient()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            # 3. Log, checkpoint, signals
-            if run.end_step(lr):
-                break
-        run.finish()
-    if ranks.is_main:
-        preset = "@presets/toy_seg.txt " if cfg.MODEL == "local-dir:toy/clip" else ""
-        print(f"{run.model_path} holds the model after {run.step} steps; evaluate it with "
-              f"python eval_seg.py {preset}--ckpt {shlex.quote(str(run.model_path))}")
+            for batch in run.micro_batches(batches):
+                grids = sample_grids(cfg, run.epoch, batch.indices)
+                with run.forward():
+                    losses = distill(cfg, student, teacher, vfm, batch.data, grids)
+                    # Equation 10
+                    loss = losses["content"] + cfg.LAMBDA * losses["context"]
+                run.backward(loss, losses, batch)
+            # 2. The optimiser's step, log, checkpoint, signals
+            run.end_step(learning_rate(cfg, step, run.total))
+    run.say_end("python eval_seg.py --ckpt")
 
 
 def distill(cfg: SimpleNamespace, student: nn.Module, teacher: VisionTower, vfm: VFM | None,
@@ -195,33 +160,25 @@ def vfm_size(image_size: int, clip: VisionTower, vfm: VFM) -> int:
 # ---------------------------------------------------------------------------------- the set-up
 
 # Settings that may differ when a run is resumed, besides those of util/run.py.
-MAY_CHANGE_ON_RESUME = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "READ_TIMEOUT", "COMPILE", "CHECKPOINTING")
+MAY_CHANGE_ON_RESUME = ("IMAGES", "IMAGE_ROOT", "OUTSIDE_ROOT", "COMPILE", "CHECKPOINTING")
 
 
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_min(cfg, BATCH_SIZE=1, MICRO_BATCH=1, EPOCHS=1, STEPS=1, LOG_EVERY=1,
-                         SAVE_EVERY=1, KEEP=1, MAX_BAD_STEPS=1, MAX_BAD_FILES=0, IMAGE_SIZE=1,
-                         CROP_SIZE=1, MAX_CROPS=1, MAX_PIXELS=1, GRID_ASPECT=1, UNLOCKED_BLOCKS=1,
-                         WARMUP=0, NUM_WORKERS=0, READ_TIMEOUT=0.001, TIMEOUT=1, LR=0, LAMBDA=0,
-                         WEIGHT_DECAY=0, EPS=0)
-    check_precision(cfg.PRECISION)
+    check_training(cfg)
+    settings.check_min(cfg, CROP_SIZE=1, MAX_CROPS=1, MAX_PIXELS=1, GRID_ASPECT=1,
+                       UNLOCKED_BLOCKS=1, LAMBDA=0)
+    has_grid = len(cfg.GRID) == 2 and 1 <= cfg.GRID[0] <= cfg.GRID[1] <= 100
+    settings.check(cfg, CONTEXT=(cfg.CONTEXT in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
+                   GRID=(has_grid, "two numbers, 1 <= least <= most <= 100"),
+                   ENSEMBLE=(0 <= cfg.ENSEMBLE <= 1, "a share, from 0 to 1"))
     if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "
                         "and can teach no more; give the weights of a CLIP.")
-    has_grid = len(cfg.GRID) == 2 and 1 <= cfg.GRID[0] <= cfg.GRID[1] <= 100
-    has_betas = len(cfg.BETAS) == 2 and all(0 <= beta < 1 for beta in cfg.BETAS)
-    expected = {"CONTEXT": (cfg.CONTEXT in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
-                "GRID": (has_grid, "two numbers, 1 <= least <= most <= 100"),
-                "SEED": (0 <= cfg.SEED < 2**40, "from 0 to 2**40"),
-                "ENSEMBLE": (0 <= cfg.ENSEMBLE <= 1, "a share, from 0 to 1"),
-                "BETAS": (has_betas, "two numbers from 0 to 1")}
-    for name, (fits, what) in expected.items():
-        if not fits:
-            raise UserError(f"{name} is {getattr(cfg, name)!r}; it must be {what}.")
 
 
-def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, VisionTower, VFM | None]:
+def build(cfg: SimpleNamespace, ranks: distributed.Ranks
+          ) -> tuple[DeCLIP, VisionTower, VFM | None]:
     """The CLIP, whose vision tower is the student; that tower's frozen first self, the teacher of
     content; and the VFM, the teacher of context, None if λ is 0.
 
@@ -234,11 +191,21 @@ def build(cfg: SimpleNamespace, device: torch.device) -> tuple[DeCLIP, VisionTow
         if size % patch:
             raise UserError(f"{name} {size} is no multiple of {cfg.MODEL}'s patch size, {patch}; "
                             f"set it to {max(1, round(size / patch)) * patch}.")
-    teacher = copy.deepcopy(clip.visual).to(device)
+    teacher = copy.deepcopy(clip.visual)
     clip.visual.freeze(cfg.UNLOCKED_BLOCKS)
     clip.visual.checkpointing = cfg.CHECKPOINTING
-    clip.visual.to(device)
-    vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED).to(device) if cfg.LAMBDA else None
+    vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED) if cfg.LAMBDA else None
+    towers = [tower for tower in (clip.visual, teacher, vfm) if tower]
+    if cfg.FSDP:        # last blocks stay whole: a decoupled one is computed in parts
+        for tower in towers:
+            parts = tower.value_blocks if tower is clip.visual else 1
+            shard(tower, tower.trunk.blocks[:-parts], ranks,
+                  *(["encode_image"] if tower is teacher else []))
+    else:
+        for tower in towers:
+            tower.to(ranks.device)
+    if cfg.COMPILE:
+        compile_blocks(clip.visual, teacher, vfm)
     return clip, teacher, vfm
 
 
@@ -248,15 +215,6 @@ def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.Ada
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.WEIGHT_DECAY},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.LR, betas=cfg.BETAS, eps=cfg.EPS, fused=True)
-
-
-def set_learning_rate(cfg: SimpleNamespace, optimizer: torch.optim.Optimizer, step: int,
-                      total: int) -> float:
-    """Sets the optimiser's learning rate for a step, and returns it."""
-    lr = learning_rate(cfg, step, total)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def learning_rate(cfg: SimpleNamespace, step: int, total: int) -> float:
@@ -277,16 +235,6 @@ def compile_blocks(student: VisionTower, teacher: VisionTower, vfm: VFM | None) 
         block.compile()
     for block in teacher.trunk.blocks:
         block.compile(dynamic=True)
-
-
-def shard_models(student: VisionTower, teacher: VisionTower, vfm: VFM | None,
-                 ranks: distributed.Ranks) -> None:
-    """Divides the three models over the ranks by blocks; last blocks stay with the rest of their
-    models, since a decoupled one is computed in parts."""
-    shard(student, student.trunk.blocks[:-student.layers], ranks)
-    shard(teacher, teacher.trunk.blocks[:-1], ranks, "encode_image")
-    if vfm:
-        shard(vfm, vfm.trunk.blocks[:-1], ranks)
 
 
 if __name__ == "__main__":

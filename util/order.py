@@ -1,7 +1,8 @@
-"""The order of an epoch of any number of images: computed where it is looked at, never stored.
+"""The order of an epoch of images, and each rank's share of it.
 
-Images lie in shards, one after the other, and neighbours are cheap to read together. So an order is
-made of three shuffles, each of what the one before leaves together:
+That of shards is computed where it is looked at, never stored. Images lie in shards, one after the
+other, and neighbours are cheap to read together. So an order is made of three shuffles, each of
+what the one before leaves together:
 
     parts       at most 4096 images of a shard: all parts of all shards are shuffled,
     runs        of 8 neighbouring images: those of a window, 16 parts, are shuffled,
@@ -13,12 +14,15 @@ of a pool.
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from util import UserError
+from util.distributed import Ranks
 
 RUN = 8                 # neighbouring images that are read together
 PART = 512 * RUN        # images of a shard that are shuffled among each other
@@ -102,3 +106,24 @@ def check_batch(images: int, batch_size: int) -> None:
     if images < batch_size:
         raise UserError(f"There are {images} images, fewer than BATCH_SIZE, {batch_size}; add "
                         f"images, or set BATCH_SIZE to {images} or less.")
+
+
+def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
+    """The image indices of every step of an epoch, (steps, batch_size), shuffled.
+
+    The incomplete last batch is left out. The order depends on the arguments only, so a run can
+    resume in the middle of an epoch, on another number of GPUs too.
+    Raises UserError if there are fewer images than a batch has.
+    """
+    check_batch(images, batch_size)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(images, generator=rng)
+    return order[:images // batch_size * batch_size].view(-1, batch_size)
+
+
+def rank_batches(order: Sequence, ranks: Ranks, micro_batch: int, first_step: int = 0
+                 ) -> Iterator[list[int]]:
+    """One rank's share of `order` (steps, batch_size) from a step on, in micro batches."""
+    for step in range(first_step, len(order)):
+        share = order[step].reshape(ranks.world_size, -1)[ranks.rank]
+        yield from share.reshape(-1, micro_batch).tolist()

@@ -1,23 +1,20 @@
 """A training run in its folder: lock, log, guard, checkpoints, signals. It trains any model.
 
-    with Run(cfg, ranks, dataset, steps_per_epoch, "model.safetensors") as run:
-        run.begin(model, optimizer, scaler, save=lambda path, settings: model.save(path, settings))
-        for step in range(run.step, run.last):
-            for batch in micro_batches:
-                ...                                             # losses and backward
-                run.record(losses, indices, skipped)
-            run.check_gradient()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if run.end_step(lr=lr):
-                break
-        run.finish()
+    with Run(cfg, ranks, dataset, "model.safetensors") as run:
+        student = run.begin(model, optimizer, save=model.save)      # goes on where OUT says
+        batches = training_batches(dataset, run)
+        for step in run.steps():
+            for batch in run.micro_batches(batches):
+                with run.forward():
+                    losses = student(batch.data)        # scalars by name
+                    loss = sum(losses.values())
+                run.backward(loss, losses, batch)
+            run.end_step(lr)
 
-The settings it reads: OUT, RESUME, EPOCHS, STEPS, BATCH_SIZE, LOG_EVERY, SAVE_EVERY, KEEP,
-MAX_BAD_FILES, MAX_BAD_STEPS, TIMEOUT; FSDP, if the model is divided over the ranks. Its files in
-OUT: the model, `resume-STEP.pt` (with FSDP a folder, `resume-STEP.parts`), `log.jsonl`,
-`skipped.txt`, `bad_steps.jsonl`.
+The settings it reads: OUT, RESUME, EPOCHS, STEPS, BATCH_SIZE, MICRO_BATCH, PRECISION, SEED and the
+machinery below; FSDP, if the model is divided over the ranks. Its files in OUT: the model,
+`resume-STEP.pt` (with FSDP a folder, `resume-STEP.parts`), `log.jsonl`, `skipped.txt`,
+`bad_steps.jsonl`.
 """
 
 import fcntl
@@ -26,13 +23,15 @@ import math
 import multiprocessing
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Protocol
@@ -48,11 +47,31 @@ from tqdm import tqdm
 from util import UserError, distributed, settings
 from util.distributed import Ranks
 from util.files import atomic_write
+from util.order import check_batch
+from util.precision import autocast, check_precision, grad_scaler
+from util.samples import Batch
 from util.sharding import own_part, read_about, read_parts, write_parts
 
+# The machinery
+NUM_WORKERS = 4                     # processes that decode images, for each GPU
+READ_TIMEOUT = 60.0                 # seconds after which an image file counts as unreadable
+TIMEOUT = 600.0                     # seconds after which a step that does not end ends the run
+LOG_EVERY = 20                      # steps between lines of log.jsonl
+SAVE_EVERY = 1000                   # steps between checkpoints; each epoch ends with one, too
+KEEP = 2                            # checkpoints kept to resume from, should the last be damaged
+MAX_BAD_FILES = 0.01                # share of files that may be unreadable before the run stops
+MAX_BAD_STEPS = 20                  # steps in a row without a finite gradient before it stops
+
 # Settings that may differ when a run is resumed: any other would make it another run.
-MAY_CHANGE_ON_RESUME = ("OUT", "RESUME", "MICRO_BATCH", "NUM_WORKERS", "LOG_EVERY", "SAVE_EVERY", "STEPS",
-            "KEEP", "MAX_BAD_FILES", "MAX_BAD_STEPS", "TIMEOUT")
+MAY_CHANGE_ON_RESUME = (
+    "OUT", "RESUME", "MICRO_BATCH", "STEPS", "NUM_WORKERS", "READ_TIMEOUT", "TIMEOUT", "LOG_EVERY",
+    "SAVE_EVERY", "KEEP", "MAX_BAD_FILES", "MAX_BAD_STEPS")
+# The least value of settings that trainings have.
+MIN_OF_TRAINING = {
+    "BATCH_SIZE": 1, "MICRO_BATCH": 1, "EPOCHS": 1, "ITERATIONS": 1, "STEPS": 1, "IMAGE_SIZE": 1,
+    "LR": 0, "WARMUP": 0, "WEIGHT_DECAY": 0, "EPS": 0, "CLIP_NORM": 0, "NUM_WORKERS": 0,
+    "READ_TIMEOUT": 0.001, "TIMEOUT": 1, "LOG_EVERY": 1, "SAVE_EVERY": 1, "KEEP": 1,
+    "MAX_BAD_FILES": 0, "MAX_BAD_STEPS": 1}
 # What a line of log.jsonl has besides the losses.
 LOG_FIELDS = ("step", "epoch", "lr", "images_per_second", "memory_mb", "bad_steps", "bad_files")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)      # a scheduler's before it takes a machine; Ctrl-C
@@ -64,20 +83,35 @@ class Images(Protocol):
     fingerprint: str            # the same for the same images in the same order
 
 
+def check_training(cfg: SimpleNamespace) -> None:
+    """Raises UserError on a setting that is out of its range, of those that every training has."""
+    settings.check_min(cfg, **{name: least for name, least in MIN_OF_TRAINING.items()
+                               if hasattr(cfg, name)})
+    check_precision(cfg.PRECISION)
+    betas = getattr(cfg, "BETAS", (0, 0))
+    settings.check(cfg, SEED=(0 <= cfg.SEED < 2**40, "from 0 to 2**40"),
+                   BETAS=(len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+                          "two numbers from 0 to 1"))
+
+
 class Run:
     """One training run: locked folder, exact resume, log, checkpoints, signals.
 
-    cfg: the settings named above. model_name: file of the finished model in OUT. may_change: settings
-    that may differ on resume besides MAY_CHANGE_ON_RESUME.
+    cfg: the settings named above. model_name: file of the finished model in OUT. may_change:
+    settings that may differ on resume besides MAY_CHANGE_ON_RESUME. total: the steps of the whole
+    training, None for those of EPOCHS.
     Raises UserError if OUT is in use, holds a run that is not to be resumed, or one with other
-    settings or images.
+    settings or images; and if ranks can't share a batch, or images don't fill one.
     """
 
-    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, images: Images, steps_per_epoch: int,
-                 model_name: str, may_change: Sequence[str] = ()):
+    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, images: Images, model_name: str,
+                 may_change: Sequence[str] = (), total: int | None = None):
         self.cfg, self.ranks, self.images = cfg, ranks, images
-        self.steps_per_epoch = steps_per_epoch
-        self.total = cfg.EPOCHS * steps_per_epoch
+        self.micro_batch, self.accumulate = distributed.divide_batch(
+            cfg.BATCH_SIZE, cfg.MICRO_BATCH, ranks.world_size)
+        check_batch(len(images.paths), cfg.BATCH_SIZE)
+        self.steps_per_epoch = len(images.paths) // cfg.BATCH_SIZE
+        self.total = total or cfg.EPOCHS * self.steps_per_epoch
         self.last = self.total if cfg.STEPS is None else min(cfg.STEPS, self.total)
         self.model_path = Path(cfg.OUT) / model_name
         # torchrun --max_restarts repeats the command after a crash.
@@ -116,14 +150,16 @@ class Run:
                   f"{self.cfg.OUT} has no checkpoint, so the run begins")
 
     def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer,
-              scaler: torch.amp.GradScaler, save: Callable[[Path, dict], None]) -> None:
-        """Restores the state to resume from, if any, and starts the log and the guard.
+              save: Callable[[Path, dict], None], trained: nn.Module | None = None) -> nn.Module:
+        """Restores the state to resume from, if any, and starts the log and the guard -> the module
+        that training calls, which averages gradients over the ranks.
 
         model: what is trained of it is what a checkpoint keeps. save: writes the model with the
-        settings given to a path.
+        settings given to a path. trained: the part of the model that training calls, None for all.
         Raises UserError if the disk is too small, or if ranks found different checkpoints.
         """
-        self.model, self.optimizer, self.scaler, self.save_model = model, optimizer, scaler, save
+        self.model, self.optimizer, self.save_model = model, optimizer, save
+        self.scaler = grad_scaler(self.cfg.PRECISION, self.ranks.device)
         if self.ranks.is_main:
             check_disk(self.cfg, model, self.model_path)
         self.step = self.restore() if self.resumed else 0
@@ -147,12 +183,15 @@ class Run:
         self.watchdog = Watchdog(self)
         self.progress = tqdm(initial=self.step, total=self.last, desc="train", unit="step",
                              disable=not self.ranks.is_main)
+        self.student = distributed.wrap(trained or model, self.ranks)
+        return self.student
 
     def restore(self) -> int:
         """Puts the resumed state back and returns its step."""
         state = self.resumed
+        restore = self.restore_parts if self.is_sharded else self.restore_whole
         try:
-            self.restore_parts() if self.is_sharded else self.restore_whole()
+            restore()
         except KeyError:
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
@@ -183,36 +222,77 @@ class Run:
         return {name: value for name, value in self.model.state_dict().items()
                 if name not in frozen}
 
-    def record(self, losses: dict[str, Tensor], indices: Sequence[int],
-               skipped: Sequence[list[tuple[str, str]]]) -> None:
-        """Takes a micro batch: its losses, scalars by name, and for each image its index and the
-        files that could not be read in its place, with the reasons."""
-        self.losses.append({name: loss.detach() for name, loss in losses.items()})
-        self.indices += indices
-        self.failures += [failure for of_image in skipped for failure in of_image]
+    # ------------------------------------------------------------------------------ the loop
 
-    def check_gradient(self) -> None:
-        """Asks all ranks whether the gradients of this step are finite, without waiting.
+    @property
+    def epoch(self) -> int:
+        """The epoch of the present step, from 0."""
+        return self.step // self.steps_per_epoch
 
-        A step whose gradient is not finite changes no weights: the scaler leaves it out.
+    def steps(self) -> Iterator[int]:
+        """The steps of this run. It ends early after a signal, and leaves as `finish` says."""
+        while self.step < self.last and not self.guard.stops:
+            yield self.step
+        self.finish()
+
+    def micro_batches(self, batches: Iterator) -> Iterator:
+        """The micro batches of a step."""
+        for number in range(self.accumulate):
+            self.is_last_batch = number == self.accumulate - 1
+            yield next(batches)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Within it, models compute in PRECISION."""
+        with self.synchronized(), autocast(self.cfg.PRECISION, self.ranks.device):
+            yield
+
+    def synchronized(self) -> AbstractContextManager:
+        """Ranks average gradients only in the last micro batch of a step, forward and backward."""
+        return distributed.synchronized(self.student, self.is_last_batch)
+
+    def backward(self, loss: Tensor, losses: dict[str, Tensor], batch: Batch) -> None:
+        """Gradients of a micro batch; its losses, scalars by name, go to the log."""
+        with self.synchronized():
+            self.scaler.scale(loss / self.accumulate).backward()
+        self.losses.append({name: value.detach()
+                            for name, value in ({"loss": loss} | losses).items()})
+        self.indices += batch.indices
+        self.failures += [failure for of_image in batch.skipped for failure in of_image]
+
+    def end_step(self, lr: float, clip_norm: float | None = None) -> None:
+        """The optimiser's step with learning rate `lr`, then log and checkpoint where it is time.
+
+        A group of the optimiser with a `share` has that share of the rate. clip_norm: longer
+        gradients are cut to it. A step whose gradient is not finite changes no weights.
         """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("share", 1.0)
+        # All ranks are asked, without waiting; the scaler leaves a bad step out.
         is_bad = is_bad_step(self.optimizer, self.scaler, self.losses)
         self.guard.watch(self.step + 1, is_bad, self.indices)
-        self.watchdog.changing.acquire()        # until end_step
-        self.is_stepping = True
-
-    def end_step(self, lr: float) -> bool:
-        """Logs and saves where it is time to -> whether to stop, because a signal came."""
-        self.step += 1
-        self.kept = [buffer.clone() for buffer in self.buffers]
-        self.is_stepping = False
-        self.watchdog.beat()
-        self.watchdog.changing.release()
+        with self.watchdog.changing:
+            self.is_stepping = True
+            if clip_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_([weight for weight in self.model.parameters()
+                                          if weight.requires_grad], clip_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.kept = [buffer.clone() for buffer in self.buffers]
+            self.is_stepping = False
+            self.watchdog.beat()
         self.log.add({name: sum(losses[name] for losses in self.losses) / len(self.losses)
                       for name in self.losses[0]}, self.failures)
         self.losses, self.indices, self.failures = [], [], []
         self.progress.update()
         self.guard.look()
+        self.log_and_save(lr)
+
+    def log_and_save(self, lr: float) -> None:
+        """Writes a line of the log and a checkpoint, where it is time to."""
         is_last = self.step == self.last or self.guard.stops
         saves = (is_last or self.is_due or self.step % self.steps_per_epoch == 0
                  or self.step % self.cfg.SAVE_EVERY == 0)
@@ -229,7 +309,8 @@ class Run:
             with self.watchdog.changing:
                 self.is_saved = self.save() if self.ranks.is_main or self.is_sharded else True
             self.watchdog.beat()
-        return self.guard.stops
+
+    # -------------------------------------------------------------------------------- saving
 
     def postpone(self, is_last: bool) -> None:
         """Leaves the last good checkpoint as it is while steps are bad; UserError at the end."""
@@ -309,6 +390,12 @@ class Run:
             raise UserError(f"The last checkpoint could not be written to {self.cfg.OUT}; make "
                             "room, and repeat the end with --resume.")
 
+    def say_end(self, command: str) -> None:
+        """Says which file the run made. command: evaluates it, if the file is put behind it."""
+        if self.ranks.is_main:
+            print(f"{self.model_path} holds the model after {self.step} steps; evaluate it with "
+                  f"{command} {shlex.quote(str(self.model_path))}")
+
 
 # ----------------------------------------------------------------------------- signals, bad steps
 
@@ -342,7 +429,7 @@ def is_bad_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  for parameter in group["params"] if parameter.grad is not None]
     is_finite = nn.utils.get_total_norm(gradients, math.inf).isfinite()
     scale = scaler.scale(torch.ones((), device=is_finite.device))
-    values = torch.stack([loss for each in losses for loss in each.values()])
+    values = torch.stack([loss for of_batch in losses for loss in of_batch.values()])
     overflows = (scale > 1) & values.isfinite().all()
     return ~is_finite & ~overflows
 
@@ -692,8 +779,8 @@ def find_resume(cfg: SimpleNamespace, fingerprint: str, may_change: Sequence[str
                         "another folder.")
     if state["images"] != fingerprint:
         raise UserError(f"The run in {cfg.OUT} was begun with {state['images']} (number, checksum "
-                        f"of names), but {cfg.IMAGES} has {fingerprint}; resume with the "
-                        "same images, or set OUT to another folder.")
+                        f"of names), but now there are {fingerprint}; resume with the same images, "
+                        "or set OUT to another folder.")
     return state
 
 

@@ -1,17 +1,23 @@
 """The upper-case constants at the top of a script become its command-line options.
 
-    LR = 1e-5  # peak learning rate
+    # The optimisation
+    LR = 1e-5                           # peak learning rate
 
 gives `--lr 2e-5`. The type is that of the default (or of an annotation such as `float | None`), the
-comment is its help. A constant imported from another script, `from eval_seg import WINDOW`, is an
-option of both: its default, type and help are said once. `@presets/published.txt` reads options
-from a file, in the present folder or the repository: any number a line, `#` starts a comment. Of
-two values for an option the later wins.
+comment is its help, the heading its block. A script that has blocks of other scripts says so:
+
+    SHARED = {"eval_region": ["The model"], "util.run": ["The machinery"]}
+
+Their settings, with defaults, types and help, are options of both; a constant of the script's own
+comes before a shared one of its name. `@presets/published.txt` reads options from a file, in the
+present folder or the repository: any number a line, `#` starts a comment. Of two values for an
+option the later wins.
 """
 
 import argparse
 import ast
 import difflib
+import importlib
 import io
 import math
 import re
@@ -47,33 +53,48 @@ class Constant(NamedTuple):
     many: bool          # a tuple
     optional: bool      # may be None
     comment: str
+    block: str          # the heading above it
 
 
 def constants(module: ModuleType) -> dict[str, Constant]:
-    """The settings of a script: its own, then those imported from other scripts.
+    """The settings of a script: its own, and those of the blocks that SHARED names.
 
-    A setting is an upper-case constant above the script's first function or class. Tables and
-    other objects are no settings, nor is what comes from a module without a `main`.
+    A setting is an upper-case constant above the script's first function or class; tables and
+    other objects are none.
     """
+    found = own_constants(module)
+    for source, blocks in getattr(module, "SHARED", {}).items():
+        theirs = own_constants(importlib.import_module(source))
+        found |= {name: setting for name, setting in theirs.items()
+                  if setting.block in blocks and name not in found}
+    return found
+
+
+def own_constants(module: ModuleType) -> dict[str, Constant]:
+    """The settings that stand in a script itself."""
     source = Path(module.__file__).read_text(encoding="utf-8")
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens
+    comments = {token.start: token.string.lstrip("# ")
+                for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
-    own, imported = {}, {}
+    headings = {line: text for (line, column), text in comments.items()
+                if column == 0 and (line - 1, 0) not in comments}
+    comments = {line: text for (line, _), text in comments.items()}
+    found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             break
-        if isinstance(node, ast.ImportFrom):
-            imported |= imported_constants(node)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-            if re.fullmatch("[A-Z][A-Z0-9_]*", name):
-                own[name] = constant(getattr(module, name), node, comments)
-    found = own | {name: setting for name, setting in imported.items() if name not in own}
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
+        if re.fullmatch("[A-Z][A-Z0-9_]*", name):
+            above = [line for line in headings if line < node.lineno]
+            block = re.split("[,:;(]", headings[max(above)])[0].strip() if above else ""
+            found[name] = constant(getattr(module, name), node, comments.get(node.end_lineno, ""),
+                                   block)
     return {name: setting for name, setting in found.items() if setting}
 
 
-def constant(default: object, node: ast.stmt, comments: dict[int, str]) -> Constant | None:
+def constant(default: object, node: ast.stmt, comment: str, block: str) -> Constant | None:
     """The setting of one assignment; None if its type is none that an option can have."""
     sample = default[0] if isinstance(default, tuple) and default else default
     is_annotated = isinstance(node, ast.AnnAssign)
@@ -81,17 +102,7 @@ def constant(default: object, node: ast.stmt, comments: dict[int, str]) -> Const
     kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1", annotation).split(" |")[0]
     if kind not in KINDS:
         return None
-    return Constant(default, kind, isinstance(default, tuple), "None" in annotation,
-                    comments.get(node.end_lineno, ""))
-
-
-def imported_constants(node: ast.ImportFrom) -> dict[str, Constant]:
-    """The settings that `from script import …` shares with that script."""
-    source = sys.modules.get(node.module)
-    if not hasattr(source, "main"):
-        return {}
-    theirs = constants(source)
-    return {alias.name: theirs[alias.name] for alias in node.names if alias.name in theirs}
+    return Constant(default, kind, isinstance(default, tuple), "None" in annotation, comment, block)
 
 
 def converter(kind: str, optional: bool) -> Callable[[str], object]:
@@ -134,8 +145,11 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
     parser = Parser(prog=Path(script.__file__).name, description=script.__doc__,
                     fromfile_prefix_chars="@", allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
     for name, setting in constants(script).items():
-        add_option(parser, name, setting)
+        if setting.block not in groups:
+            groups[setting.block] = parser.add_argument_group(setting.block)
+        add_option(groups[setting.block], name, setting)
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
     argv = [in_repository(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -155,7 +169,7 @@ def in_repository(word: str) -> str:
     return f"@{find(word[1:])}" if word.startswith("@") else word
 
 
-def add_option(parser: argparse.ArgumentParser, name: str, setting: Constant) -> None:
+def add_option(group: argparse._ArgumentGroup, name: str, setting: Constant) -> None:
     """`--image_size`, also spelled `--image-size`, for IMAGE_SIZE."""
     spellings = dict.fromkeys([f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"])
     shown = " ".join(map(str, setting.default)) if setting.many else setting.default
@@ -164,10 +178,10 @@ def add_option(parser: argparse.ArgumentParser, name: str, setting: Constant) ->
         extra = {"nargs": "+"}
     elif setting.kind == "bool":
         extra = {"nargs": "?", "const": True}
-    parser.add_argument(*spellings, dest=name, default=setting.default,
-                        metavar=setting.kind.upper(),
-                        type=converter(setting.kind, setting.optional),
-                        help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
+    group.add_argument(*spellings, dest=name, default=setting.default,
+                       metavar=setting.kind.upper(),
+                       type=converter(setting.kind, setting.optional),
+                       help=f"{setting.comment} [{shown}]".replace("%", "%%").strip(), **extra)
 
 
 def show(settings: SimpleNamespace) -> str:
@@ -182,3 +196,10 @@ def check_min(cfg: SimpleNamespace, **least: float) -> None:
         value = getattr(cfg, name)
         if value is not None and not value >= limit:
             raise UserError(f"{name} is {value}; it must be at least {limit}.")
+
+
+def check(cfg: SimpleNamespace, **expected: tuple[bool, str]) -> None:
+    """Raises UserError on the first setting that does not fit; beside it, what it must be."""
+    for name, (fits, what) in expected.items():
+        if not fits:
+            raise UserError(f"{name} is {getattr(cfg, name)!r}; it must be {what}.")

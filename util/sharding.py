@@ -79,7 +79,8 @@ def complete(half: Path, folder: Path, world_size: int) -> None:
     if missing:
         raise OSError(f"the part of rank {missing[0]} is not there; put OUT on a disk that all "
                       "machines share")
-    write_json(half / "sums.json", {path.name: checksum(path) for path in sorted(half.iterdir())})
+    sums = {path.name: file_checksum(path) for path in sorted(half.iterdir())}
+    write_json(half / "sums.json", sums)
     for path in half.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -89,7 +90,7 @@ def complete(half: Path, folder: Path, world_size: int) -> None:
     sync_folder(folder.parent)
 
 
-def checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """CRC-32 of a file."""
     crc = 0
     with open(path, "rb") as file:
@@ -102,7 +103,7 @@ def read_about(folder: Path) -> dict:
     """What `write_parts` was told about a checkpoint. Raises ValueError or OSError if the folder
     is not as it was written."""
     sums = read_json(folder / "sums.json")
-    if any(checksum(folder / name) != crc for name, crc in sums.items()):
+    if any(file_checksum(folder / name) != crc for name, crc in sums.items()):
         raise ValueError(f"{folder} has another checksum")
     return torch.load(folder / "about.pt", map_location="cpu", weights_only=True)
 

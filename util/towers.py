@@ -15,13 +15,14 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as OpenClipViT
 from timm.layers import PatchEmbed
-from timm.models import eva, vision_transformer
+from timm.models import eva, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
 
 from util import UserError
 from util.files import ROOT, fields_of, read_json
 
 TIMM_VITS = eva.Eva | vision_transformer.VisionTransformer
+SAM = vision_transformer_sam.VisionTransformerSAM
 
 
 def locate(name: str, near: str | Path | None = None) -> str:
@@ -212,3 +213,45 @@ def project_values(attn: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(attn.qkv, nn.Linear):
         return projection(attn, "v")(x)
     return F.linear(x, attn.qkv.weight.chunk(3)[2], attn.qkv.bias.chunk(3)[2])
+
+
+def recorded_model(file: str | None, record: dict) -> str:
+    """The model that a file says it is, by default EVA02-B-16.
+
+    Raises UserError if building that model would ask a hub: files do not decide about downloads.
+    """
+    name = record.get("model", "EVA02-B-16")
+    config = {} if ":" in name else open_clip.get_model_config(name) or {}
+    text = config.get("text_cfg", {})
+    is_remote = ":" in name and not name.startswith("local-dir:")
+    if is_remote or "hf_model_name" in text or "hf_tokenizer_name" in text:
+        raise UserError(f"{file} says that it is {name}, which open_clip asks a hub for; if you "
+                        f"trust it, say --model {name}.")
+    return name
+
+
+def create_vit(name: str, pretrained: bool) -> nn.Module:
+    """A timm ViT by name, or of a `local-dir:FOLDER`, for images of any size.
+
+    pretrained: False for random weights.
+    Raises UserError if timm has no such model, or if it is no plain ViT.
+    """
+    source = locate(name)
+    if name.startswith("local-dir:"):
+        check_folder(source, "config.json", "timm")
+    elif not timm.is_model(name):
+        raise UserError(f"timm has no model named {name!r}; see timm.list_models('*dino*').")
+    any_size = {} if name.startswith("samvit") else {"dynamic_img_size": True}
+    try:
+        trunk = timm.create_model(source, pretrained=pretrained, num_classes=0, **any_size)
+    except TypeError:       # a model of a fixed image size does not know dynamic_img_size
+        trunk = None
+    except (OSError, RuntimeError):
+        if not name.startswith("local-dir:"):
+            raise
+        raise UserError(f"{name} has no weights of a VFM in timm's format; name a folder that has "
+                        "them, such as local-dir:toy/vfm.") from None
+    if not isinstance(trunk, TIMM_VITS | SAM):
+        raise UserError(f"{name} is no plain ViT whose patch tokens can be compared; use one, such "
+                        "as vit_base_patch14_dinov2.lvd142m.")
+    return trunk

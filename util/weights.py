@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from util import UserError
 from util.files import atomic_write
+from util.towers import locate
 
 # timm's names of an EVA02 tower and EVA-CLIP's. The key has no bias in either.
 EVA_NAMES = (("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.w3"),
@@ -53,7 +54,26 @@ def read_record(path: str | Path) -> dict:
     return record
 
 
+def read_clip_record(path: str | Path) -> dict:
+    """As read_record, of a checkpoint that is to be used as a CLIP.
+
+    Raises UserError also if there is no such file, or if it is more than a CLIP.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint {path}; train.py writes declip.safetensors into "
+                        "its OUT folder.")
+    record = read_record(path)
+    if "use" in record:
+        raise UserError(f"{path} is more than a CLIP; use it by {record['use']}.")
+    return record
+
+
 RECORDED = {"model", "context", "scale"}       # what every record has
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether a name is a file of weights, there or not, and no tag."""
+    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or Path(name).is_file()
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -90,10 +110,55 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}
     expected = metadata.get("checksum")
-    if expected and expected != checksum(state, metadata.get("declip", "{}")):
+    if expected and expected != state_checksum(state, metadata.get("declip", "{}")):
         raise UserError(f"{path} is damaged: its content does not have its checksum; write or copy "
                         "it again.")
     return state, record
+
+
+def read_published(path: str | Path, is_described: bool) -> dict[str, Tensor]:
+    """The weights of a checkpoint that does not say what it is.
+
+    is_described: whether the user does. Raises UserError otherwise, and without a vision tower.
+    """
+    state, _ = read_weights(path)
+    if not any(name.startswith("visual.") for name in state):
+        raise UserError(f"{path} holds no vision tower of a CLIP (no name begins with visual.); "
+                        "give a declip.safetensors of train.py or a published checkpoint.")
+    if not is_described:
+        raise UserError(f"{path} does not say which model and attention it was trained with; give "
+                        "--model, --context and --scale (the authors' checkpoints: --model "
+                        "EVA02-B-16 --context qk --scale 1; 1/√d is 0.125 for heads 64 wide), or "
+                        "--attention.")
+    return state
+
+
+def check_record(path: str | Path, record: dict, model: dict, source: str) -> None:
+    """Raises UserError if a checkpoint says that it is another model than this one.
+
+    model: what the model says of itself. source: its name as open_clip finds it.
+    """
+    for name, asked in model.items():
+        is_same = asked == record[name]
+        if name == "model" and not is_same:     # two paths of one folder
+            is_same = source == locate(record[name], path)
+        if not is_same:
+            raise UserError(f"{path} was trained with {name} {record[name]}, but {name} {asked} "
+                            f"was asked for; leave {name} out, or set it to {record[name]}.")
+
+
+def check_fit(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor], model: str,
+              may_lack: tuple[str, ...] = ()) -> None:
+    """Raises UserError unless a file's state has the names and shapes of a model's `own`.
+
+    model: its name. may_lack: what begins the names of weights that may be missing.
+    """
+    missing = [name for name in own if name not in state and not name.startswith(may_lack)]
+    alien = [name for name in state if name not in own or state[name].shape != own[name].shape]
+    if missing or alien:
+        raise UserError(f"{path} does not fit {model}: {len(missing)} weights are missing and "
+                        f"{len(alien)} are unknown or of another shape, the first being "
+                        f"{(missing + alien)[0]}; name the model that the file was made with.")
 
 
 def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
@@ -132,11 +197,11 @@ def split_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_checkpoint(path: str | Path, state: dict[str, Tensor], record: dict) -> None:
     """Writes a safetensors file with `record` and a checksum of everything as its metadata."""
     text = json.dumps(record)
-    metadata = {"declip": text, "checksum": checksum(state, text)}
+    metadata = {"declip": text, "checksum": state_checksum(state, text)}
     atomic_write(path, lambda file: save_file(state, file, metadata))
 
 
-def checksum(state: dict[str, Tensor], record: str) -> str:
+def state_checksum(state: dict[str, Tensor], record: str) -> str:
     """CRC-32 of a record and of all names, shapes and values of a state, as 8 digits."""
     crc = zlib.crc32(record.encode())
     for name, value in sorted(state.items()):

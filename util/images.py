@@ -1,0 +1,175 @@
+"""Image files: which there are below a folder or in a json, and their pixels as uint8."""
+
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from util import UserError
+from util.files import fields_of, find, read_json
+
+MAX_DECODED = 100_000_000   # pixels; larger images are not decoded: a small file could fill memory
+Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Image files that are not read, and are named when they are left out.
+OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".dng",
+                  ".nef", ".cr2", ".arw", ".svg", ".eps", ".psd")
+# PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+# -------------------------------------------------------------------------------------- pixels
+
+def read_image(path: str | Path, upright: bool = False, most: int | None = None) -> Tensor:
+    """An image file as RGB, uint8 (3, H, W). UserError names a file that can't be read.
+
+    upright: turn it as its EXIF entry says. Annotations are made for images as they are stored.
+    most: an image of more pixels is reduced by a whole factor while it is decoded, None for never.
+    """
+    with unreadable(path, "an image"):
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no regular file")
+        return open_image(path, upright, most)
+
+
+def open_image(file: str | Path | BinaryIO, upright: bool, most: int | None) -> Tensor:
+    """As read_image, of an opened file, too. Raises what decoders raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # of metadata that is not used here
+        with Image.open(file, formats=FORMATS) as opened:
+            return torch.from_numpy(decode(opened, upright, most)).permute(2, 0, 1)
+
+
+@contextmanager
+def unreadable(path: str | Path, what: str) -> Iterator[None]:
+    """Within it, any error becomes a UserError: the file can't be read as `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:      # decoders raise anything on damaged files
+        reason = " ".join((str(error) or type(error).__name__).split())
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
+        raise UserError(f"{path} can't be read as {what} ({reason}); replace or remove it."
+                        ) from None
+
+
+def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndarray:
+    """An opened image as RGB, uint8 (H, W, 3).
+
+    Raises ValueError if it is too large or has values of an unknown range.
+    """
+    if file.mode == "F":
+        raise ValueError("it has floating-point values of an unknown range")
+    factor = reduction(file, most)
+    if factor > 1:      # a JPEG can be decoded at a half, a quarter or an eighth
+        file.draft(None, (max(1, file.width // factor), max(1, file.height // factor)))
+        factor = reduction(file, most)
+    if file.width * file.height > MAX_DECODED:
+        raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
+                         "are decoded")
+    if upright:
+        ImageOps.exif_transpose(file, in_place=True)
+    shift = 8 if file.mode.startswith("I") and file.getextrema()[1] > 255 else 0
+    if factor == 1:
+        return to_rgb(file, shift)
+    # In strips: a copy of the whole image in RGB takes more memory than many files.
+    step = 32 * factor
+    strips = [file.crop((0, top, file.width, min(top + step, file.height)))
+              for top in range(0, file.height, step)]
+    return np.concatenate([np.array(Image.fromarray(to_rgb(strip, shift)).reduce(factor))
+                           for strip in strips])
+
+
+def reduction(file: Image.Image, most: int | None) -> int:
+    """The least factor by which both sides are divided to have at most `most` pixels."""
+    return math.ceil((file.width * file.height / most) ** 0.5) if most else 1
+
+
+def to_rgb(file: Image.Image, shift: int) -> np.ndarray:
+    """RGB, uint8 (H, W, 3). shift: bits by which values of 16 bits are scaled."""
+    if file.mode.startswith("I"):       # PIL would clip them
+        file = Image.fromarray((np.array(file) >> shift).astype(np.uint8))
+    # A needless copy would cost a tenth of the time.
+    return np.array(file if file.mode == "RGB" else file.convert("RGB"))
+
+
+# --------------------------------------------------------------------------------------- lists
+
+def list_images(images: str | Path, root: str | Path | None = None, outside: bool = False
+                ) -> tuple[list[str], Counter[str]]:
+    """The sorted image files below a folder, or those that a COCO-style json names; and how many
+    image files there are of each suffix that is not read.
+
+    root: folder of the json's images, by default the json's own. outside: a json may name images
+    that are not below it.
+    Raises UserError that says where it looked if there are none.
+    """
+    images = find(images)
+    if images.suffix == ".json":
+        paths, others = images_of_json(images, find(root or images.parent), outside), Counter()
+    else:
+        paths, others = walk_images(images)
+    if not paths:
+        state = "holds no image" if images.exists() else "does not exist"
+        state += f" but {counted(others)}, which are not read" if others else ""
+        if images.is_dir() and any(images.glob("*.tar")):
+            raise UserError(f"{images.absolute()} {state}; for its shards, set IMAGES to "
+                            f"{images}/*.tar.")
+        raise UserError(f"{images.absolute()} {state}; put images there (any folder of "
+                        f"{', '.join(IMAGE_SUFFIXES)} files, or a COCO-style json) or set IMAGES "
+                        "to where they are.")
+    return paths, others
+
+
+def images_of_json(path: Path, root: Path, outside: bool) -> list[str]:
+    """The files that a COCO-style json names, below `root` unless they may be `outside`."""
+    with fields_of(path):
+        paths = [str(root / image["file_name"]) for image in read_json(path, "images")["images"]]
+    alien = first_outside(paths, root)
+    if alien and not outside:
+        raise UserError(f"{path} names {alien}, which is not below {root.absolute()}; set "
+                        "IMAGE_ROOT to the folder of its images, or OUTSIDE_ROOT if you trust "
+                        "the json.")
+    if paths and not Path(paths[0]).is_file():
+        raise UserError(f"{path} names {paths[0]}, which is not there; set IMAGE_ROOT to the "
+                        "folder of its images.")
+    return paths
+
+
+def first_outside(paths: list[str], folder: Path) -> str | None:
+    """The first path that is not below a folder once its `..` are resolved, None if all are."""
+    base = os.path.join(os.path.abspath(folder), "")
+    return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
+
+
+def counted(others: Counter[str]) -> str:
+    """Numbers of files by suffix, for a sentence."""
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())
+
+
+def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The sorted image files below a folder except hidden ones, and the numbers of other image
+    files by suffix. Follows links, enters each folder once."""
+    paths, others, entered = [], Counter(), set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(place))
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+                paths.append(os.path.join(place, name))
+            elif suffix in OTHER_SUFFIXES and not name.startswith("."):
+                others[suffix] += 1
+    return sorted(paths), others

@@ -1,0 +1,82 @@
+"""Class names as sentences, and a cache of what a text tower makes of them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from util import UserError
+from util.files import atomic_write
+from util.weights import read_weights
+
+Template = str | Callable[[str], str]       # a text with {}, or a function of the name
+
+# What the setting TEMPLATES may name.
+TEMPLATES = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
+             "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+
+
+def find_templates(setting: str) -> Sequence[Template]:
+    """What the setting TEMPLATES names: a key of TEMPLATES, or one template. UserError otherwise.
+    """
+    if setting not in TEMPLATES and not re.fullmatch(r"[^{}]*\{\}[^{}]*", setting):
+        raise UserError(f"TEMPLATES is {setting!r}; it must be {', '.join(TEMPLATES)} or a "
+                        "template with {}.")
+    return TEMPLATES.get(setting, (setting,))
+
+
+def fill_template(template: Template, name: str) -> str:
+    """A template's text with a name in it."""
+    return template.format(name) if isinstance(template, str) else template(name)
+
+
+def check_names(names: Sequence[str], templates: Sequence[Template]) -> None:
+    """Raises UserError unless names are a list, and templates have a place for one."""
+    texts = [template for template in templates if isinstance(template, str)]
+    if isinstance(names, str) or any("{}" not in text for text in texts):
+        raise UserError(f"names are {names!r} and templates {templates!r}; give a list of names, "
+                        "and templates with {}.")
+
+
+def check_lengths(tokenizer: Callable, names: Sequence[str], templates: Sequence[Template],
+                  model_name: str) -> None:
+    """Raises UserError on a name of which the tokenizer cuts something off in the longest template.
+    """
+    longest = max(templates, key=lambda template: len(fill_template(template, "")))
+    most = tokenizer.context_length
+    tokens = tokenizer(["", *(fill_template(longest, name) for name in names)], 2 * most)
+    is_cut = (tokens[1:, most:] != tokens[0, -1]).any(dim=1)        # the rest is not padding
+    if is_cut.any():
+        cut = names[is_cut.tolist().index(True)]
+        raise UserError(f"The class name {cut!r} is longer than the {most} tokens that "
+                        f"{model_name} reads; shorten it.")
+
+
+def cached_embeddings(folder: str | Path, text: nn.Module, key: Sequence,
+                      compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` returns or, if it was computed before, what `folder` keeps of it.
+
+    The file's name is a checksum of the text tower's weights and of `key`, which names all else
+    that the embeddings depend on.
+    """
+    path = Path(folder) / f"text-{text_checksum(text, key)}.safetensors"
+    if path.is_file():
+        return read_weights(path)[0]["text"].to(next(text.parameters()).device)
+    embeddings = compute()
+    atomic_write(path, lambda file: save_file({"text": embeddings.cpu().contiguous()}, file))
+    return embeddings
+
+
+def text_checksum(text: nn.Module, key: Sequence) -> str:
+    """24 hexadecimal digits of a text tower's weights and a key."""
+    digest = hashlib.sha256(json.dumps(key, default=str).encode())
+    for name, value in sorted(text.state_dict().items()):
+        values = value.cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:24]
