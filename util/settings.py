@@ -154,14 +154,14 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
     argv = [in_repository(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        given = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
+        chosen = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
     except RecursionError:
         parser.error("an argument file includes itself; remove that line")
     except UnicodeDecodeError as error:
         parser.error(f"an argument file is not text in UTF-8 ({error.reason}); write one option a "
                      "line")
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
-                              for name, value in vars(given).items()})
+                              for name, value in vars(chosen).items()})
 
 
 def in_repository(word: str) -> str:

@@ -58,15 +58,15 @@ def expand(pattern: str) -> list[str]:
     more. Raises UserError otherwise.
     """
     found = []
-    for each in expand_braces(pattern):
-        if is_remote(each):
-            fs, path = file_system(each)
+    for shard in expand_braces(pattern):
+        if is_remote(shard):
+            fs, path = file_system(shard)
             matches = [fs.unstrip_protocol(match) for match in sorted(fs.glob(path))]
         else:
-            matches = sorted(glob.glob(each)) if glob.has_magic(each) else [each]
+            matches = sorted(glob.glob(shard)) if glob.has_magic(shard) else [shard]
             matches = [match for match in matches if os.path.isfile(match)]
         if not matches:
-            raise UserError(f"There is no file {each}; correct the pattern {pattern}, or put the "
+            raise UserError(f"There is no file {shard}; correct the pattern {pattern}, or put the "
                             "shard there.")
         found += matches
     return list(dict.fromkeys(found))
