@@ -21,7 +21,7 @@ from torch import Tensor
 from data import Classes, read_classes, student_image
 from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
 from model import DeCLIP, encode_classes
-from tools.segment import MIN_NAMED, LEGEND, OPACITY, PALETTE, balanced, deepest
+from tools.segment import LEGEND, MIN_NAMED, OPACITY, PALETTE, balanced, deepest
 from tools.visualize import token_of
 from toy.world import THINGS
 from util import UserError, settings
