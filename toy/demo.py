@@ -105,7 +105,8 @@ def draw(cfg: SimpleNamespace) -> None:
         maps = [attention_of(clip, image, attention, anchor)
                 for clip, attention in ((before, "clip"), (after, None))]
         draw_row(row, image, [label, *found], maps, anchor)
-        seen.update(*(each.unique().tolist() for each in (label, *map(visible, found))))
+        seen.update(*(classes_of.unique().tolist()
+                      for classes_of in (label, *map(visible, found))))
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen)
@@ -126,10 +127,10 @@ def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Te
     row[0].imshow(image.permute(1, 2, 0))
     for axis, label in zip(row[1:], labels):
         axis.imshow(COLOURS[label], interpolation="nearest")
+    most = max(float(values.max()) for values in maps)
     for axis, values in zip(row[-len(maps):], maps):
         # The root, so that small values are seen, too.
-        axis.imshow(values.sqrt(), cmap="magma", vmin=0,
-                    vmax=max(float(each.max()) for each in maps) ** 0.5)
+        axis.imshow(values.sqrt(), cmap="magma", vmin=0, vmax=most ** 0.5)
     for axis in (row[0], *row[-len(maps):]):
         axis.plot(*anchor, "P", color="white", markeredgecolor="black", markersize=9)
     for axis in row:
