@@ -66,15 +66,11 @@ class Table(NamedTuple):
 def run(cfg: SimpleNamespace) -> str:
     """The table that TABLE names; UserError if there is none, or for a setting that it lacks."""
     name = " ".join(cfg.TABLE)
-    if name not in TABLES:
-        raise UserError(f"There is no table {name!r}; name one of {', '.join(TABLES)}.")
-    if cfg.SCENES not in BENCHMARKS:
-        raise UserError(f"SCENES is {cfg.SCENES!r}; it must be val or dev.")
-    if name != "table1" and cfg.SEARCH:
-        raise UserError(f"SEARCH is for table1; run {name} without it.")
-    unsplit = next((seed for seed in cfg.SEEDS if not 0 <= seed < len(NOVEL)), None)
-    if name == "detection" and unsplit is not None:
-        raise UserError(f"SEEDS has {unsplit}; there are splits for 0 to {len(NOVEL) - 1}.")
+    splits = range(len(NOVEL)) if name == "detection" else cfg.SEEDS
+    settings.check(cfg, TABLE=(name in TABLES, f"one of {', '.join(TABLES)}"),
+                   SCENES=(cfg.SCENES in BENCHMARKS, "val or dev"),
+                   SEARCH=(name == "table1" or not cfg.SEARCH, "false but for table1"),
+                   SEEDS=({*cfg.SEEDS} <= {*splits}, "from 0 to 2, which have a split each"))
     return search(cfg) if cfg.SEARCH else report(cfg, TABLES[name])
 
 
