@@ -138,10 +138,12 @@ def test_scenes_are_split_by_things(toy_home):
     """No novel thing is in what a detector is trained with; all ten are evaluated."""
     world.main(options(train=6, dev=1, val=4, size=64))
     given = options(novel="circle, square, triangle")
-    seen, everything = (
-        find_annotations(settings.parse([f"@presets/{preset}", *given], script), split)
-        for preset, script, split in (("toy_fvit_train.txt", tables.fvit_train, "train"),
-                                      ("toy_fvit_eval.txt", fvit_eval, "val")))
+    found = []
+    for preset, script, split in (("toy_fvit_train.txt", tables.fvit_train, "train"),
+                                  ("toy_fvit_eval.txt", fvit_eval, "val")):
+        cfg = settings.parse([f"@presets/{preset}", *given], script)
+        found.append(find_annotations(cfg.DATASET, split, images=cfg.IMAGES, novel=cfg.NOVEL))
+    seen, everything = found
     assert seen.classes == everything.classes == list(THINGS)
     assert seen.seen == [False] * 3 + [True] * 7
     assert {thing["category_id"] for thing in seen.objects} <= set(range(4, 11))
