@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data import Classes, first_twice, fitted_size, make_classes, read_classes, resize
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, is_catseg, open_catseg
-from eval_region import open_model, open_original
+from eval_region import open_model
 from eval_seg import Protocol, Segmenter, predict
 from model import DeCLIP
 from util import UserError, distributed, settings
@@ -125,6 +125,13 @@ def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
     return panels
 
 
+def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
+    """The CLIP that CKPT was made from, on the same device; `clip` itself without a CKPT."""
+    if not cfg.CKPT:
+        return clip
+    return DeCLIP(clip.source, cfg.PRETRAINED).to(clip.visual.trunk.pos_embed.device)
+
+
 def by_clip(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, attention: str | None
             ) -> Segmenter:
     """What eval_seg.py makes of a CLIP with one attention."""
@@ -143,9 +150,9 @@ def by_catseg(cfg: SimpleNamespace, catseg: CATSeg, classes: Classes) -> Segment
                               "does not refine"),
                    THRESHOLD=(cfg.THRESHOLD is None, f"None for {cfg.CKPT}, a CAT-Seg, whose "
                               "background is a class like others"))
-    windows = catseg_eval.protocol(SimpleNamespace(**vars(cfg) | {"SIZE": None, "STRIDE": None}),
-                                   catseg)
-    return partial(catseg_eval.predict, windows, catseg, classes,
+    protocol = catseg_eval.Protocol.of(catseg, window_batch=cfg.WINDOW_BATCH,
+                                       precision=cfg.PRECISION)
+    return partial(catseg_eval.predict, protocol, catseg, classes,
                    catseg_eval.encode(catseg, classes))
 
 

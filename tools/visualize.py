@@ -31,7 +31,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from data import fitted_size, normalize, resize
-from eval_region import open_model, open_original
+from eval_region import open_model
 from eval_seg import Protocol
 from model import ATTENTIONS, DECOUPLED, VFM, VisionTower, load_vfm
 from tools import segment
@@ -162,7 +162,7 @@ class Shown(NamedTuple):
 def open_models(cfg: SimpleNamespace, device: torch.device) -> list[Shown]:
     """CLIP, the trained model and the VFM, as far as there are weights for them."""
     trained = open_model(cfg).to(device)
-    clip = open_original(cfg, trained)
+    clip = segment.open_original(cfg, trained)
     name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
     rows = [(f"CLIP\n{segment.readable(trained.model_name)}", clip.visual, "clip"),
             (f"{name}\ncontext {trained.context}", trained.visual, trained.context)]
@@ -309,7 +309,7 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
     images = [read_image(path, upright=True) for path in photos]
     # 1. Every method's classes of pixels
     trained = open_model(cfg).to(device)
-    clip = open_original(cfg, trained)
+    clip = segment.open_original(cfg, trained)
     columns = {segment.METHOD_NAMES.get(name, name): (clip, name) for name in cfg.METHODS}
     columns["decoupled, untrained" if clip is trained else "DeCLIP"] = trained, None
     on_device, found = [image.to(device) for image in images], {}
@@ -355,7 +355,11 @@ def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
                         for way, label in (("box", "boxes"), ("mask", "masks"),
                                            ("crop", "[CLS] of crops"))}
                  for kind in ("thing", "stuff")}
-        title = describe_model(result, SimpleNamespace(**result["settings"]))
+        given = result["settings"]
+        attention = given["ATTENTION"] or result["context"]
+        if attention in DECOUPLED:
+            attention += f", scale {result['scale'] or '1/√d'}"
+        title = f"{result['model']}, attention {attention}, {given['CKPT'] or given['PRETRAINED']}"
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no region.json of eval_region.py ({error!r}); give one."
                         ) from None

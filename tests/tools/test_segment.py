@@ -19,7 +19,6 @@ from downstream.catseg.model import CATSeg, Design
 from model import DeCLIP
 from tools import segment
 from toy.world import NAMES, draw_scene
-from util import settings
 from util.images import read_image
 from util.labels import read_label
 
@@ -370,9 +369,8 @@ def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
     panels = json.loads((tmp_path / "scene.segmentation.json").read_text())
     assert [*panels][0] == "CAT-Seg (toy/clip)" and [*panels.values()][1] == [*plain.values()][1]
     classes = make_classes(["star", "dots, spots", "noise"])
-    cfg = settings.parse(options(ckpt=tmp_path / "catseg.safetensors"), catseg_eval)
     segmenter.eval()
-    found, = catseg_eval.predict(catseg_eval.protocol(cfg, segmenter), segmenter, classes,
+    found, = catseg_eval.predict(catseg_eval.Protocol.of(segmenter), segmenter, classes,
                                  catseg_eval.encode(segmenter, classes), [read_image(path)])
     assert panels["CAT-Seg (toy/clip)"] == segment.shares(found, classes)
     for more, words in (({"threshold": 0.5, "background": "true"}, "THRESHOLD is 0.5; it must be None"),

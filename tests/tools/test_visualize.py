@@ -301,7 +301,7 @@ def region_json(path: Path, **settings) -> Path:
         return {"mAcc": means | {"mask thing": {"top1": None}}}
     content = {"sizes": {"224": of_size(40), "560": of_size(60)}, "model": "EVA02-B-16",
                "context": "qk", "scale": 1.0}
-    given = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag", "PRECISION": "fp32"}
+    given = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag"}
     path.write_text(json.dumps(content | {"settings": given | settings}))
     return path
 
@@ -315,9 +315,9 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
     assert stuff == things | {"masks": [[224, 41], [560, 61]]}
     assert figure.get_suptitle() == "EVA02-B-16, attention qk, scale 1.0, out/a.pt"
     plt.close(figure)
-    path = region_json(path, ATTENTION="clip", CKPT=None, PRECISION="bf16")
+    path = region_json(path, ATTENTION="clip", CKPT=None)
     figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
-    assert figure.get_suptitle() == "EVA02-B-16, attention clip, tag, bf16"
+    assert figure.get_suptitle() == "EVA02-B-16, attention clip, tag"
     plt.close(figure)
 
 
