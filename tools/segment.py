@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 @torch.inference_mode()
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Segments every photograph; one that can't be read is named at the end."""
-    Protocol.of(cfg)        # checks settings
+    Protocol.of(cfg)        # UserError for a setting out of its range
     settings.check(cfg, LARGEST=(100 <= cfg.LARGEST <= 10_000, "from 100 to 10000, the longest "
                                  "side of each picture in the figure in pixels"))
     classes, paths = find_classes(cfg), find_photos(cfg.PHOTOS)
@@ -201,7 +201,7 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
     else:
         classes = make_classes([entry.replace("|", ",") for entry in cfg.CLASSES.split(",")
                                 if entry.replace("|", " ").strip()])
-    if not len(classes):
+    if not classes.names:
         raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
                         'wooden chair, grass", or give a class file.')
     twice = first_twice(classes.prompts)

@@ -36,7 +36,7 @@ from eval_seg import Protocol
 from model import ATTENTIONS, DECOUPLED, VFM, VisionTower, load_vfm
 from tools import segment
 from util import UserError, distributed, settings
-from util.files import atomic_write, fields_of, read_json
+from util.files import atomic_write, read_json
 from util.images import read_image
 from util.precision import autocast, check_precision
 from util.run import LOG_FIELDS
@@ -303,7 +303,7 @@ def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) ->
 
 def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """Photographs, each by several methods (Figure 10)."""
-    Protocol.of(cfg)        # checks settings
+    Protocol.of(cfg)        # UserError for a setting out of its range
     classes, photos = segment.find_classes(cfg), segment.find_photos(files)[:6]
     segment.use_fonts([*classes.names, *(path.name for path in photos)])
     images = [read_image(path, upright=True) for path in photos]
