@@ -479,17 +479,6 @@ def test_vfm_gives_patch_tokens_row_major():
     assert not any(parameter.requires_grad for parameter in vfm.parameters())
 
 
-@torch.inference_mode()
-def test_vfm_layers():
-    """The last layer, normed, is what the VFM returns."""
-    vfm, x = load_vfm("tiny_vfm", pretrained=False), images(28, 42, 2)
-    first, last = vfm.encode_layers(x, [0, 1])
-    assert first.shape == last.shape == (2, 40, 4, 6) and not torch.equal(first, last)
-    torch.testing.assert_close(vfm.trunk.norm(last.flatten(2).mT), vfm(x))
-    with pytest.raises(ValueError, match="There is no layer 2 in tiny_vfm; choose from 0 to 1"):
-        vfm.encode_layers(x, [2])
-
-
 # -------------------------------------------------------------------------------------- checkpoints
 
 def test_checkpoint_describes_itself(tmp_path):

@@ -187,6 +187,14 @@ def test_layers_end_with_the_last(depth, count, expected):
 
 
 @torch.inference_mode()
+def test_the_last_tokens_of_a_vfm_are_normed_what_it_returns(shown, photo):
+    image, vfm = visualize.read_image(photo), shown[2].model
+    first, *_, last = shown[2].tokens(image, (10, 16))
+    torch.testing.assert_close(vfm.trunk.norm(last), vfm(shown[2].image(image, (10, 16)))[0])
+    assert first.shape == last.shape and not torch.equal(first, last)
+
+
+@torch.inference_mode()
 def test_the_cosine_with_itself_is_one(shown, photo):
     image = visualize.read_image(photo)
     for row in shown:
