@@ -39,13 +39,7 @@ from util import UserError, distributed
 from util.files import find
 from util.text import find_templates
 from util.towers import recorded_model
-from util.weights import (
-    check_fit,
-    read_record,
-    read_weights,
-    state_checksum,
-    write_checkpoint,
-)
+from util.weights import check_fit, read_record, read_weights, state_checksum, write_checkpoint
 
 
 class Design(NamedTuple):
