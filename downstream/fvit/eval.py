@@ -36,7 +36,7 @@ from util.files import write_json
 from util.precision import autocast, check_precision
 from util.weights import read_record
 
-SHARED = {"downstream.fvit.train": ["The data"]}
+SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
 
 # The detector
 CKPT = "out/fvit/fvit.safetensors"  # checkpoint of downstream/fvit/train.py
@@ -45,9 +45,6 @@ PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; 
 
 # What is evaluated
 DATASET: str | None = None          # None: that of the training; or coco, objects365, my.json ...
-BATCH_SIZE = 8                      # images of one forward pass
-NUM_WORKERS = 4                     # processes that decode images, for each GPU
-OUT: str | None = None              # folder of the result; None: the checkpoint's
 
 # The scores; None: what SCORE_RULES has for the data set
 A: float | None = None              # share of the VLM in the scores of seen classes
