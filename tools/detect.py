@@ -28,10 +28,9 @@ from data import first_twice, fitted_size, read_classes, resize
 from downstream.detection import Detections, encode_detections
 from downstream.fvit.eval import check_scores, detector_settings, score_rules
 from downstream.fvit.model import open_fvit
-from tools.segment import PALETTE, find_photos, outputs_of
+from tools.segment import PALETTE, find_photos, outputs_of, read_photos
 from util import UserError, distributed, settings
 from util.files import atomic_write, write_json
-from util.images import read_image
 from util.precision import autocast
 
 SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
@@ -59,19 +58,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
     check_scores(cfg)
-    names, photos = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
+    names, paths = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
-    failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
-    for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
-        try:
-            photo = read_image(path, upright=True)
-        except UserError as error:
-            failed.append(str(error))
-            continue
+    outputs = outputs_of(paths, cfg.PHOTOS, cfg.OUT)
+    for path, photo in tqdm(read_photos(paths), total=len(paths), unit="photo",
+                            disable=len(paths) == 1):
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
         out = outputs[path].with_name(outputs[path].name.replace(".segmentation.png", SUFFIX))
@@ -79,8 +74,6 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         if cfg.JSON:
             write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
         tqdm.write(f"{out}: {describe(found, titles)}")
-    if failed:
-        raise UserError(" ".join(failed))
 
 
 SUFFIX = ".detection.png"
