@@ -40,14 +40,10 @@ from util.files import find
 
 # --------------------------------------------------------------------------- images to train with
 
-SEEN = [number for number in range(18) if number % 3 < 2]       # of the toy world's 18 classes
-UNSEEN = [number for number in range(18) if number % 3 == 2]
-
 # What IMAGES may name, besides a user's json (docs/data.md).
 TRAINING = {
     "coco_stuff": replace(KNOWN_BENCHMARKS["coco_stuff"], image="train2017/{}.jpg",
                           label="stuffthingmaps/train2017/{}.png"),
-    "toy": SegmentationBenchmark("toy/labelled", *TOY[:3], "toy_seen.txt", SEEN, void=UNSEEN),
 }
 
 
