@@ -146,38 +146,22 @@ ADE_OBJECTS = 3688      # label values of ADE20K_2021_17_01
 CONTEXT_OBJECTS = 459
 
 
-class Table(NamedTuple):
-    """A file that says which classes the label values of a set are, and where it comes from."""
-    path: str
-    origin: str
-    most: int           # the largest label value
-
-
-TABLES = {
-    "ade847": Table("ADE20K_2021_17_01/ade847.txt", "the data set's own index is a pickle, which "
-                    "is never read, so docs/data.md makes it from a list of Mask2Former's",
-                    ADE_OBJECTS),
-    "context459": Table("VOCdevkit/VOC2010/labels.txt", "PASCAL-Context's page has it beside "
-                        "trainval.tar.gz", CONTEXT_OBJECTS),
-}
-
-
-def read_table(table: Table, data: str | Path) -> tuple[list[int], list[str]]:
+def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]]:
     """The label values and first names of a table's lines `12: name, synonym`, the colon optional.
 
-    Raises UserError if there is no such file, or if a line is none of these, a value is beyond the
-    data set's, or occurs twice.
+    most: the largest label value. origin: where the file comes from. Raises UserError if there is
+    no such file, or if a line is none of these, a value is too large, or occurs twice.
     """
-    path = find(Path(data) / table.path)
+    path = find(path)
     if not path.is_file():
-        raise MissingData(f"There is no label table {path.absolute()}; {table.origin}.")
+        raise MissingData(f"There is no label table {path.absolute()}; {origin}.")
     values, names = [], []
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
-        if line.strip() and not (found and 1 <= int(found[1]) <= table.most):
+        if line.strip() and not (found and 1 <= int(found[1]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
-                            f"value from 1 to {table.most}, and a name.")
+                            f"value from 1 to {most}, and a name.")
         if found:
             values.append(int(found[1]))
             names.append(found[2].strip())
@@ -218,37 +202,42 @@ def read_mat(path: Path) -> np.ndarray:
 
 def ade847(data: str | Path) -> tuple[Dataset, Classes]:
     """A-847: the most frequent of ADE20K's objects; all others are void."""
-    values, names = read_table(TABLES["ade847"], data)
+    values, names = read_table(
+        Path(data) / "ADE20K_2021_17_01/ade847.txt", ADE_OBJECTS, "the data set's own index is a "
+        "pickle, which is never read, so docs/data.md makes it from a list of Mask2Former's")
     void = sorted({*range(ADE_OBJECTS + 1)} - {*values})
-    row = SegmentationBenchmark("ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
-                    "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
-    return Reduced(SegmentationImages(row, data), 512), classes_of(names)
+    benchmark = SegmentationBenchmark(
+        "ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
+        "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
+    return Reduced(SegmentationImages(benchmark, data), 512), classes_of(names)
 
 
 def context459(data: str | Path) -> tuple[Dataset, Classes]:
     """PC-459: all objects of PASCAL-Context."""
-    values, names = read_table(TABLES["context459"], data)
-    folder, listed, image, _ = CONTEXT_LAYOUT
-    row = SegmentationBenchmark(folder, listed, image, "trainval/{}.mat", "", values,
-                    (0, CONTEXT_OBJECTS + 1), read=read_mat)
-    return SegmentationImages(row, data), classes_of(names)
+    values, names = read_table(
+        Path(data) / "VOCdevkit/VOC2010/labels.txt", CONTEXT_OBJECTS,
+        "PASCAL-Context's page has it beside trainval.tar.gz")
+    benchmark = replace(KNOWN_BENCHMARKS["context59"], label="trainval/{}.mat", values=values,
+                        void=(0, CONTEXT_OBJECTS + 1), read=read_mat)
+    return SegmentationImages(benchmark, data), classes_of(names)
 
 
 def voc20b(data: str | Path) -> tuple[Dataset, Classes]:
     """PAS-20b, the paper's VOC21: background is what PC-59's other 39 names get."""
     voc, context = (read_classes(f"classes/{name}.txt") for name in ("voc20", "context59"))
-    theirs = [[name for name, number in zip(context.prompts, context.class_of_prompt) if number == k]
-              for k in range(len(context))]
-    others = [names[0] for names in theirs if not {*names} & {*voc.prompts}]
-    names, owner = [*others, *voc.names], [0] * len(others) + [*range(1, len(voc) + 1)]
-    row = SegmentationBenchmark(*VOC, "", range(len(voc) + 1), (255,))
-    return SegmentationImages(row, data), Classes(["background", *voc.names], names, owner)
+    of_voc = {number for name, number in zip(context.prompts, context.class_of_prompt)
+              if name in voc.prompts}
+    others = [name for number, name in enumerate(context.names) if number not in of_voc]
+    classes = Classes(["background", *voc.names], [*others, *voc.names],
+                      [0] * len(others) + [*range(1, len(voc) + 1)])
+    benchmark = replace(KNOWN_BENCHMARKS["voc20"], values=range(len(classes)), void=(255,))
+    return SegmentationImages(benchmark, data), classes
 
 
 def known(name: str, data: str | Path) -> tuple[Dataset, Classes]:
     """A set of eval_seg.py, or of a user's json, with the first name of each class alone."""
     classes = benchmark_classes(SimpleNamespace(CLASSES=None), name)
-    return SegmentationImages(find_benchmark(name), data), make_classes(classes.names)
+    return SegmentationImages(find_benchmark(name), data), classes_of(classes.names)
 
 
 def classes_of(names: list[str]) -> Classes:
