@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,31 +20,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import adjust_hue
 
-from data import Classes, TrainingData, make_classes, read_classes, resize
-from eval_seg import (
-    CONTEXT_LAYOUT,
-    KNOWN_BENCHMARKS,
-    TOY,
-    VOC,
-    VOID,
-    SegmentationBenchmark,
-    MissingData,
-    SegmentationImages,
-    benchmark_classes,
-    find_benchmark,
-    resized_size,
-)
+from data import Classes, read_classes, resize
+from eval_seg import KNOWN_BENCHMARKS, LabelledSet, find_set, resized_size
 from util import UserError
 from util.files import find
+from util.labels import VOID, MissingData, SegmentationBenchmark, SegmentationImages
+from util.samples import TrainingData
 
 # --------------------------------------------------------------------------- images to train with
-
-# What IMAGES may name, besides a user's json (docs/data.md).
-TRAINING = {
-    "coco_stuff": replace(KNOWN_BENCHMARKS["coco_stuff"], image="train2017/{}.jpg",
-                          label="stuffthingmaps/train2017/{}.png"),
-}
-
 
 class Labelled(NamedTuple):
     """An image and the class of each of its pixels."""
@@ -54,30 +36,31 @@ class Labelled(NamedTuple):
 
 
 class LabelledImages(TrainingData):
-    """The images of a benchmark's row, with labels: what training reads."""
+    """The images of a set with their labels: what training reads."""
 
-    def __init__(self, benchmark: SegmentationBenchmark, data: str | Path, read_timeout: float = 60.0):
-        self.scenes = SegmentationImages(benchmark, data)
-        root = self.scenes.root
-        super().__init__([str(root / benchmark.image.format(name)) for name in self.scenes.names],
+    def __init__(self, scenes: SegmentationImages, read_timeout: float = 60.0):
+        self.scenes, image = scenes, scenes.benchmark.image
+        super().__init__([str(scenes.root / image.format(name)) for name in scenes.names],
                          read_timeout)
 
     def read(self, index: int) -> Labelled:
         return Labelled(*self.scenes[index])
 
 
-def find_training(name: str) -> tuple[SegmentationBenchmark, list[str]]:
-    """A row of TRAINING or a user's own json -> it, and the first name of each of its classes.
+def find_training(name: str, data: str | Path) -> tuple[SegmentationImages, list[str]]:
+    """COCO-Stuff's train set or that of a user's own json -> it, and a name for each class.
 
-    Raises UserError if there is no such row or file.
+    Raises UserError if there is no such set or file.
     """
-    if name not in TRAINING and not name.endswith(".json"):
-        raise UserError(f"There are no training images {name!r}; choose among "
-                        f"{', '.join(TRAINING)}, or a json file of your own.")
-    if name not in TRAINING:
-        benchmark = find_benchmark(name)
-        return benchmark, benchmark_classes(SimpleNamespace(CLASSES=None), name).names
-    return TRAINING[name], read_classes(f"classes/{TRAINING[name].classes}").names
+    if name == "coco_stuff":
+        benchmark = replace(KNOWN_BENCHMARKS[name], image="train2017/{}.jpg",
+                            label="stuffthingmaps/train2017/{}.png")
+        return SegmentationImages(benchmark, data), read_classes("classes/coco_stuff.txt").names
+    if not name.endswith(".json"):
+        raise UserError(f"There are no training images {name!r}; choose coco_stuff, or a json file "
+                        "of your own.")
+    scenes, classes = find_set(name, data)
+    return scenes, classes.names
 
 
 LONGEST = 16        # times the short side that the long one may have: a strip is not blown up
@@ -200,7 +183,7 @@ def read_mat(path: Path) -> np.ndarray:
     return label.astype(np.uint16)
 
 
-def ade847(data: str | Path) -> tuple[Dataset, Classes]:
+def ade847(data: str | Path) -> LabelledSet:
     """A-847: the most frequent of ADE20K's objects; all others are void."""
     values, names = read_table(
         Path(data) / "ADE20K_2021_17_01/ade847.txt", ADE_OBJECTS, "the data set's own index is a "
@@ -212,7 +195,7 @@ def ade847(data: str | Path) -> tuple[Dataset, Classes]:
     return Reduced(SegmentationImages(benchmark, data), 512), classes_of(names)
 
 
-def context459(data: str | Path) -> tuple[Dataset, Classes]:
+def context459(data: str | Path) -> LabelledSet:
     """PC-459: all objects of PASCAL-Context."""
     values, names = read_table(
         Path(data) / "VOCdevkit/VOC2010/labels.txt", CONTEXT_OBJECTS,
@@ -222,7 +205,7 @@ def context459(data: str | Path) -> tuple[Dataset, Classes]:
     return SegmentationImages(benchmark, data), classes_of(names)
 
 
-def voc20b(data: str | Path) -> tuple[Dataset, Classes]:
+def voc20b(data: str | Path) -> LabelledSet:
     """PAS-20b, the paper's VOC21: background is what PC-59's other 39 names get."""
     voc, context = (read_classes(f"classes/{name}.txt") for name in ("voc20", "context59"))
     of_voc = {number for name, number in zip(context.prompts, context.class_of_prompt)
@@ -234,10 +217,10 @@ def voc20b(data: str | Path) -> tuple[Dataset, Classes]:
     return SegmentationImages(benchmark, data), classes
 
 
-def known(name: str, data: str | Path) -> tuple[Dataset, Classes]:
+def known(name: str, data: str | Path) -> LabelledSet:
     """A set of eval_seg.py, or of a user's json, with the first name of each class alone."""
-    classes = benchmark_classes(SimpleNamespace(CLASSES=None), name)
-    return SegmentationImages(find_benchmark(name), data), classes_of(classes.names)
+    images, classes = find_set(name, data)
+    return images, classes_of(classes.names)
 
 
 def classes_of(names: list[str]) -> Classes:
@@ -246,13 +229,13 @@ def classes_of(names: list[str]) -> Classes:
 
 
 # The six of Table 4: name -> a function from DATA to images and classes.
-BENCHMARKS: dict[str, Callable[[str | Path], tuple[Dataset, Classes]]] = {
+BENCHMARKS: dict[str, Callable[[str | Path], LabelledSet]] = {
     "ade847": ade847, "context459": context459, "ade150": partial(known, "ade150"),
     "context59": partial(known, "context59"), "voc20": partial(known, "voc20"), "voc20b": voc20b,
 }
 
 
-def find_evaluation(name: str, data: str | Path) -> tuple[Dataset, Classes]:
+def find_evaluation(name: str, data: str | Path) -> LabelledSet:
     """The images and classes of a set of BENCHMARKS or of eval_seg.py; UserError if it is missing.
 
     A class is called by its first name alone, as published.

@@ -19,16 +19,14 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from data import Classes, constant, normalize, resize
+from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import evaluate, summarize, table, window_starts
+from eval_seg import evaluate, find_data, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
-from util.labels import MissingData
 from util.precision import autocast, check_precision
 
 SHARED = {"eval_region": ["The evaluation"]}
@@ -60,46 +58,24 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0, WINDOW_BATCH=1, SIZE=1, STRIDE=1)
     check_precision(cfg.PRECISION)
-    sets, missing = find_sets(cfg)
+    sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
-    result = {}
+    attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():
         segment = partial(predict, protocol, segmenter, classes, encode(segmenter, classes))
-        confusion = evaluate(cfg, segment, dataset, len(classes), ranks, name)
+        loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+        confusion = evaluate(segment, loader, len(classes), ranks, name)
         # Published figures leave classes out that a set has no pixel of, as A-847 may.
         result[name] = summarize(confusion, classes, absent_count=False)
         if ranks.is_main:
-            print(f"\n{name}: {title(segmenter)}, {len(dataset)} images\n{table(result[name])}")
+            print(f"\n{name}: CAT-Seg over {segmenter.clip.model_name}, attention {attention}, "
+                  f"{len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "catseg", {"benchmarks": result} | segmenter.clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
-        print("\n".join(["", *(f"{name:16}{each['mIoU']:6.1f}" for name, each in result.items()),
+        print("\n".join(["", *(f"{name:16}{of_set['mIoU']:6.1f}" for name, of_set in result.items()),
                          *(f"{name:16}     -   {reason}" for name, reason in missing.items())]))
     return result
-
-
-def find_sets(cfg: SimpleNamespace) -> tuple[dict[str, tuple[Dataset, Classes]], dict[str, str]]:
-    """The images and classes of each benchmark; of `all`, those missing and where they should be.
-    """
-    sets, missing, wants_all = {}, {}, cfg.BENCHMARKS == ("all",)
-    for name in TABLE_4 if wants_all else cfg.BENCHMARKS:
-        try:
-            sets[name] = find_evaluation(name, cfg.DATA)
-            sets[name][0][0]        # a label of another set is found before a model is loaded
-        except MissingData as error:
-            if not wants_all:
-                raise
-            missing[name] = str(error)
-    if not sets:
-        raise UserError(f"None of the six sets is in {cfg.DATA}; docs/data.md says how each is "
-                        f"unpacked: {' '.join(missing.values())}")
-    return sets, missing
-
-
-def title(segmenter: CATSeg) -> str:
-    """One line that says what was evaluated."""
-    attention = segmenter.design.attention or segmenter.clip.context
-    return f"CAT-Seg over {segmenter.clip.model_name}, attention {attention}"
 
 
 # -------------------------------------------------------------------------------- segmentation

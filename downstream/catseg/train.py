@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
-    benchmark, names = find_training(cfg.IMAGES)
-    dataset = LabelledImages(benchmark, cfg.DATA, cfg.READ_TIMEOUT)
+    scenes, names = find_training(cfg.IMAGES, cfg.DATA)
+    dataset = LabelledImages(scenes, cfg.READ_TIMEOUT)
     dataset.read(0)     # a label of another data set is found before a model is loaded
     with Run(cfg, ranks, dataset, "catseg.safetensors", MAY_CHANGE_ON_RESUME,
              total=cfg.ITERATIONS) as run:

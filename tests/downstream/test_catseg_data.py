@@ -184,10 +184,10 @@ def coco(root, values: np.ndarray, mode: type = np.uint8) -> None:
 def test_coco_stuff_as_it_is_downloaded(tmp_path):
     """The PNGs have a class's id less one: person 0, mirror (66, without a class) 65, wood 181."""
     values = np.array([[0, 181, 255, 65]])
-    benchmark, names = data.find_training("coco_stuff")
     for mode in (np.uint8, np.uint16):      # PNGs of 16 bits are read as well
         coco(tmp_path, values, mode)
-        image, label = LabelledImages(benchmark, tmp_path).read(0)
+        scenes, names = data.find_training("coco_stuff", tmp_path)
+        image, label = LabelledImages(scenes).read(0)
         assert image.shape == (3, 1, 4) and label.tolist() == [[0, 170, VOID, VOID]]
     assert len(names) == 171 and names[0] == "person" and "," not in "".join(names)
 
@@ -196,23 +196,23 @@ def test_coco_stuff_as_it_is_downloaded(tmp_path):
 def test_training_labels_beyond_the_classes(tmp_path, value, mode):
     coco(tmp_path, np.full((2, 2), value), mode)
     with pytest.raises(ValueError, match=f"no class and not void \\({value}\\)"):
-        LabelledImages(data.find_training("coco_stuff")[0], tmp_path).read(0)
+        LabelledImages(data.find_training("coco_stuff", tmp_path)[0]).read(0)
 
 
 def test_damaged_labels_are_a_sentence(tmp_path):
     coco(tmp_path, np.random.default_rng(0).integers(0, 11, (64, 64)))
     path = tmp_path / "coco/stuffthingmaps/train2017/000000000009.png"
     content = bytearray(path.read_bytes())
-    benchmark, _ = data.find_training("coco_stuff")
+    scenes, _ = data.find_training("coco_stuff", tmp_path)
     for damaged in (content[:200], content[:60] + bytes(50) + content[110:], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="can't be read as a label image"):
-            LabelledImages(benchmark, tmp_path).read(0)
+            LabelledImages(scenes).read(0)
 
 
 def test_unknown_training_images():
-    with pytest.raises(ValueError, match="are no training images 'coco'; choose among coco_s"):
-        data.find_training("coco")
+    with pytest.raises(ValueError, match="are no training images 'coco'; choose coco_stuff"):
+        data.find_training("coco", "data")
 
 
 # ----------------------------------------------------------------------------------- augmentation
