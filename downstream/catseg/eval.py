@@ -73,8 +73,9 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
                   f"{len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "catseg", {"benchmarks": result} | segmenter.clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
-        print("\n".join(["", *(f"{name:16}{of_set['mIoU']:6.1f}" for name, of_set in result.items()),
-                         *(f"{name:16}     -   {reason}" for name, reason in missing.items())]))
+        lines = [f"{name:16}{figures['mIoU']:6.1f}" for name, figures in result.items()]
+        lines += [f"{name:16}     -   {reason}" for name, reason in missing.items()]
+        print("\n".join(["", *lines]))
     return result
 
 

@@ -122,7 +122,7 @@ def test_ranks_score_what_one_process_does(checkpoint, voc, tmp_path):
     ({"stride": 33}, "SIZE is 53 and STRIDE 33"), ({"batch_size": 0}, "BATCH_SIZE is 0"),
     ({"benchmarks": "ade"}, "There is no benchmark 'ade'"),
     ({"benchmarks": "ade150"}, "ADEChallengeData2016"),
-    ({"data": "no/such"}, "None of the benchmarks is in/data.md says how"),
+    ({"data": "no/such"}, "None of the benchmarks is in"),
     ({"precision": "int8"}, "PRECISION is 'int8'")])
 def test_refusals_say_what_to_do(checkpoint, voc, given, sentence):
     given = {"ckpt": checkpoint, "data": voc, "benchmarks": "voc20"} | (
