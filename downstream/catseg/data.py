@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import adjust_hue
 
 from data import Classes, read_classes, resize
-from eval_seg import KNOWN_BENCHMARKS, LabelledSet, find_set, resized_size
+from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
 from util import UserError
 from util.files import find
 from util.labels import VOID, MissingData, SegmentationBenchmark, SegmentationImages
@@ -124,6 +124,8 @@ def saturate(image: Tensor, factor: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- evaluation sets
+
+LabelledSet = tuple[Dataset, Classes]       # items are (image, label), as of SegmentationImages
 
 ADE_OBJECTS = 3688      # label values of ADE20K_2021_17_01
 CONTEXT_OBJECTS = 459

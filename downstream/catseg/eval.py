@@ -24,9 +24,10 @@ from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import evaluate, find_data, summarize, table, window_starts
+from eval_seg import evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
+from util.labels import find_data
 from util.precision import autocast, check_precision
 
 SHARED = {"eval_region": ["The evaluation"]}
