@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402, F401
 
 import eval_region  # noqa: E402
-import eval_seg  # noqa: E402
 
 torch.set_num_threads(1)        # threads cost tiny models more than they give
 SIZES = [(64, 64), (48, 80), (80, 40), (64, 96), (33, 65)]      # height, width
@@ -54,8 +53,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def uncached(monkeypatch) -> None:
     """Text embeddings are computed anew in every test that does not ask for a cache."""
-    for script in (eval_region, eval_seg):
-        monkeypatch.setattr(script, "CACHE", None)
+    monkeypatch.setattr(eval_region, "CACHE", None)
 
 
 @pytest.fixture(scope="session")
