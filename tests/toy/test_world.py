@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import options
 from PIL import Image
+from tiny import ROOT
 
 from data import read_classes
 from eval_region import PanopticRegions
 from eval_seg import find_benchmark
-from tiny import ROOT
 from toy import world
 from toy.world import FIRST_SCENE, MAX_SCENES, NAMES, STUFF, THINGS, draw_scene
 from util.labels import SegmentationImages
