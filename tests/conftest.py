@@ -3,6 +3,7 @@ layouts."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,10 +16,9 @@ from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # a test that would download fails instead
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny  # noqa: E402, F401
+import tiny  # noqa: E402
 
 import eval_region  # noqa: E402
-import eval_seg  # noqa: E402
 
 torch.set_num_threads(1)        # threads cost tiny models more than they give
 SIZES = [(64, 64), (48, 80), (80, 40), (64, 96), (33, 65)]      # height, width
@@ -54,8 +54,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def uncached(monkeypatch) -> None:
     """Text embeddings are computed anew in every test that does not ask for a cache."""
-    for script in (eval_region, eval_seg):
-        monkeypatch.setattr(script, "CACHE", None)
+    monkeypatch.setattr(eval_region, "CACHE", None)
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +136,21 @@ def voc(tmp_path_factory, scenes) -> Path:
         "".join(f"s_{index}\n" for index in range(len(scenes)))
     )
     return folder
+
+
+@pytest.fixture
+def toy_home(tmp_path, monkeypatch) -> Path:
+    """The present folder of a test that draws toy scenes of its own: toy/ is there, but no data/.
+
+    The descriptions of scenes are copies, because paths in them are relative to them.
+    """
+    (tmp_path / "toy").mkdir()
+    for path in (tiny.ROOT / "toy").glob("*.json"):
+        shutil.copy(path, tmp_path / "toy")
+    for model in ("clip", "vfm"):
+        (tmp_path / "toy" / model).symlink_to(tiny.ROOT / "toy" / model)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def options(**given) -> list[str]:

@@ -316,26 +316,6 @@ def test_segmentation_is_that_of_the_plain_form(threshold, lines):
     assert seen == {0, 1, 2}
 
 
-def test_pamr_is_that_of_the_plain_form():
-    """Scores after two steps, by whole images and pixel by pixel; more texts than a chunk has."""
-    image = F.interpolate(torch.rand(1, 3, 4, 5), (13, 31))[0].mul(255).byte()
-    scores = torch.rand(20, 13, 31)
-    expected = reference.pamr_step(reference.pamr_step(scores, image), image)
-    given = eval_seg.Scores(scores.clone(), torch.eye(13), torch.eye(31))
-    found, = eval_seg.refined(given, image, 2)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_pamr_moves_a_border_to_where_the_colour_changes():
-    """A square of one colour whose scores end four pixels early."""
-    image = torch.zeros(3, 48, 48, dtype=torch.uint8)
-    image[:, 8:40, 8:40] = 200
-    scores = torch.zeros(2, 48, 48)
-    scores[0], scores[1, 12:36, 12:36] = 0.5, 1.0
-    found, = eval_seg.refined(eval_seg.Scores(scores, torch.eye(48), torch.eye(48)), image, 10)
-    assert torch.equal(found.argmax(dim=0).bool(), image[0] > 0)
-
-
 def test_confusion_matrix_leaves_void_out():
     label = torch.tensor([[0, 1, VOID], [1, 1, VOID]]).short()
     prediction = torch.tensor([[0, 1, 1], [0, 1, 0]])
