@@ -12,8 +12,9 @@ first, one by one only to name a wrong entry: COCO has 860,000 annotations.
 
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -191,7 +192,7 @@ def check_annotations(coco: Coco, needs: set[str]) -> None:
     if "boxes" in needs:
         check_boxes(coco, column("bbox"), size_of)
     if "masks" in needs:
-        check_masks(coco, size_of)
+        check_masks(coco)
 
 
 def four_numbers(column: Column) -> np.ndarray:
@@ -232,8 +233,9 @@ def sizes_of(coco: Coco, size_of: dict) -> np.ndarray:
     return sizes[[place[annotation["image_id"]] for annotation in coco.annotations]]
 
 
-def check_masks(coco: Coco, size_of: dict) -> None:
+def check_masks(coco: Coco) -> None:
     """Polygons and run lengths; an annotation whose mask is empty is left out."""
+    size_of = {image["id"]: (image["height"], image["width"]) for image in coco.images}
     column = Column(coco.path, "annotations", coco.annotations, "segmentation", None)
     column.of_types({list, dict, type(None)}, "a list of polygons or a run-length code")
     for place, shape in enumerate(column.values):
@@ -371,6 +373,25 @@ def instance_mask(shape: list | dict, height: int, width: int) -> np.ndarray:
     codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
     codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
     return coco_masks.decode(codes).astype(bool)
+
+
+def files_below(path: Path, folder: Path, names: Sequence[str], setting: str) -> list[str]:
+    """The files that a json names in a folder; UserError if one is not below it.
+
+    setting: what names the folder.
+    """
+    files = [str(folder / name) for name in names]
+    alien = first_outside(files, folder)
+    if alien:
+        raise UserError(f"{path} names {alien}, which is not below {folder.absolute()}; set "
+                        f"{setting} to the folder that holds its images.")
+    return files
+
+
+def first_outside(paths: Sequence[str], folder: Path) -> str | None:
+    """The first path that is not below a folder once its `..` are resolved, None if all are."""
+    base = os.path.join(os.path.abspath(folder), "")
+    return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
 
 
 def is_inside(bbox: list[float], height: int, width: int) -> bool:
