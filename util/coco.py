@@ -23,6 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_masks
 
 from util import UserError
+from util.distributed import is_main
 from util.files import read_json
 
 NUMBERS = {int, float}
@@ -83,6 +84,8 @@ def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
             check_segments(coco)
         else:
             check_annotations(coco, needs)
+        if coco.left_out and not coco.annotations:
+            raise UserError(f"{coco.report()}; none is left, so correct them or give another json.")
     return coco
 
 
@@ -342,6 +345,8 @@ class Instances:
 
     def __init__(self, path: Path):
         self.content = read_coco(path, {"masks"})
+        if self.content.left_out and is_main():
+            print(self.content.report())
         self.names = [category["name"] for category in self.content.categories]
         value = {category["id"]: place + 1
                  for place, category in enumerate(self.content.categories)}
