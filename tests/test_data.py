@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from conftest import draw_scene, succeeds
 from PIL import Image
 from tiny import ROOT
+from util.names import Names
 
 import data
 from data import Grid, epoch_order, grid_boxes, grid_crops, rank_batches, sample_grid, student_image
 from util import files
 from util.distributed import Ranks
-from util.names import Names
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
