@@ -1,6 +1,6 @@
 """Open-vocabulary detection: data sets and their splits, augmentation, average precision.
 
-    annotations = find_annotations(cfg, "train")        # or "val"; checked before a model is loaded
+    annotations = find_annotations("ovcoco", "train")   # or "val"; checked before a model is loaded
     dataset = DetectionData(annotations, masks=False)   # for data.training_batches
     objects = augment(dataset.read(0), "seed-epoch-index", side=640)
 
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +29,13 @@ from pycocotools import mask as coco_masks
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import TrainingData, first_outside, fitted_size, read_classes, read_image, resize
-from eval_seg import CLASS_FILES, instance_mask
+from data import fitted_size, read_classes, resize
 from util import UserError
+from util.coco import instance_mask
 from util.files import fields_of, find, read_json
+from util.images import first_outside, read_image
+from util.labels import CLASS_FILES
+from util.samples import TrainingData
 
 
 class Objects(NamedTuple):
@@ -63,8 +65,8 @@ class DetectionBenchmark:
 
     train, val: a COCO-style json and the folder of its images, below DATA.
     """
-    train: tuple[str, str] | None
-    val: tuple[str, str]
+    train: tuple[str, str] | None = None
+    val: tuple[str, str] | None = None
     base: str | None = None         # class file of the seen classes; None: all that are not novel
     novel: str | None = None        # class file of the novel ones, or RARE; None: there are none
     is_lvis: bool = False           # not every class is annotated on every image: LVIS's rules
@@ -73,18 +75,16 @@ class DetectionBenchmark:
 
 COCO_TRAIN = ("coco/annotations/instances_train2017.json", "coco/train2017")
 COCO_VAL = ("coco/annotations/instances_val2017.json", "coco/val2017")
-TOY_TRAIN = ("toy/train/instances.json", "toy/train")
 
 KNOWN_BENCHMARKS = {
     "ovcoco": DetectionBenchmark(COCO_TRAIN, COCO_VAL, "ovcoco_base.txt", "ovcoco_novel.txt"),
-    "ovlvis": DetectionBenchmark(("lvis/lvis_v1_train.json", "coco"), ("lvis/lvis_v1_val.json", "coco"),
-                        novel=RARE, is_lvis=True, most=300),
+    "ovlvis": DetectionBenchmark(("lvis/lvis_v1_train.json", "coco"),
+                                 ("lvis/lvis_v1_val.json", "coco"),
+                                 novel=RARE, is_lvis=True, most=300),
     # Of transfer: nothing is seen or novel but by the detector's own training.
     "coco": DetectionBenchmark(COCO_TRAIN, COCO_VAL),
-    "objects365": DetectionBenchmark(None, ("objects365/annotations/objects365_val.json",
-                                   "objects365/val")),
-    "toy": DetectionBenchmark(TOY_TRAIN, ("toy/val/instances.json", "toy/val/images")),
-    "toy_dev": DetectionBenchmark(TOY_TRAIN, ("toy/dev/instances.json", "toy/dev/images")),
+    "objects365": DetectionBenchmark(val=("objects365/annotations/objects365_val.json",
+                                          "objects365/val")),
 }
 
 
@@ -101,89 +101,94 @@ class Annotations(NamedTuple):
     frequencies: list[str]      # (K,) LVIS's r, c or f; "" elsewhere
 
 
-def find_annotations(cfg: SimpleNamespace, split: str) -> Annotations:
-    """The annotations of DATASET to train with ("train") or to evaluate with ("val").
+def find_annotations(dataset: str, split: str, data: str | Path = "data",
+                     annotations: str | None = None, images: str | None = None,
+                     novel: str | None = None) -> Annotations:
+    """The annotations of a data set to train with ("train") or to evaluate with ("val").
 
-    Settings: DATASET, a name of KNOWN_BENCHMARKS or a COCO-style json of one's own; DATA, the
-    folder that holds the data sets; ANNOTATIONS and IMAGES, a json and a folder instead of the
-    data set's (zero-shot files made for other code will do); NOVEL, names with commas between,
+    dataset: a name of KNOWN_BENCHMARKS, or a COCO-style json of one's own beside its images. data:
+    the folder that holds the data sets. annotations, images: a json and a folder instead of the
+    data set's (zero-shot files made for other code will do). novel: names with commas between,
     instead of the data set's novel classes.
     Raises UserError if files are missing or not as they should be, and if nothing is left.
     """
-    benchmark, path, folder = find_files(cfg, split)
+    benchmark, path, folder = find_files(dataset, split, data)
+    if annotations:
+        path = find(annotations)
+    elif path is None:
+        raise UserError(f"{dataset} is only to evaluate with; train with another DATASET.")
+    if not path.is_file():
+        raise UserError(f"There is no {path.absolute()}; unpack the data set there as docs/data.md "
+                        "says, or set DATA or ANNOTATIONS to where it is.")
     content = read_json(path, "images", "annotations", "categories")
     with fields_of(path):
-        ids, *classes = split_classes(path, content["categories"], benchmark, cfg.NOVEL)
-        images, objects = check_entries(path, content)
+        ids, *classes = split_classes(path, content["categories"], benchmark, novel)
+        entries, objects = check_entries(path, content)
         kept = {id for id, seen in zip(ids, classes[1]) if seen or split == "val"}
-        objects = [each for each in objects if each["category_id"] in kept]
+        objects = [entry for entry in objects if entry["category_id"] in kept]
         if split == "train" or benchmark.novel and not benchmark.is_lvis:
-            with_objects = {each["image_id"] for each in objects}
-            images = [image for image in images if image["id"] in with_objects]
-        files = image_files(path, folder, images)
+            with_objects = {entry["image_id"] for entry in objects}
+            entries = [image for image in entries if image["id"] in with_objects]
+        files = image_files(path, find(images or folder), entries)
     if not objects:
-        what = "that training may see" if split == "train" else f"of {cfg.DATASET}"
+        what = "that training may see" if split == "train" else f"of {dataset}"
         raise UserError(f"{path} has no object of a class {what}; give another json, or other "
                         "NOVEL classes.")
     if not Path(files[0]).is_file():
         raise UserError(f"{path} names {files[0]}, which is not there; unpack the images there, or "
                         "set IMAGES to the folder that holds them.")
-    return Annotations(path, benchmark, images, files, objects, ids, *classes)
+    return Annotations(path, benchmark, entries, files, objects, ids, *classes)
 
 
-def find_files(cfg: SimpleNamespace, split: str) -> tuple[DetectionBenchmark, Path, Path]:
-    """The benchmark of DATASET, its json for a split, and the folder of its images."""
-    if cfg.DATASET.endswith(".json"):
-        own = find(cfg.DATASET)
-        benchmark, path, folder = DetectionBenchmark(None, ("", "")), own, own.parent
-    elif cfg.DATASET not in KNOWN_BENCHMARKS:
-        raise UserError(f"There is no data set {cfg.DATASET!r}; choose among "
+def find_files(dataset: str, split: str, data: str | Path
+               ) -> tuple[DetectionBenchmark, Path | None, Path]:
+    """The benchmark, its json for a split, None if it has none, and the folder of its images."""
+    if dataset.endswith(".json"):
+        path = find(dataset)
+        return DetectionBenchmark(), path, path.parent
+    if dataset not in KNOWN_BENCHMARKS:
+        raise UserError(f"There is no data set {dataset!r}; choose among "
                         f"{', '.join(KNOWN_BENCHMARKS)}, or a COCO-style json of your own.")
-    else:
-        benchmark = KNOWN_BENCHMARKS[cfg.DATASET]
-        files = benchmark.train if split == "train" else benchmark.val
-        if not files and not cfg.ANNOTATIONS:
-            raise UserError(f"{cfg.DATASET} is only to evaluate with; train with another DATASET.")
-        path, folder = (find(Path(cfg.DATA) / each) for each in files or ("", ""))
-    path = find(cfg.ANNOTATIONS or path)
-    if not path.is_file():
-        raise UserError(f"There is no {path.absolute()}; unpack the data set there as docs/data.md "
-                        "says, or set DATA or ANNOTATIONS to where it is.")
-    return benchmark, path, find(cfg.IMAGES or folder)
+    benchmark = KNOWN_BENCHMARKS[dataset]
+    files = benchmark.train if split == "train" else benchmark.val
+    if files is None:
+        return benchmark, None, find(data)
+    path, folder = (find(Path(data) / file) for file in files)
+    return benchmark, path, folder
 
 
-def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchmark, novel: str | None
-                  ) -> tuple[list[int], list[str], list[bool], list[str]]:
+def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchmark,
+                  novel: str | None) -> tuple[list[int], list[str], list[bool], list[str]]:
     """The json's id, name, whether seen, and frequency of each class, in the order of ids.
 
     Of a benchmark with class files, those that neither names are left out.
     """
     categories = sorted(categories, key=lambda category: category["id"])
+    unseen = []
     if benchmark.base:
         base, unseen = (read_classes(CLASS_FILES / name).names
                         for name in (benchmark.base, benchmark.novel))
-        categories = [each for each in categories if each["name"] in {*base, *unseen}]
-        check_names(path, base, categories)
+        categories = [category for category in categories
+                      if category["name"] in {*base, *unseen}]
+        listed = [category["name"] for category in categories]
+        check_category_names(path, base, listed)
         # Files of the seen classes alone lack the novel ones, which are classes all the same.
-        listed = {each["name"] for each in categories}
         categories += [{"id": None, "name": name} for name in unseen if name not in listed]
     elif benchmark.novel == RARE:
-        unseen = [each["name"] for each in categories if each["frequency"] == "r"]
-    else:
-        unseen = []
+        unseen = [category["name"] for category in categories if category["frequency"] == "r"]
+    names = [category["name"] for category in categories]
     if novel is not None:
         unseen = [name.strip() for name in novel.split(",") if name.strip()]
-        check_names(path, unseen, categories)
-    names = [each["name"] for each in categories]
+        check_category_names(path, unseen, names)
     if not set(names) - set(unseen):
         raise UserError(f"All {len(names)} classes of {path} are novel; leave some for training.")
-    return ([each["id"] for each in categories], names, [name not in unseen for name in names],
-            [each.get("frequency", "") for each in categories])
+    return ([category["id"] for category in categories], names,
+            [name not in unseen for name in names],
+            [category.get("frequency", "") for category in categories])
 
 
-def check_names(path: Path, wanted: Sequence[str], categories: list[dict]) -> None:
-    """Raises UserError on a name that is no category's."""
-    names = [each["name"] for each in categories]
+def check_category_names(path: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError on a wanted name that is none of a json's names."""
     missing = next((name for name in wanted if name not in names), None)
     if missing is not None:
         near = difflib.get_close_matches(missing, names, n=1)
@@ -196,14 +201,14 @@ def check_entries(path: Path, content: dict) -> tuple[list[dict], list[dict]]:
     images, objects = content["images"], content["annotations"]
     known = {image["id"]: (image["height"], image["width"]) for image in images}
     categories = {category["id"] for category in content["categories"]}
-    for each in objects:
+    for entry in objects:
         for field, allowed in (("image_id", known), ("category_id", categories)):
-            if each[field] not in allowed:
-                raise UserError(f"{path} has an annotation with the {field} {each[field]!r}, but "
+            if entry[field] not in allowed:
+                raise UserError(f"{path} has an annotation with the {field} {entry[field]!r}, but "
                                 f"no such entry in 'images' or 'categories'; download it again.")
-        x, y, width, height = map(float, each["bbox"])
+        x, y, width, height = map(float, entry["bbox"])
         if not all(map(math.isfinite, (x, y, width, height))):
-            raise UserError(f"{path} has an annotation with the bbox {each['bbox']}; remove it.")
+            raise UserError(f"{path} has an annotation with the bbox {entry['bbox']}; remove it.")
     return images, objects
 
 
@@ -225,24 +230,23 @@ def image_files(path: Path, folder: Path, images: list[dict]) -> list[str]:
 class DetectionData(TrainingData):
     """Images with at least one object of a seen class. `read` returns Objects, crowds left out.
 
-    masks: whether Objects have masks. classes, seen: see Annotations. left_out: the number of
-    objects without area, by the json's number or inside the image.
+    masks: whether Objects have masks. classes, seen: see Annotations. Objects without an area, by
+    the json's number or inside the image, are left out.
     """
 
     def __init__(self, annotations: Annotations, masks: bool, read_timeout: float = 60.0):
         super().__init__(annotations.files, read_timeout)
         self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
         self.sizes = [(image["height"], image["width"]) for image in annotations.images]
-        objects = [each for each in annotations.objects if not each.get("iscrowd", 0)]
+        objects = [entry for entry in annotations.objects if not entry.get("iscrowd", 0)]
         place = {image["id"]: number for number, image in enumerate(annotations.images)}
         class_of = {id: number for number, id in enumerate(annotations.ids)}
         # Arrays: a million dictionaries would be copied into every worker, little by little.
-        image = np.array([place[each["image_id"]] for each in objects], dtype=np.int64)
-        boxes = np.array([each["bbox"] for each in objects], dtype=np.float32).reshape(-1, 4)
+        image = np.array([place[entry["image_id"]] for entry in objects], dtype=np.int64)
+        boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
         boxes = inside(boxes, np.array(self.sizes, dtype=np.float32)[image])
         has_area = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
-        has_area &= np.array([each.get("area", 1) > 0 for each in objects], dtype=bool)
-        self.left_out = int((~has_area).sum())
+        has_area &= np.array([entry.get("area", 1) > 0 for entry in objects], dtype=bool)
         order = np.flatnonzero(has_area)
         order = order[np.argsort(image[order], kind="stable")]
         self.first = np.searchsorted(image[order], np.arange(len(self) + 1))
@@ -266,10 +270,10 @@ class DetectionData(TrainingData):
         these = slice(*self.first[index:index + 2].tolist())
         masks = torch.zeros(len(self.boxes[these]), 0, 0, dtype=torch.bool)
         if self.shapes:
-            masks = torch.zeros(len(masks), *image.shape[-2:], dtype=torch.bool)
+            size = self.sizes[index]
             with fields_of(self.path):
-                for mask, shape in zip(masks, self.shapes[these]):
-                    mask[:] = torch.from_numpy(instance_mask(json.loads(shape), *mask.shape))
+                found = [instance_mask(json.loads(shape), *size) for shape in self.shapes[these]]
+            masks = torch.from_numpy(np.array(found, dtype=bool).reshape(-1, *size))
         return Objects(image, torch.from_numpy(self.boxes[these]),
                        torch.from_numpy(self.labels[these]), masks)
 
@@ -346,8 +350,8 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
     masks = objects.masks[is_left]
     if masks.shape[-1]:
         # The nearest pixel of the middle of each
-        y, x = (((torch.arange(whole, device=masks.device) + 0.5) * (given / whole)).long()[part]
-                for whole, given, part in zip(view.size, of_image, (rows, columns)))
+        y, x = (((torch.arange(resized, device=masks.device) + 0.5) * (side / resized)).long()[part]
+                for resized, side, part in zip(view.size, of_image, (rows, columns)))
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
     return Objects(image, boxes[is_left], objects.labels[is_left], masks)
 
@@ -364,7 +368,7 @@ def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float]
     boxes = objects.boxes.cpu()     # once an image; the draws would each wait for a GPU
     for _ in range(MAX_DRAWS):
         size = fitted_size(objects.image, max(1, round(side * rng.uniform(*scales))))
-        height, width = (min(each, side) for each in size)
+        height, width = (min(whole, side) for whole in size)
         view = View(size, rng.randint(0, size[0] - height), rng.randint(0, size[1] - width),
                     height, width, rng.random() < flip)
         if not len(boxes) or is_shown(view.place(boxes, of_image)).any():
@@ -384,8 +388,8 @@ def encode_detections(number: int, detections: Detections) -> list[dict]:
     found = [{"image_id": number, "category_id": label + 1, "bbox": box, "score": score}
              for box, score, label in zip(boxes.tolist(), detections.scores.tolist(),
                                           detections.labels.tolist())]
-    for each, mask in zip(found, detections.masks or ()):
-        each["segmentation"] = encode_mask(mask)
+    for result, mask in zip(found, detections.masks or ()):
+        result["segmentation"] = encode_mask(mask)
     return found
 
 
@@ -408,12 +412,12 @@ def truth_of(annotations: Annotations) -> dict:
         field: [lvis[id] for id in image[field] if id in lvis]
         for field in ("neg_category_ids", "not_exhaustive_category_ids") if field in image}
         for number, image in enumerate(annotations.images)]
-    objects = [{"id": number + 1, "image_id": place[each["image_id"]],
-                "category_id": class_of[each["category_id"]] + 1, "bbox": each["bbox"],
-                "area": each.get("area", each["bbox"][2] * each["bbox"][3]),
-                "iscrowd": each.get("iscrowd", 0)}
-               | ({"segmentation": each["segmentation"]} if each.get("segmentation") else {})
-               for number, each in enumerate(annotations.objects)]
+    objects = [{"id": number + 1, "image_id": place[entry["image_id"]],
+                "category_id": class_of[entry["category_id"]] + 1, "bbox": entry["bbox"],
+                "area": entry.get("area", entry["bbox"][2] * entry["bbox"][3]),
+                "iscrowd": entry.get("iscrowd", 0)}
+               | ({"segmentation": entry["segmentation"]} if entry.get("segmentation") else {})
+               for number, entry in enumerate(annotations.objects)]
     categories = [{"id": number + 1, "name": name, "frequency": frequency or "f"}
                   for number, (name, frequency) in enumerate(zip(annotations.classes,
                                                                  annotations.frequencies))]
@@ -427,8 +431,8 @@ def precisions(annotations: Annotations, results: list[dict], masks: bool = Fals
     results: of encode_detections, of all images. masks: whether overlaps are those of masks.
     """
     if masks:       # areas are those of masks then, not of boxes
-        results = [{name: value for name, value in each.items() if name != "bbox"}
-                   for each in results]
+        results = [{name: value for name, value in result.items() if name != "bbox"}
+                   for result in results]
     truth = COCO(truth_of(annotations))
     evaluation = COCOeval_faster(truth, truth.loadRes(results), "segm" if masks else "bbox",
                                  lvis_style=annotations.benchmark.is_lvis)
@@ -469,7 +473,7 @@ def groups_of(annotations: Annotations, seen: Sequence[bool]) -> dict[str, list[
     seen: what the detector's training has seen, where the data set itself has no split.
     """
     if annotations.benchmark.is_lvis:
-        return {letter: [each == letter for each in annotations.frequencies] for letter in "rcf"}
+        return {letter: [frequency == letter for frequency in annotations.frequencies]
+                for letter in "rcf"}
     seen = seen if all(annotations.seen) else annotations.seen
-    groups = {"novel": [not each for each in seen], "base": list(seen)}
-    return {name: group for name, group in groups.items() if not all(seen)}
+    return {} if all(seen) else {"novel": [not is_seen for is_seen in seen], "base": list(seen)}

@@ -3,6 +3,7 @@ layouts."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # a test that would download fails instead
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny  # noqa: E402, F401
+import tiny  # noqa: E402
 
 import eval_region  # noqa: E402
 
@@ -135,6 +136,21 @@ def voc(tmp_path_factory, scenes) -> Path:
         "".join(f"s_{index}\n" for index in range(len(scenes)))
     )
     return folder
+
+
+@pytest.fixture
+def toy_home(tmp_path, monkeypatch) -> Path:
+    """The present folder of a test that draws toy scenes of its own: toy/ is there, but no data/.
+
+    The descriptions of scenes are copies, because paths in them are relative to them.
+    """
+    (tmp_path / "toy").mkdir()
+    for path in (tiny.ROOT / "toy").glob("*.json"):
+        shutil.copy(path, tmp_path / "toy")
+    for model in ("clip", "vfm"):
+        (tmp_path / "toy" / model).symlink_to(tiny.ROOT / "toy" / model)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def options(**given) -> list[str]:

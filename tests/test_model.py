@@ -334,53 +334,6 @@ def test_layers_are_the_outputs_of_blocks(clip, attention):
         clip.encode_layers(x, [3])
 
 
-@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
-@torch.inference_mode()
-def test_attention_maps_are_what_the_blocks_compute(name):
-    """Where all heads have one V, a map times V is the mean of the fused block's heads."""
-    clip, x, seen = DeCLIP(name), images(48, 80), []
-    attn = clip.visual.trunk.blocks[-1].attn
-    v = projection(attn, "v")
-    v.weight.copy_(v.weight[:16].repeat(3, 1))
-    v.bias.copy_(v.bias[:16].repeat(3))
-    handles = [module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-               for module in (attn, attn.norm)]
-    before = clip.encode_image(x)
-    for handle in handles:
-        handle.remove()
-    normed, heads = seen
-    maps = clip.visual.attention_maps(x, "clip")
-    assert len(maps) == 3
-    for rows in maps:
-        assert rows.shape == (2, 61, 61)
-        torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 61))
-    torch.testing.assert_close(maps[-1] @ clip.visual.heads("v", normed)[:, 0],
-                               heads.unflatten(2, (3, 16)).mean(dim=2), rtol=1e-4, atol=1e-5)
-    # Afterwards the tower is as it was.
-    assert torch.equal(clip.encode_image(x), before)
-    assert all(block.attn.fused_attn for block in clip.visual.trunk.blocks)
-
-
-@pytest.mark.parametrize("attention", ["maskclip", "clearclip", "q", "k", "qk"])
-@torch.inference_mode()
-def test_attention_maps_of_the_last_block_give_the_content(attention):
-    """Times V, projected, they are what encode_dense returns (of qk their mean, not the sum)."""
-    clip, x = DeCLIP("tiny-vit", scale=0.5), images(48, 80)
-    block = clip.visual.trunk.blocks[-1]
-    block.attn.num_heads, block.attn.head_dim, block.attn.scale = 1, 48, 48**-0.5
-    rows = clip.visual.attention_maps(x, attention)[-1]
-    y, extra, _ = clip.visual.embed(x)
-    for each in clip.visual.trunk.blocks[:-1]:
-        y = each(y)
-    value = rows @ clip.visual.heads("v", block.norm1(y))[:, 0]
-    out = block.attn.proj(2 * value if attention == "qk" else value)
-    if attention == "maskclip":
-        out = y + out
-        out = out + block.mlp(block.norm2(out))
-    content = clip.visual.project(out)[:, 1:].mT.unflatten(2, (6, 10))
-    torch.testing.assert_close(content, clip.encode_dense(x, attention)[0], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("context", model.UNDECOUPLED)
 def test_without_decoupling_one_output_is_content_and_context(clip, context):
     """X_dense of Table 1's first rows is the block's ordinary output, whatever baseline's content
@@ -524,23 +477,6 @@ def test_vfm_gives_patch_tokens_row_major():
     assert tokens.shape == (1, 4 * 6, 40)
     assert (vfm(after) - tokens).norm(dim=2).argmax() == 1 * 6 + 3
     assert not any(parameter.requires_grad for parameter in vfm.parameters())
-
-
-@torch.inference_mode()
-def test_vfm_layers_and_attention_maps():
-    """The last layer, normed, is what the VFM returns; maps have registers and rows that sum to
-    1."""
-    vfm, x = load_vfm("tiny_vfm", pretrained=False), images(28, 42, 2)
-    first, last = vfm.encode_layers(x, [0, 1])
-    assert first.shape == last.shape == (2, 40, 4, 6) and not torch.equal(first, last)
-    torch.testing.assert_close(vfm.trunk.norm(last.flatten(2).mT), vfm(x))
-    maps = vfm.attention_maps(x)
-    assert (len(maps), vfm.num_layers, vfm.num_prefix_tokens) == (2, 2, 3)
-    for rows in maps:
-        assert rows.shape == (2, 3 + 24, 3 + 24)
-        torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 27))
-    with pytest.raises(ValueError, match="There is no layer 2 in tiny_vfm; choose from 0 to 1"):
-        vfm.encode_layers(x, [2])
 
 
 # -------------------------------------------------------------------------------------- checkpoints

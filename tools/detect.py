@@ -10,6 +10,7 @@ category_id counts the classes from 1.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,42 +19,33 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import patches
+from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
-from data import first_twice, fitted_size, read_classes, read_image, resize
+from data import first_twice, fitted_size, read_classes, resize
 from downstream.detection import Detections, encode_detections
-from downstream.fvit.eval import (  # noqa: F401 - settings shared with eval.py
-    AT_BOXES,
-    BACKBONE,
-    CACHE,
-    CKPT,
-    MOST,
-    NMS,
-    OUT,
-    PRECISION,
-    TAU,
-    TEMPERATURE,
-    A,
-    B,
-    check_scores,
-    detector_settings,
-    open_detector,
-    score_rules,
-)
-from tools.segment import PALETTE, find_photos, outputs_of
+from downstream.fvit.eval import check_scores, detector_settings, score_rules
+from downstream.fvit.model import open_fvit
+from tools.segment import PALETTE, find_photos, outputs_of, read_photos
 from util import UserError, distributed, settings
 from util.files import atomic_write, write_json
 from util.precision import autocast
 
-matplotlib.use("agg")       # writes files, on machines without a screen too
-from matplotlib import patches  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
+SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
 
+# What is looked for
 CLASSES = ""                        # names with commas between, or a .txt file; none: its own
 LEAST = 0.3                         # score from which a detection is shown
-JSON = False                        # write the numbers too
+CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
+
+# What is written
 LARGEST = 1280                      # longest side of the picture in pixels
+JSON = False                        # the numbers too
+OUT: str | None = None              # folder of all files; None: that of each photograph
+
+matplotlib.use("agg")       # writes files, on machines without a screen too
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,19 +58,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
     check_scores(cfg)
-    names, photos = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
-    fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(device)
+    names, paths = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
+    fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
-    failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
-    for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
-        try:
-            photo = read_image(path, upright=True)
-        except UserError as error:
-            failed.append(str(error))
-            continue
+    outputs = outputs_of(paths, cfg.PHOTOS, cfg.OUT)
+    for path, photo in tqdm(read_photos(paths), total=len(paths), unit="photo",
+                            disable=len(paths) == 1):
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
         out = outputs[path].with_name(outputs[path].name.replace(".segmentation.png", SUFFIX))
@@ -86,8 +74,6 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         if cfg.JSON:
             write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
         tqdm.write(f"{out}: {describe(found, titles)}")
-    if failed:
-        raise UserError(" ".join(failed))
 
 
 SUFFIX = ".detection.png"
@@ -109,26 +95,21 @@ def find_names(classes: str) -> list[str]:
 def coco_results(path: Path, found: Detections, classes: Sequence[str]) -> list[dict]:
     """Detections as COCO results, with the names. image_id: a file's name, as COCO's the number."""
     image = int(path.stem) if path.stem.isdecimal() else path.stem
-    return [each | {"category": classes[each["category_id"] - 1]}
-            for each in encode_detections(image, found)]
+    return [result | {"category": classes[result["category_id"] - 1]}
+            for result in encode_detections(image, found)]
 
 
 def describe(found: Detections, titles: Sequence[str]) -> str:
     """One line for a screen: what was found and how often, the surest first."""
-    counts = counted(found.labels.tolist())
+    counts = Counter(found.labels.tolist())
     return ", ".join(f"{count} {titles[label]}" for label, count in counts.items()) or "nothing"
-
-
-def counted(labels: Sequence[int]) -> dict[int, int]:
-    """How often each label occurs, in the order of the first ones."""
-    return {label: labels.count(label) for label in dict.fromkeys(labels)}
 
 
 # -------------------------------------------------------------------------------- the figure
 
 INCHES = 9.0        # longest side of the photograph in the figure
 LETTER = 8.0        # size of a letter in points
-MAX_NAMED = 24     # classes in a legend
+MAX_NAMED = 24      # classes in a legend
 
 
 def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, path: str) -> None:
@@ -138,7 +119,7 @@ def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, 
     """
     H, W = photo.shape[-2:]
     shown = photo if max(H, W) <= largest else resize(photo, *fitted_size(photo, largest))
-    counts = counted(found.labels.tolist())
+    counts = Counter(found.labels.tolist())
     colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(counts)}
     inches = INCHES / max(H, W)
     figure = plt.figure(figsize=(W * inches, H * inches))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.models.eva import Eva
 
 from model import DeCLIP
-from util import UserError, settings
+from util import UserError, distributed, settings
 from util.files import atomic_write, write_json
 from util.towers import paths_inside
 from util.weights import eva_layout, open_clip_layout, read_record
@@ -33,16 +33,13 @@ OUT: str | None = None              # file (eva) or folder (open_clip); None: be
 def main(argv: list[str] | None = None) -> None:
     """Writes what the command line (or `argv`) asks for."""
     cfg = settings.parse(argv, sys.modules[__name__])
-    try:
+    with distributed.session(__file__):
         run(cfg)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"export.py: {error}") from None
 
 
 def run(cfg: SimpleNamespace) -> None:
     """Reads the checkpoint and writes it in another layout."""
-    if cfg.LAYOUT not in ("eva", "open_clip"):
-        raise UserError(f"LAYOUT is {cfg.LAYOUT!r}; it must be eva or open_clip.")
+    settings.check(cfg, LAYOUT=(cfg.LAYOUT in ("eva", "open_clip"), "eva or open_clip"))
     if Path(cfg.CKPT).is_file() and not read_record(cfg.CKPT):
         raise UserError(f"{cfg.CKPT} does not say which model it is; give a declip.safetensors "
                         "that train.py wrote.")

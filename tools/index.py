@@ -9,8 +9,8 @@ train.py makes those that are missing itself. Here shards that have changed are 
 import sys
 from collections import Counter
 
-from data import IMAGE_SUFFIXES, counted
 from util import UserError, distributed, settings
+from util.images import IMAGE_SUFFIXES, counted
 from util.shards import CACHE, expand, index_all
 
 

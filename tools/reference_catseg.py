@@ -6,7 +6,6 @@ weights of a `CATSeg` and its layers.
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -114,11 +113,11 @@ def up(block: Up, x: Tensor, guidance: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def probabilities(cfg: SimpleNamespace, segmenter: CATSeg, text: Tensor, image: Tensor,
-                  starts: Sequence[int]) -> Tensor:
+def probabilities(size: int, segmenter: CATSeg, text: Tensor, image: Tensor, starts: Sequence[int]
+                  ) -> Tensor:
     """Published inference for an image uint8 (3, H, W), one view at a time -> (P, H, W).
 
-    cfg: SIZE. starts: where windows begin, along both sides.
+    size: of the stretched image. starts: where windows begin, along both sides.
     """
     clip, window = segmenter.clip, segmenter.design.image_size
 
@@ -126,14 +125,13 @@ def probabilities(cfg: SimpleNamespace, segmenter: CATSeg, text: Tensor, image: 
         found = logits(segmenter, normalize(view, clip.mean, clip.std)[None], text)
         return F.interpolate(found, (window, window), mode="bilinear")[0].sigmoid()
 
-    stretched, layers = resize(image, cfg.SIZE, cfg.SIZE), []
+    stretched, layers = resize(image, size, size), []
     for y in starts:
         for x in starts:
-            layer = torch.full((len(text), cfg.SIZE, cfg.SIZE), torch.nan, device=text.device)
+            layer = torch.full((len(text), size, size), torch.nan, device=text.device)
             layer[:, y:y + window, x:x + window] = of(
                 stretched[:, y:y + window, x:x + window])
             layers.append(layer)
-    whole = F.interpolate(of(resize(image, window, window))[None], (cfg.SIZE, cfg.SIZE),
-                          mode="bilinear")
+    whole = F.interpolate(of(resize(image, window, window))[None], (size, size), mode="bilinear")
     mean = (torch.stack(layers).nanmean(dim=0) + whole) / 2 if layers else whole
     return F.interpolate(mean, image.shape[1:], mode="bilinear")[0]

@@ -17,8 +17,11 @@ import re
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,61 +29,36 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import font_manager, ft2font, patches, patheffects
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (
-    Classes,
-    first_twice,
-    fitted_size,
-    list_images,
-    make_classes,
-    read_classes,
-    read_image,
-    resize,
-)
+from data import Classes, first_twice, fitted_size, make_classes, read_classes, resize
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, is_catseg, open_catseg
-from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
-    ATTENTION,
-    CACHE,
-    CKPT,
-    CONTEXT,
-    LOGIT_SCALE,
-    LONG_SIDE,
-    MODEL,
-    OUT,
-    PAMR,
-    PRECISION,
-    PRETRAINED,
-    SCALE,
-    SHORT_SIDE,
-    STRIDE,
-    TEMPLATES,
-    THRESHOLD,
-    WINDOW,
-    WINDOW_BATCH,
-    SegmentationBenchmark,
-    Segmenter,
-    check_windows,
-    fit_windows,
-    predict,
-    protocol,
-)
-from model import DeCLIP, encode_classes, open_model, open_original
+from eval_region import open_model
+from eval_seg import Protocol, Segmenter, predict
+from model import DeCLIP
 from util import UserError, distributed, settings
 from util.files import atomic_write, write_json
+from util.images import list_images, read_image
+from util.text import find_templates
 
-matplotlib.use("agg")       # writes files, on machines without a screen too
-from matplotlib import font_manager, ft2font, patches, patheffects  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
+SHARED = {"eval_region": ["The model", "Names and numbers"], "eval_seg": ["The windows"]}
 
+# What is named
 CLASSES = ""                        # names with commas between, synonyms with | ; or a .txt file
 BACKGROUND = False                  # a class for everything else, named as in classes/voc21.txt
-JSON = False                        # write the numbers too
-LABELS = False                      # write a label map too, of the photograph's own size
+
+# What is written
 LARGEST = 1280                      # longest side of each picture in the figure, in pixels
+JSON = False                        # the numbers too
+LABELS = False                      # a label map too, of the photograph's own size
+OUT: str | None = None              # folder of all files; None: that of each photograph
+
+matplotlib.use("agg")       # writes files, on machines without a screen too
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,97 +71,89 @@ def main(argv: list[str] | None = None) -> None:
 @torch.inference_mode()
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Segments every photograph; one that can't be read is named at the end."""
-    check_windows(cfg)
-    if not 100 <= cfg.LARGEST <= 10_000:
-        raise UserError(f"LARGEST is {cfg.LARGEST}; it is the longest side of each picture in the "
-                        "figure, from 100 to 10000 pixels.")
-    classes, photos = find_classes(cfg), find_photos(cfg.PHOTOS)
-    check_readable(photos)
-    use_fonts([*classes.names, *(path.name for path in photos)])
+    Protocol.of(cfg)        # UserError for a setting out of its range
+    settings.check(cfg, LARGEST=(100 <= cfg.LARGEST <= 10_000, "from 100 to 10000, the longest "
+                                 "side of each picture in the figure in pixels"))
+    classes, paths = find_classes(cfg), find_photos(cfg.PHOTOS)
+    photos = read_photos(paths)
+    first = next(photos)        # before a model is loaded
+    use_fonts([*classes.names, *(path.name for path in paths)])
     panels = panels_of(cfg, classes, device)
-    failed, outputs = [], outputs_of(photos, cfg.PHOTOS, cfg.OUT)
-    for path in tqdm(photos, unit="photo", disable=len(photos) == 1):
+    outputs = outputs_of(paths, cfg.PHOTOS, cfg.OUT)
+    for path, photo in tqdm(chain([first], photos), total=len(paths), unit="photo",
+                            disable=len(paths) == 1):
+        found = {title: segment([photo.to(device)])[0].cpu() for title, segment in panels.items()}
+        of_model, out = next(iter(found.values())), outputs[path]
+        atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
+        if cfg.LABELS:
+            write_labels(of_model, classes, out.with_suffix("").with_suffix(".labels.png"))
+        if cfg.JSON:
+            write_json(out.with_suffix(".json"), {title: shares(prediction, classes)
+                                                  for title, prediction in found.items()})
+        tqdm.write(f"{out}: {describe(of_model, classes)}")
+
+
+def read_photos(paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor]]:
+    """Every photograph that can be read; at the end UserError names the others."""
+    failed = []
+    for path in paths:
         try:
             photo = read_image(path, upright=True)
         except UserError as error:
             failed.append(str(error))
-            continue
-        found = {title: segment([photo.to(device)])[0].cpu() for title, segment in panels.items()}
-        out = outputs[path]
-        atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
-        if cfg.LABELS:
-            write_labels(next(iter(found.values())), classes, labels_of(out))
-        if cfg.JSON:
-            write_json(out.with_suffix(".json"), {title: shares(prediction, classes)
-                                                  for title, prediction in found.items()})
-        tqdm.write(f"{out}: {describe(next(iter(found.values())), classes)}")
+        else:
+            yield path, photo
     if failed:
         raise UserError(" ".join(failed))
-
-
-def check_readable(photos: Sequence[Path]) -> None:
-    """Raises UserError if none of the photographs can be read, before a model is loaded."""
-    failed = []
-    for path in photos:
-        try:
-            read_image(path)
-            return
-        except UserError as error:
-            failed.append(str(error))
-    raise UserError(" ".join(failed))
-
-
-def rules_of(cfg: SimpleNamespace, clip: DeCLIP, attention: str | None) -> SimpleNamespace:
-    """The settings of segmentation with one attention; a threshold only where it was given."""
-    rules = fit_windows(protocol(cfg, SegmentationBenchmark.logit_scale, cfg.THRESHOLD), clip)
-    return SimpleNamespace(**vars(rules) | {"ATTENTION": attention})
 
 
 def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
               ) -> dict[str, Segmenter]:
     """Titles -> segmenters: the model, and with ATTENTION the CLIP that it was made from."""
     if is_catseg(cfg.CKPT):
-        segmenter = open_catseg(cfg.CKPT).to(device)
-        clip, (title, panel) = segmenter.clip, catseg_panel(cfg, segmenter, classes)
+        catseg = open_catseg(cfg.CKPT).to(device)
+        clip = catseg.clip
+        panels = {f"CAT-Seg ({readable(clip.model_name)})": by_catseg(cfg, catseg, classes)}
     else:
         clip = open_model(cfg).to(device)
         name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
-        title = f"{name} ({readable(clip.model_name)}, context {clip.context})"
-        panel = clip_panel(cfg, clip, classes, None)
-    panels = {title: panel}
+        panels = {f"{name} ({readable(clip.model_name)}, context {clip.context})":
+                  by_clip(cfg, clip, classes, None)}
     if cfg.ATTENTION:
-        original = open_original(cfg, clip)
         panels[f"{METHOD_NAMES[cfg.ATTENTION]} ({readable(clip.model_name)})"] = (
-            clip_panel(cfg, original, classes, cfg.ATTENTION))
+            by_clip(cfg, open_original(cfg, clip), classes, cfg.ATTENTION))
     return panels
 
 
-def clip_panel(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, attention: str | None
-               ) -> Segmenter:
+def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
+    """The CLIP that CKPT was made from, on the same device; `clip` itself without a CKPT."""
+    if not cfg.CKPT:
+        return clip
+    return DeCLIP(clip.source, cfg.PRETRAINED).to(clip.visual.trunk.pos_embed.device)
+
+
+def by_clip(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, attention: str | None
+            ) -> Segmenter:
     """What eval_seg.py makes of a CLIP with one attention."""
-    rules = rules_of(cfg, clip, attention)
-    return partial(predict, rules, clip, classes,
-                   encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE))
+    protocol = replace(Protocol.of(cfg), attention=attention).fit(clip)
+    text = clip.encode_text(classes.prompts, find_templates(cfg.TEMPLATES), cfg.CACHE)
+    return partial(predict, protocol, clip, classes, text)
 
 
-def catseg_panel(cfg: SimpleNamespace, segmenter: CATSeg, classes: Classes
-                 ) -> tuple[str, Segmenter]:
-    """A title, and what downstream.catseg.eval makes of a segmenter, by its own windows.
+def by_catseg(cfg: SimpleNamespace, catseg: CATSeg, classes: Classes) -> Segmenter:
+    """What downstream.catseg.eval makes of a CAT-Seg, by its own windows.
 
     Raises UserError for a threshold, which its probabilities of single classes do not have, and for
     PAMR, which refines cosines.
     """
-    if cfg.PAMR:
-        raise UserError(f"PAMR is {cfg.PAMR}, but {cfg.CKPT} is a CAT-Seg, whose probabilities it "
-                        "does not refine; leave it out.")
-    if cfg.THRESHOLD is not None:
-        raise UserError(f"THRESHOLD is {cfg.THRESHOLD}, but {cfg.CKPT} is a CAT-Seg, whose "
-                        "background is a class like others; leave it out.")
-    rules = catseg_eval.protocol(SimpleNamespace(**vars(cfg) | {"SIZE": None, "STRIDE": None}),
-                                 segmenter)
-    return (f"CAT-Seg ({readable(segmenter.clip.model_name)})",
-            partial(catseg_eval.predict, rules, segmenter, classes,
-                    catseg_eval.encode(segmenter, classes)))
+    settings.check(cfg, PAMR=(not cfg.PAMR, f"0 for {cfg.CKPT}, a CAT-Seg, whose probabilities it "
+                              "does not refine"),
+                   THRESHOLD=(cfg.THRESHOLD is None, f"None for {cfg.CKPT}, a CAT-Seg, whose "
+                              "background is a class like others"))
+    protocol = catseg_eval.Protocol.of(catseg, window_batch=cfg.WINDOW_BATCH,
+                                       precision=cfg.PRECISION)
+    return partial(catseg_eval.predict, protocol, catseg, classes,
+                   catseg_eval.encode(catseg, classes))
 
 
 # Rows of model.ATTENTIONS as titles have them.
@@ -203,9 +173,12 @@ def readable(name: str) -> str:
     return name.split(".")[0]
 
 
-def outputs_of(photos: Sequence[Path], given: Sequence[str], out: str | None) -> dict[Path, Path]:
-    """Where each photograph's figure goes: beside it, or below `out` in the same subfolder."""
-    folders = [Path(each) for each in given if Path(each).is_dir()]
+def outputs_of(photos: Sequence[Path], asked: Sequence[str], out: str | None) -> dict[Path, Path]:
+    """Where each photograph's figure goes: beside it, or below `out` in the same subfolder.
+
+    asked: the files and folders that the command line names.
+    """
+    folders = [Path(path) for path in asked if Path(path).is_dir()]
     places = {}
     for path in photos:
         root = next((folder for folder in folders if path.is_relative_to(folder)), path.parent)
@@ -217,11 +190,6 @@ def outputs_of(photos: Sequence[Path], given: Sequence[str], out: str | None) ->
     return places
 
 
-def labels_of(figure: Path) -> Path:
-    """Where the label map of a figure's photograph goes."""
-    return figure.with_name(figure.name.removesuffix(".segmentation.png") + ".labels.png")
-
-
 def find_classes(cfg: SimpleNamespace) -> Classes:
     """CLASSES, and background in front of them.
 
@@ -230,55 +198,51 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
     """
     if cfg.CLASSES.endswith(".txt"):
         classes = read_classes(cfg.CLASSES)
-        lines = [line_of(classes, k) for k in range(len(classes))]
     else:
-        lines = [", ".join(name.strip() for name in entry.split("|") if name.strip())
-                 for entry in cfg.CLASSES.split(",")]
-        lines = [line for line in lines if line]
-    if not lines:
+        classes = make_classes([entry.replace("|", ",") for entry in cfg.CLASSES.split(",")
+                                if entry.replace("|", " ").strip()])
+    if not classes.names:
         raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
                         'wooden chair, grass", or give a class file.')
-    if cfg.BACKGROUND:      # less what is asked for by name
-        wanted = {name.casefold() for line in lines for name in line.split(", ")}
-        rest = [name for name in line_of(read_classes("classes/voc21.txt"), 0).split(", ")
-                if name.casefold() not in wanted]
-        lines.insert(0, ", ".join(rest))
-    elif cfg.THRESHOLD is not None:
+    twice = first_twice(classes.prompts)
+    if twice:
+        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
+    if cfg.THRESHOLD is not None and not cfg.BACKGROUND:
         raise UserError("THRESHOLD is for --background, which gets what no class is sure of; add "
                         "it, or leave --threshold out.")
     if cfg.LOGIT_SCALE is not None and cfg.THRESHOLD is None:
         raise UserError("LOGIT_SCALE makes the probability that --background gets its pixels by; "
                         "give --background and --threshold too, or leave --logit_scale out.")
-    classes = make_classes(lines)
-    twice = first_twice(classes.prompts)
-    if twice:
-        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
-    return classes
+    return with_background(classes) if cfg.BACKGROUND else classes
 
 
-def line_of(classes: Classes, k: int) -> str:
-    """A class with its synonyms, as a class file has it."""
-    return ", ".join(name for name, number in zip(classes.prompts, classes.class_of_prompt) if number == k)
+def with_background(classes: Classes) -> Classes:
+    """Classes behind that of everything else, whose names are VOC's less those of the others."""
+    wanted = {name.casefold() for name in classes.prompts}
+    voc = read_classes("classes/voc21.txt")
+    rest = [name for name, k in zip(voc.prompts, voc.class_of_prompt)
+            if k == 0 and name.casefold() not in wanted]
+    return Classes([rest[0], *classes.names], [*rest, *classes.prompts],
+                   [0] * len(rest) + [k + 1 for k in classes.class_of_prompt])
 
 
 OWN_FILES = (".segmentation.png", ".labels.png", ".detection.png")      # also of tools.detect
 
 
-def find_photos(given: Sequence[str]) -> list[Path]:
+def find_photos(asked: Sequence[str]) -> list[Path]:
     """Files as they are named, folders with all images below them except figures.
 
     Raises UserError if there is none.
     """
     found = []
-    for path in map(Path, given):
+    for path in map(Path, asked):
         if not path.exists():
             raise UserError(f"There is no photograph {path}; give an image file or a folder of "
                             "them.")
-        below = [] if path.is_file() else [Path(each) for each in list_images(path)
-                                           if not each.endswith(OWN_FILES)]
-        found += [path] if path.is_file() else below
+        found += [path] if path.is_file() else [
+            Path(file) for file in list_images(path)[0] if not file.endswith(OWN_FILES)]
     if not found:
-        raise UserError(f"{' '.join(given)} holds no photograph but figures of an earlier run; "
+        raise UserError(f"{' '.join(asked)} holds no photograph but figures of an earlier run; "
                         "give an image file or a folder.")
     return list(dict.fromkeys(found))
 
@@ -328,10 +292,9 @@ def colours(panels: dict[str, Tensor], classes: Classes) -> dict[str, str]:
     """A colour for each class, always the same; of many classes, for those that occur most."""
     order = [name for name in classes.names if name != "background"]
     if len(order) > len(PALETTE):
-        total: dict[str, float] = {}
+        total = Counter()
         for prediction in panels.values():
-            for name, share in shares(prediction, classes).items():
-                total[name] = total.get(name, 0) + share
+            total.update(shares(prediction, classes))
         order = sorted(total.keys() - {"background"}, key=lambda name: (-total[name], name))
     colour_of = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(order)}
     return colour_of | {name: NEUTRAL for name in classes.names if name == "background"}

@@ -1,10 +1,10 @@
-"""Figures of what a model attends to and what it has learned (Figures 2, 3 and 7 to 11).
+"""Figures of what a model attends to and what it has learned (Figures 2, 3 and 6 to 11).
 
     python -m tools.visualize attention photo.jpg --anchor 320,200 --ckpt ...   # 2, 3, 7, 8, 11
     python -m tools.visualize cls photo.jpg --ckpt ...          # of [CLS]: first rows of 3 and 8
     python -m tools.visualize correlation photo.jpg --ckpt ...  # cosines with the anchor: Figure 9
     python -m tools.visualize segmentation photos/ --classes "cat, grass" --ckpt ...    # Figure 10
-    python -m tools.visualize proxy photos/ --ckpt ...  # Figure 3's proxies, as numbers
+    python -m tools.visualize sizes out/declip/region.json      # eval_region.py's: Figure 6
     python -m tools.visualize curves out/declip out/other       # losses and learning rate of runs
 
 CLIP, the trained model (without --ckpt: the same CLIP, its last block decoupled) and a vision
@@ -14,78 +14,51 @@ because it attends within windows. Each call writes one figure, out/KIND.png or 
 
 import json
 import random
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import matplotlib.patches
+import matplotlib
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from matplotlib import patches
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
 
-from data import fitted_size, normalize, read_image, resize
-from eval_region import PanopticRegions
-from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
-    ATTENTION,
-    CACHE,
-    CKPT,
-    CONTEXT,
-    LOGIT_SCALE,
-    LONG_SIDE,
-    MODEL,
-    OUT,
-    PAMR,
-    PRECISION,
-    PRETRAINED,
-    SCALE,
-    SHORT_SIDE,
-    STRIDE,
-    TEMPLATES,
-    THRESHOLD,
-    WINDOW,
-    WINDOW_BATCH,
-    check_windows,
-    predict,
-)
-from model import DECOUPLED, VFM, VisionTower, encode_classes, load_vfm, open_model, open_original
-from tools.segment import (  # noqa: F401 - settings shared with segment.py
-    BACKGROUND,
-    CLASSES,
-    MIN_NAMED,
-    LEGEND,
-    METHOD_NAMES,
-    balanced,
-    colours,
-    find_classes,
-    find_photos,
-    paint,
-    readable,
-    resized,
-    rules_of,
-    shares,
-    use_fonts,
-)
+from data import fitted_size, normalize, resize
+from eval_region import open_model
+from eval_seg import Protocol
+from model import ATTENTIONS, DECOUPLED, VFM, VisionTower, load_vfm
+from tools import segment
 from util import UserError, distributed, settings
-from util.files import atomic_write
+from util.files import atomic_write, read_json
+from util.images import read_image
 from util.precision import autocast, check_precision
 from util.run import LOG_FIELDS
+from util.towers import SAM
 
-matplotlib.use("agg")       # writes files, on machines without a screen too
-from matplotlib import pyplot as plt  # noqa: E402
+SHARED = {"eval_region": ["The model", "Names and numbers"], "eval_seg": ["The windows"],
+          "tools.segment": ["What is named"]}
 
+# What is shown
 ANCHOR: str | None = None           # x,y of the anchor in pixels; None: a place chosen by SEED
+SEED = 0                            # of the anchor
 LAYERS = 5                          # how many layers are shown, the last among them
 SIZE: int | None = None             # longest side of what the models see; None: 448, or less
 VFM_MODEL: str | None = "vit_base_patch14_dinov2.lvd142m"       # timm ViT beside; None: none
 VFM_PRETRAINED = True               # False: random weights
-FIGURE: str | None = None           # file to write; None: out/KIND.png
-SEED = 0                            # of the anchor
-PROXIES = 0.02                      # share of the tokens that count as proxies, the most attended
-ANNOTATIONS: str | None = None      # COCO-panoptic json: proxies are looked for in stuff only
-PNGS: str | None = None             # folder of its PNGs
 METHODS = ("clip", "maskclip", "sclip", "clearclip")            # shown beside the trained model
+
+# What is written
+FIGURE: str | None = None           # file to write; None: OUT/KIND.png
+OUT: str | None = None              # folder of the figure; None: out
+
+matplotlib.use("agg")       # writes files, on machines without a screen too
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,9 +72,6 @@ def main(argv: list[str] | None = None) -> None:
                             f"KIND one of {', '.join(KINDS)}.")
         settings.check_min(cfg, LAYERS=1, SIZE=1)
         check_precision(cfg.PRECISION)
-        if not 0 < cfg.PROXIES <= 1:
-            raise UserError(f"PROXIES is {cfg.PROXIES}; it is a share of the patches, such as "
-                            "0.02.")
         figure = KINDS[kind](cfg, files, ranks.device)
         path = Path(cfg.FIGURE or Path(cfg.OUT or "out") / f"{kind}.png")
         atomic_write(path, lambda file: figure.savefig(file, dpi=110, format="png",
@@ -110,55 +80,96 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the figure is {path}")
 
 
+# ------------------------------------------------------------------------------ attention maps
+
+@torch.no_grad()
+def attention_maps(model: VisionTower | VFM, images: Tensor, attention: str | None = None
+                   ) -> list[Tensor]:
+    """(B, 3, H, W) -> for each block its attention, the mean over heads: (B, T, T).
+
+    T are the prefix tokens, [CLS] first, then the N patches; rows sum to 1. attention: the row of
+    ATTENTIONS that the last block of a CLIP computes (equation 6), None for its context.
+    Raises UserError for SAM, which attends within windows.
+    """
+    if isinstance(model.trunk, SAM):
+        raise UserError(f"{model.name} attends within windows, so it has no attention from one "
+                        "token to all; choose another VFM_MODEL, such as "
+                        "vit_base_patch14_dinov2.lvd142m, or none.")
+    trunk, maps = recording_copy(model.trunk)
+    if isinstance(model, VFM):
+        trunk(images)
+        return maps
+    attention, last = model.known(attention), trunk.blocks[-1]
+    x, extra, _ = model.embed(images)
+    for block in trunk.blocks[:-1]:
+        x = block(x, **extra)
+    last(x, **extra)
+    projections, normed = ATTENTIONS[attention].projections, last.norm1(x)
+    if projections == "":       # each token attends to itself
+        maps[-1] = torch.eye(x.shape[1], device=x.device).expand_as(maps[-1])
+    elif projections:
+        scale = model.attention_scale if attention in DECOUPLED else last.attn.scale
+        heads = [model.heads(name, normed) for name in projections]
+        maps[-1] = torch.stack([(a @ a.mT * scale).softmax(dim=-1) for a in heads]).mean(dim=(0, 2))
+    return maps
+
+
+def recording_copy(trunk: nn.Module) -> tuple[nn.Module, list[Tensor]]:
+    """A copy of a timm ViT, and a list to which each of its blocks adds its softmax(QKᵀ/√d), the
+    mean over heads, whenever it runs."""
+    trunk, maps = deepcopy(trunk), []
+    for block in trunk.blocks:
+        # Only the plain form has the matrix; it passes it to a dropout.
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(
+            lambda _, inputs: maps.append(inputs[0].mean(dim=1)))
+    return trunk, maps
+
+
 # --------------------------------------------------------------------------- models and images
 
-class Shown:
-    """A model as a row of a figure: its title, what it sees, and what its blocks do with it.
-
-    attention: a row of model.ATTENTIONS for the last block of a CLIP; None for a VFM.
-    precision: the setting PRECISION.
-    """
-
-    def __init__(self, title: str, model: VisionTower | VFM, attention: str | None = None,
-                 precision: str = "fp32"):
-        self.title, self.model, self.attention = title, model, attention
-        self.precision = precision
-        self.options = (attention,) if attention else ()
+class Shown(NamedTuple):
+    """A model as a row of a figure: its title, what it sees, and what its blocks do with it."""
+    title: str
+    model: VisionTower | VFM
+    attention: str | None = None        # row of ATTENTIONS for the last block; None for a VFM
+    precision: str = "fp32"             # the setting PRECISION
 
     def image(self, photo: Tensor, grid: tuple[int, int]) -> Tensor:
         """The photograph as this model sees it with `grid` tokens, (1, 3, H, W)."""
         h, w = (side * self.model.patch_size for side in grid)
         return normalize(resize(photo, h, w), self.model.mean, self.model.std)[None]
 
-    def attention_maps(self, photo: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    def maps(self, photo: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """For each block its attention, the mean over heads: (tokens, tokens), rows sum to 1."""
         with autocast(self.precision, photo.device):
-            maps = self.model.attention_maps(self.image(photo, grid), *self.options)
+            maps = attention_maps(self.model, self.image(photo, grid), self.attention)
         return [rows[0].float() for rows in maps]
 
     def tokens(self, photo: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """The patch tokens after each block, (N, D); of a decoupled block its content."""
-        image, layers = self.image(photo, grid), range(self.model.num_layers)
+        image, model = self.image(photo, grid), self.model
         with autocast(self.precision, photo.device):
-            outputs = self.model.encode_layers(image, layers, *self.options)
+            if isinstance(model, VFM):
+                outputs = model.trunk.forward_intermediates(image, intermediates_only=True)
+            else:
+                outputs = model.encode_layers(image, range(model.num_layers), self.attention)
             if self.attention in DECOUPLED:
-                outputs[-1] = self.model.encode_dense(image)[0]
+                outputs[-1] = model.encode_dense(image)[0]
         return [output[0].flatten(1).T.float() for output in outputs]
 
 
 def open_models(cfg: SimpleNamespace, device: torch.device) -> list[Shown]:
     """CLIP, the trained model and the VFM, as far as there are weights for them."""
     trained = open_model(cfg).to(device)
-    clip = open_original(cfg, trained)
-    shown = [Shown(f"CLIP\n{readable(trained.model_name)}", clip.visual, "clip", cfg.PRECISION)]
-    title = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
-    shown.append(Shown(f"{title}\ncontext {trained.context}", trained.visual, trained.context,
-                       cfg.PRECISION))
+    clip = segment.open_original(cfg, trained)
+    name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
+    rows = [(f"CLIP\n{segment.readable(trained.model_name)}", clip.visual, "clip"),
+            (f"{name}\ncontext {trained.context}", trained.visual, trained.context)]
     if cfg.VFM_MODEL:
-        shown.append(Shown(f"VFM\n{readable(cfg.VFM_MODEL)}",
-                           load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED).to(device), None,
-                           cfg.PRECISION))
-    return shown
+        vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED).to(device)
+        rows.append((f"VFM\n{segment.readable(cfg.VFM_MODEL)}", vfm, None))
+    return [Shown(*row, cfg.PRECISION) for row in rows]
 
 
 class Subject(NamedTuple):
@@ -173,25 +184,21 @@ def one_photo(cfg: SimpleNamespace, files: list[str]) -> Subject:
 
     Raises UserError if there are several or none, and for an anchor that is not in it.
     """
-    photos = find_photos(files)
+    photos = segment.find_photos(files)
     if len(photos) > 1:
         raise UserError(f"{len(photos)} photographs were given, but this figure is of one; name "
                         "one.")
     photo = read_image(photos[0], upright=True)
-    use_fonts([photos[0].name])
+    segment.use_fonts([photos[0].name])
     H, W = photo.shape[-2:]
-    if cfg.ANCHOR is None:
-        rng = random.Random(cfg.SEED)
-        return Subject(photos[0].name, photo, (rng.randrange(W), rng.randrange(H)))
-    try:
-        x, y = (int(word) for word in cfg.ANCHOR.split(","))
-    except ValueError:
-        raise UserError(f"ANCHOR is {cfg.ANCHOR!r}; give two whole numbers, x,y in pixels."
-                        ) from None
-    if not (0 <= x < W and 0 <= y < H):
-        raise UserError(f"ANCHOR {x},{y} is outside the photograph, which is {W} x {H}; choose x "
-                        f"below {W} and y below {H}.")
-    return Subject(photos[0].name, photo, (x, y))
+    rng = random.Random(cfg.SEED)
+    anchor = rng.randrange(W), rng.randrange(H)
+    if cfg.ANCHOR is not None:
+        found = re.fullmatch(r" *(\d+) *, *(\d+) *", cfg.ANCHOR)
+        anchor = (int(found[1]), int(found[2])) if found else (W, H)
+        settings.check(cfg, ANCHOR=(anchor[0] < W and anchor[1] < H, "two whole numbers, x,y in "
+                                    f"pixels of the photograph, which is {W} x {H}"))
+    return Subject(photos[0].name, photo, anchor)
 
 
 def grid_of(photo: Tensor, size: int | None, clip: VisionTower) -> tuple[int, int]:
@@ -264,153 +271,110 @@ def panels(subject: Subject, rows: list[tuple[str, list[tuple[int, Tensor]]]], t
 def attention(cfg: SimpleNamespace, files: list[str], device: torch.device,
               of_cls: bool = False) -> plt.Figure:
     """What the anchor's token attends to, or [CLS], in some layers of each model."""
-    subject = one_photo(cfg, files)
-    shown, photo = open_models(cfg, device), subject.photo
-    grid = grid_of(photo, cfg.SIZE, shown[0].model)
+    subject, shown = one_photo(cfg, files), open_models(cfg, device)
+    grid = grid_of(subject.photo, cfg.SIZE, shown[0].model)
     if of_cls:
         subject = subject._replace(anchor=None)
-        shown = [each for each in shown if each.model.num_prefix_tokens]
+        shown = [row for row in shown if row.model.num_prefix_tokens]
     rows, N = [], grid[0] * grid[1]
-    for each in shown:
-        maps, prefix = each.attention_maps(photo.to(device), grid), each.model.num_prefix_tokens
-        token = 0 if of_cls else prefix + token_of(subject.anchor, photo, grid)
-        layers = chosen_layers(len(maps), cfg.LAYERS)
-        rows.append((each.title, [(layer, maps[layer][token, prefix:].view(grid).cpu() * N)
-                                  for layer in layers]))
+    for row in shown:
+        maps, prefix = row.maps(subject.photo.to(device), grid), row.model.num_prefix_tokens
+        token = 0 if of_cls else prefix + token_of(subject.anchor, subject.photo, grid)
+        rows.append((row.title, [(layer, maps[layer][token, prefix:].view(grid).cpu() * N)
+                                 for layer in chosen_layers(len(maps), cfg.LAYERS)]))
     values = torch.cat([values.flatten() for _, maps in rows for _, values in maps])
     title = f"Attention of {'[CLS]' if of_cls else 'the marked patch'}, mean over heads"
     scale = Scale("times the mean over patches", (0, values.quantile(0.995).item()))
     return panels(subject, rows, title, scale)
 
 
-def cls(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
-    """What [CLS] attends to (Figure 8)."""
-    return attention(cfg, files, device, of_cls=True)
-
-
 def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """The cosine of the anchor's token with all others, after some layers (Figure 9)."""
-    subject = one_photo(cfg, files)
-    shown, photo = open_models(cfg, device), subject.photo
-    grid, rows = grid_of(photo, cfg.SIZE, shown[0].model), []
-    for each in shown:
-        tokens = [F.normalize(part, dim=-1) for part in each.tokens(photo.to(device), grid)]
-        token = token_of(subject.anchor, photo, grid)
-        maps = [(part @ part[token]).view(grid).cpu() for part in tokens]
-        rows.append((each.title,
-                     [(layer, maps[layer]) for layer in chosen_layers(len(maps), cfg.LAYERS)]))
+    subject, shown = one_photo(cfg, files), open_models(cfg, device)
+    grid, rows = grid_of(subject.photo, cfg.SIZE, shown[0].model), []
+    anchor = token_of(subject.anchor, subject.photo, grid)
+    for row in shown:
+        tokens = [F.normalize(part, dim=-1) for part in row.tokens(subject.photo.to(device), grid)]
+        rows.append((row.title, [(layer, (tokens[layer] @ tokens[layer][anchor]).view(grid).cpu())
+                                 for layer in chosen_layers(len(tokens), cfg.LAYERS)]))
     title = "Cosine of the marked patch's token with all others"
     return panels(subject, rows, title, Scale("cosine", (-0.2, 1), "magma", "min"))
 
 
-def proxy(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
-    """How much of all attention the few most attended patches get, by layer.
-
-    The proxy tokens that Figure 3 shows, as numbers (section 3.1).
-    """
-    photos, stuff = find_photos(files), stuff_of(cfg)
-    shown = open_models(cfg, device)
-    shares_of = {each.title: [] for each in shown}
-    for path in photos:
-        photo = read_image(path, upright=stuff is None)
-        grid = grid_of(photo, cfg.SIZE, shown[0].model)
-        allowed = stuff(path, grid) if stuff else torch.ones(grid[0] * grid[1], dtype=torch.bool)
-        for each in shown:
-            maps, prefix = each.attention_maps(photo.to(device), grid), each.model.num_prefix_tokens
-            shares_of[each.title].append([proxy_share(rows[prefix:, prefix:].cpu(), allowed,
-                                                      cfg.PROXIES) for rows in maps])
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    depth = max(each.model.num_layers for each in shown)
-    print(f"{'% of attention, layer':34}" + "".join(f"{n + 1:7}" for n in range(depth)))
-    for title, of_photos in shares_of.items():
-        mean = 100 * torch.tensor(of_photos).mean(dim=0)
-        axis.plot(range(1, len(mean) + 1), mean, marker="o", label=title.replace("\n", ", "))
-        print(f"{title.replace(chr(10), ', '):34}" + "".join(f"{value:7.1f}" for value in mean))
-    axis.axhline(100 * cfg.PROXIES, color="grey", linestyle=":",
-                 label="if all were attended equally")
-    where = "background patches" if stuff else "patches"
-    axis.set(xlabel="layer", ylabel="% of all patches' attention", ylim=(0, None),
-             xticks=range(1, 1 + depth),
-             title=f"Attention drawn by the {100 * cfg.PROXIES:g} % most attended {where}, "
-                   f"{len(photos)} photographs")
-    axis.legend(fontsize=9)
-    axis.grid(alpha=0.3)
-    return figure
-
-
-def proxy_share(rows: Tensor, allowed: Tensor, share: float) -> float:
-    """Attention (N, N) among patches -> what the most attended of the `allowed` (N,) get of it.
-
-    share: how many of the N patches those are.
-    """
-    count = max(1, round(share * len(rows)))
-    received = (rows / rows.sum(dim=1, keepdim=True)).mean(dim=0)
-    received = received[allowed]
-    return received.topk(min(count, len(received))).values.sum().item() if len(received) else 0.0
-
-
-def stuff_of(cfg: SimpleNamespace) -> Callable[[Path, tuple[int, int]], Tensor] | None:
-    """With ANNOTATIONS: a function of a photo's path and a grid -> bool (h * w,), is background."""
-    if cfg.ANNOTATIONS is None:
-        return None
-    regions = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS or Path(cfg.ANNOTATIONS).with_suffix(""),
-                              "", crowd=True)
-    place = {Path(regions.file_names[each["image_id"]]).name: index
-             for index, each in enumerate(regions.annotations)}
-
-    def find(path: Path, grid: tuple[int, int]) -> Tensor:
-        if path.name not in place:
-            raise UserError(f"{cfg.ANNOTATIONS} says nothing of {path.name}; give the photographs "
-                            "that it is about.")
-        regions.images = path.parent
-        sample = regions[place[path.name]]
-        # The last entry is for pixels without a region, -1.
-        is_stuff = torch.tensor([not regions.is_thing[label] for label in sample.labels] + [False])
-        is_stuff = is_stuff[sample.region_ids.long()][None].float()
-        return F.adaptive_avg_pool2d(is_stuff, grid)[0].flatten() > 0.5
-    return find
-
-
 def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """Photographs, each by several methods (Figure 10)."""
-    check_windows(cfg)
-    classes, photos = find_classes(cfg), find_photos(files)[:6]
-    use_fonts([*classes.names, *(path.name for path in photos)])
+    Protocol.of(cfg)        # UserError for a setting out of its range
+    classes, photos = segment.find_classes(cfg), segment.find_photos(files)[:6]
+    segment.use_fonts([*classes.names, *(path.name for path in photos)])
     images = [read_image(path, upright=True) for path in photos]
     # 1. Every method's classes of pixels
     trained = open_model(cfg).to(device)
-    clip = open_original(cfg, trained)
-    text = encode_classes(clip, classes, cfg.TEMPLATES, cfg.CACHE)
-    columns = {METHOD_NAMES.get(name, name): (clip, name) for name in cfg.METHODS}
+    clip = segment.open_original(cfg, trained)
+    columns = {segment.METHOD_NAMES.get(name, name): (clip, name) for name in cfg.METHODS}
     columns["decoupled, untrained" if clip is trained else "DeCLIP"] = trained, None
-    on_device = [image.to(device) for image in images]
-    found = {(row, title): prediction.cpu() for title, (model, attention) in columns.items()
-             for row, prediction in enumerate(predict(rules_of(cfg, model, attention), model,
-                                                      classes, text, on_device))}
+    on_device, found = [image.to(device) for image in images], {}
+    for title, (model, attention) in columns.items():
+        predictions = segment.by_clip(cfg, model, classes, attention)(on_device)
+        found |= {(row, title): prediction.cpu() for row, prediction in enumerate(predictions)}
     # 2. A row for each photograph
     heights = [2.6 * image.shape[1] / image.shape[2] for image in images]
     figure, axes = plt.subplots(len(photos), 1 + len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.7 * (1 + len(columns)), sum(heights) + 1),
                                 height_ratios=heights)
-    colour_of = colours(found, classes)
+    colour_of = segment.colours(found, classes)
     for row, (line, image) in enumerate(zip(axes, images)):
-        picture, drawn = resized(image, {title: found[row, title] for title in columns}, 640)
+        of_image = {title: found[row, title] for title in columns}
+        picture, drawn = segment.resized(image, of_image, 640)
         line[0].imshow(picture.permute(1, 2, 0), aspect="auto")
         line[0].set_ylabel(photos[row].name, fontsize=9)
         for axis, title in zip(line[1:], columns):
-            paint(axis, picture, drawn[title], classes, colour_of, inches=2.6)
+            segment.paint(axis, picture, drawn[title], classes, colour_of, inches=2.6)
     for axis, title in zip(axes[0], ["photograph", *columns]):
         axis.set_title(title, fontsize=11)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     # 3. One legend
-    seen = dict.fromkeys(name for each in found.values()
-                         for name, share in shares(each, classes).items() if share >= MIN_NAMED)
-    handles = [matplotlib.patches.Patch(color=colour_of[name], label=name)
-               for name in list(seen)[:24]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=balanced(len(handles), 8),
-                  **LEGEND | {"fontsize": 9.5})
+    seen = dict.fromkeys(name for prediction in found.values()
+                         for name, share in segment.shares(prediction, classes).items()
+                         if share >= segment.MIN_NAMED)
+    handles = [patches.Patch(color=colour_of[name], label=name)
+               for name in list(seen)[:segment.MAX_NAMED]]
+    columns = segment.balanced(len(handles), 8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns,
+                  **segment.LEGEND | {"fontsize": 9.5})
+    return figure
+
+
+def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
+    """Top-1 mAcc over the image's size, for things and for stuff, from a region.json (Figure 6)."""
+    path, result = files[0], read_json(files[0])
+    try:
+        means = {int(size): of_size["mAcc"] for size, of_size in result["sizes"].items()}
+        lines = {kind: {label: [of_size[f"{way} {kind}"]["top1"] for of_size in means.values()]
+                        for way, label in (("box", "boxes"), ("mask", "masks"),
+                                           ("crop", "[CLS] of crops"))}
+                 for kind in ("thing", "stuff")}
+        given = result["settings"]
+        attention = given["ATTENTION"] or result["context"]
+        if attention in DECOUPLED:
+            attention += f", scale {result['scale'] or '1/√d'}"
+        title = f"{result['model']}, attention {attention}, {given['CKPT'] or given['PRETRAINED']}"
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is no region.json of eval_region.py ({error!r}); give one."
+                        ) from None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
+    for axis, kind in zip(axes, lines):
+        for label, values in lines[kind].items():
+            if None not in values:
+                axis.plot([*means], values, marker="o", label=label)
+        axis.set(title={"thing": "things", "stuff": "stuff"}[kind], xticks=[*means],
+                 xlabel="longest side of the image, px")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 mAcc, %")
+    axes[1].legend()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
     return figure
 
 
@@ -446,20 +410,19 @@ def read_log(path: Path) -> list[dict]:
         raise UserError(f"There is no {path}; give folders that train.py wrote, or their "
                         "log.jsonl.")
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        wrong = next((name for name in ("step", "lr") for line in lines if name not in dict(line)),
-                     None if losses_of(lines) or not lines else "loss")
+        lines = [dict(json.loads(line)) for line in path.read_text().splitlines()]
+        has = {name: all(name in line for line in lines) for name in ("step", "lr")}
+        has = {"line": bool(lines), **has, "loss": bool(losses_of(lines))}
+        if not all(has.values()):
+            raise ValueError(f"it has no {next(name for name in has if not has[name])}")
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is no log of train.py ({error}); give a log.jsonl of one."
                         ) from None
-    if wrong or not lines:
-        raise UserError(f"{path} is no log of train.py (it has no {wrong or 'line'}); give a "
-                        "log.jsonl of one.")
     return lines
 
 
-KINDS = {"attention": attention, "cls": cls, "correlation": correlation, "proxy": proxy,
-         "segmentation": segmentation, "curves": curves}
+KINDS = {"attention": attention, "cls": partial(attention, of_cls=True),
+         "correlation": correlation, "segmentation": segmentation, "sizes": sizes, "curves": curves}
 
 if __name__ == "__main__":
     main()

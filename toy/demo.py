@@ -18,18 +18,18 @@ from matplotlib import colors, patches
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from data import Classes, read_classes, student_image
-from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
-from model import DeCLIP, encode_classes
-from tools.segment import MIN_NAMED, LEGEND, OPACITY, PALETTE, balanced, deepest
-from tools.visualize import token_of
+from data import Classes, student_image
+from eval_seg import find_set
+from model import DeCLIP
+from tools.segment import LEGEND, MIN_NAMED, OPACITY, PALETTE, balanced, deepest
+from tools.visualize import attention_maps, token_of
 from toy.world import THINGS
 from util import UserError, settings
+from util.text import find_templates
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
-DATA = "data"                       # folder that holds toy/
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
-SCENES = (5, 0, 9)                  # scenes of data/toy/val that the figure shows
+SCENES = (5, 0, 9)                  # scenes of toy/benchmark.json that the figure shows
 FIGURE = "out/toy/demo.png"         # where the figure goes
 
 METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json",
@@ -89,9 +89,8 @@ def draw(cfg: SimpleNamespace) -> None:
     """A row for each scene: ground truth, segmentation and attention before and after training."""
     after = DeCLIP(pretrained=cfg.CKPT)
     before = DeCLIP(after.model_name, "own")
-    classes = read_classes("classes/toy.txt")
-    text = encode_classes(before, classes, "imagenet", None)
-    scenes = SegmentationImages(KNOWN_BENCHMARKS["toy"], cfg.DATA)
+    scenes, classes = find_set("toy", "data")
+    text = before.encode_text(classes.prompts, find_templates("imagenet"))
     matplotlib.use("agg")
     shape = len(cfg.SCENES), len(TITLES)
     size = 2 * shape[1], 2.02 * shape[0] + 0.8
@@ -105,7 +104,8 @@ def draw(cfg: SimpleNamespace) -> None:
         maps = [attention_of(clip, image, attention, anchor)
                 for clip, attention in ((before, "clip"), (after, None))]
         draw_row(row, image, [label, *found], maps, anchor)
-        seen.update(*(each.unique().tolist() for each in (label, *map(visible, found))))
+        seen.update(*(classes_of.unique().tolist()
+                      for classes_of in (label, *map(visible, found))))
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen)
@@ -126,10 +126,10 @@ def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Te
     row[0].imshow(image.permute(1, 2, 0))
     for axis, label in zip(row[1:], labels):
         axis.imshow(COLOURS[label], interpolation="nearest")
+    most = max(float(values.max()) for values in maps)
     for axis, values in zip(row[-len(maps):], maps):
         # The root, so that small values are seen, too.
-        axis.imshow(values.sqrt(), cmap="magma", vmin=0,
-                    vmax=max(float(each.max()) for each in maps) ** 0.5)
+        axis.imshow(values.sqrt(), cmap="magma", vmin=0, vmax=most ** 0.5)
     for axis in (row[0], *row[-len(maps):]):
         axis.plot(*anchor, "P", color="white", markeredgecolor="black", markersize=9)
     for axis in row:
@@ -165,7 +165,7 @@ def attention_of(clip: DeCLIP, image: Tensor, attention: str | None, anchor: tup
     """What the anchor's patch attends to in the last block, on the pixels of the scene, (H, W)."""
     inputs = student_image(image, 128, clip.mean, clip.std)[None]
     grid = tuple(side // clip.patch_size for side in inputs.shape[-2:])
-    rows = clip.visual.attention_maps(inputs, attention)[-1][0, 1:, 1:]
+    rows = attention_maps(clip.visual, inputs, attention)[-1][0, 1:, 1:]
     values = rows[token_of(anchor, image, grid)].view(1, 1, *grid)
     return F.interpolate(values, image.shape[-2:], mode="nearest")[0, 0]
 

@@ -16,14 +16,16 @@ novel="circle, square, triangle"
 rm -rf out/toy/detection/clip-0 out/toy/detection/declip-0
 run -m downstream.fvit.train @presets/toy_fvit_train.txt --novel "$novel" \
     --backbone none --attention clip --out out/toy/detection/clip-0
-run -m downstream.fvit.eval --ckpt out/toy/detection/clip-0/fvit.safetensors
+run -m downstream.fvit.eval @presets/toy_fvit_eval.txt \
+    --ckpt out/toy/detection/clip-0/fvit.safetensors
 
 # 3. The same on DeCLIP.
 run -m downstream.fvit.train @presets/toy_fvit_train.txt --novel "$novel" \
     --backbone out/toy/declip/declip.safetensors --out out/toy/detection/declip-0
-run -m downstream.fvit.eval --ckpt out/toy/detection/declip-0/fvit.safetensors
+run -m downstream.fvit.eval @presets/toy_fvit_eval.txt \
+    --ckpt out/toy/detection/declip-0/fvit.safetensors
 
 # 4. Both in one table, and a picture; novel classes have an asterisk.
-run -m toy.detection --seeds 0
-run -m tools.detect data/toy/val/images/00003.png --nms 0.3 --out out/toy \
+run -m toy.tables detection --seeds 0
+run -m tools.detect data/toy/val/images/00003.png --temperature 15 --nms 0.3 --out out/toy \
     --ckpt out/toy/detection/declip-0/fvit.safetensors

@@ -226,12 +226,15 @@ def caption(classes: Sequence[int], shares: Sequence[float], only_first: bool) -
 
 
 def contrast(image: Tensor, text: Tensor, matched: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss for images (n, C) that share captions (u, C): image i has matched[i]."""
+    """CLIP's symmetric loss for images (n, C) that share captions (u, C).
+
+    matched: the caption of each image, (n,).
+    """
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     to_image = logits.T.log_softmax(dim=-1)[matched, torch.arange(len(matched))]
     # Every caption counts once, however many images it has.
-    each = 1 / matched.bincount(minlength=len(text))[matched]
-    return (F.cross_entropy(logits, matched) - (to_image * each).sum() / each.sum()) / 2
+    weight = 1 / matched.bincount(minlength=len(text))[matched]
+    return (F.cross_entropy(logits, matched) - (to_image * weight).sum() / weight.sum()) / 2
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -254,15 +257,15 @@ def optimize(model: nn.Module, steps: int, log: Path,
     """
     chosen = optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(
-        each, lambda s: min((s + 1) / 100, (steps - s) / steps)) for each in chosen]
+        optimizer, lambda s: min((s + 1) / 100, (steps - s) / steps)) for optimizer in chosen]
     start, lines = time.perf_counter(), []
     for done in tqdm(range(1, steps + 1), desc="pretrain", unit="step"):
         loss, figures = loss_of_step()
         loss.backward()
-        for each, schedule in zip(chosen, schedules):
-            each.step()
+        for optimizer, schedule in zip(chosen, schedules):
+            optimizer.step()
             schedule.step()
-            each.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
         if done % 50 == 0 or done == steps:
             lines.append({"step": done, "loss": loss.item(), **figures(),
                           "seconds": round(time.perf_counter() - start)})
@@ -298,17 +301,16 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
         images, captions = sample(source, cfg.BATCH_SIZE or 128,
                                   torch.rand((), generator=rng) < 0.6)
         unique = list(dict.fromkeys(captions))
-        matched = torch.tensor([unique.index(each) for each in captions])
+        text = encode([template(caption) for caption in unique])
+        matched = torch.tensor([unique.index(caption) for caption in captions])
         scale = model.logit_scale.exp().clamp(max=100)
-        loss = contrast(model.encode_image(images), encode([template(each) for each in unique]),
-                        matched, scale)
-        return loss, figures
+        return contrast(model.encode_image(images), text, matched, scale), figures
 
     @torch.no_grad()
     def figures() -> dict[str, float]:
         images, captions = sample(fresh, 400, True)
         model.eval()
-        text = F.normalize(encode([f"a photo of a {each}." for each in NAMES]), dim=-1)
+        text = F.normalize(encode([f"a photo of a {name}." for name in NAMES]), dim=-1)
         found = [NAMES[index] for index in (model.encode_image(images) @ text.T).argmax(dim=1)]
         model.train()
         right = {kind: [a == b for a, b in zip(found, captions) if b in kind]

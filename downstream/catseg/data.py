@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,35 +20,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import adjust_hue
 
-from data import Classes, TrainingData, make_classes, read_classes, resize
-from eval_seg import (
-    CONTEXT_LAYOUT,
-    KNOWN_BENCHMARKS,
-    TOY,
-    VOC,
-    VOID,
-    SegmentationBenchmark,
-    MissingData,
-    SegmentationImages,
-    benchmark_classes,
-    find_benchmark,
-    resized_size,
-)
+from data import Classes, read_classes, resize
+from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
 from util import UserError
 from util.files import find
+from util.labels import VOID, MissingData, SegmentationBenchmark, SegmentationImages
+from util.samples import TrainingData
 
 # --------------------------------------------------------------------------- images to train with
-
-SEEN = [number for number in range(18) if number % 3 < 2]       # of the toy world's 18 classes
-UNSEEN = [number for number in range(18) if number % 3 == 2]
-
-# What IMAGES may name, besides a user's json (docs/data.md).
-TRAINING = {
-    "coco_stuff": replace(KNOWN_BENCHMARKS["coco_stuff"], image="train2017/{}.jpg",
-                          label="stuffthingmaps/train2017/{}.png"),
-    "toy": SegmentationBenchmark("toy/labelled", *TOY[:3], "toy_seen.txt", SEEN, void=UNSEEN),
-}
-
 
 class Labelled(NamedTuple):
     """An image and the class of each of its pixels."""
@@ -58,30 +36,31 @@ class Labelled(NamedTuple):
 
 
 class LabelledImages(TrainingData):
-    """The images of a benchmark's row, with labels: what training reads."""
+    """The images of a set with their labels: what training reads."""
 
-    def __init__(self, benchmark: SegmentationBenchmark, data: str | Path, read_timeout: float = 60.0):
-        self.scenes = SegmentationImages(benchmark, data)
-        root = self.scenes.root
-        super().__init__([str(root / benchmark.image.format(name)) for name in self.scenes.names],
+    def __init__(self, scenes: SegmentationImages, read_timeout: float = 60.0):
+        self.scenes, image = scenes, scenes.benchmark.image
+        super().__init__([str(scenes.root / image.format(name)) for name in scenes.names],
                          read_timeout)
 
     def read(self, index: int) -> Labelled:
         return Labelled(*self.scenes[index])
 
 
-def find_training(name: str) -> tuple[SegmentationBenchmark, list[str]]:
-    """A row of TRAINING or a user's own json -> it, and the first name of each of its classes.
+def find_training(name: str, data: str | Path) -> tuple[SegmentationImages, list[str]]:
+    """COCO-Stuff's train set or that of a user's own json -> it, and a name for each class.
 
-    Raises UserError if there is no such row or file.
+    Raises UserError if there is no such set or file.
     """
-    if name not in TRAINING and not name.endswith(".json"):
-        raise UserError(f"There are no training images {name!r}; choose among "
-                        f"{', '.join(TRAINING)}, or a json file of your own.")
-    if name not in TRAINING:
-        benchmark = find_benchmark(name)
-        return benchmark, benchmark_classes(SimpleNamespace(CLASSES=None), name).names
-    return TRAINING[name], read_classes(f"classes/{TRAINING[name].classes}").names
+    if name == "coco_stuff":
+        benchmark = replace(KNOWN_BENCHMARKS[name], image="train2017/{}.jpg",
+                            label="stuffthingmaps/train2017/{}.png")
+        return SegmentationImages(benchmark, data), read_classes("classes/coco_stuff.txt").names
+    if not name.endswith(".json"):
+        raise UserError(f"There are no training images {name!r}; choose coco_stuff, or a json file "
+                        "of your own.")
+    scenes, classes = find_set(name, data)
+    return scenes, classes.names
 
 
 LONGEST = 16        # times the short side that the long one may have: a strip is not blown up
@@ -146,42 +125,28 @@ def saturate(image: Tensor, factor: float) -> Tensor:
 
 # ------------------------------------------------------------------------------- evaluation sets
 
+LabelledSet = tuple[Dataset, Classes]       # items are (image, label), as of SegmentationImages
+
 ADE_OBJECTS = 3688      # label values of ADE20K_2021_17_01
 CONTEXT_OBJECTS = 459
 
 
-class Table(NamedTuple):
-    """A file that says which classes the label values of a set are, and where it comes from."""
-    path: str
-    origin: str
-    most: int           # the largest label value
-
-
-TABLES = {
-    "ade847": Table("ADE20K_2021_17_01/ade847.txt", "the data set's own index is a pickle, which "
-                    "is never read, so docs/data.md makes it from a list of Mask2Former's",
-                    ADE_OBJECTS),
-    "context459": Table("VOCdevkit/VOC2010/labels.txt", "PASCAL-Context's page has it beside "
-                        "trainval.tar.gz", CONTEXT_OBJECTS),
-}
-
-
-def read_table(table: Table, data: str | Path) -> tuple[list[int], list[str]]:
+def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]]:
     """The label values and first names of a table's lines `12: name, synonym`, the colon optional.
 
-    Raises UserError if there is no such file, or if a line is none of these, a value is beyond the
-    data set's, or occurs twice.
+    most: the largest label value. origin: where the file comes from. Raises UserError if there is
+    no such file, or if a line is none of these, a value is too large, or occurs twice.
     """
-    path = find(Path(data) / table.path)
+    path = find(path)
     if not path.is_file():
-        raise MissingData(f"There is no label table {path.absolute()}; {table.origin}.")
+        raise MissingData(f"There is no label table {path.absolute()}; {origin}.")
     values, names = [], []
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
-        if line.strip() and not (found and 1 <= int(found[1]) <= table.most):
+        if line.strip() and not (found and 1 <= int(found[1]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
-                            f"value from 1 to {table.most}, and a name.")
+                            f"value from 1 to {most}, and a name.")
         if found:
             values.append(int(found[1]))
             names.append(found[2].strip())
@@ -220,39 +185,44 @@ def read_mat(path: Path) -> np.ndarray:
     return label.astype(np.uint16)
 
 
-def ade847(data: str | Path) -> tuple[Dataset, Classes]:
+def ade847(data: str | Path) -> LabelledSet:
     """A-847: the most frequent of ADE20K's objects; all others are void."""
-    values, names = read_table(TABLES["ade847"], data)
+    values, names = read_table(
+        Path(data) / "ADE20K_2021_17_01/ade847.txt", ADE_OBJECTS, "the data set's own index is a "
+        "pickle, which is never read, so docs/data.md makes it from a list of Mask2Former's")
     void = sorted({*range(ADE_OBJECTS + 1)} - {*values})
-    row = SegmentationBenchmark("ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
-                    "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
-    return Reduced(SegmentationImages(row, data), 512), classes_of(names)
+    benchmark = SegmentationBenchmark(
+        "ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
+        "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
+    return Reduced(SegmentationImages(benchmark, data), 512), classes_of(names)
 
 
-def context459(data: str | Path) -> tuple[Dataset, Classes]:
+def context459(data: str | Path) -> LabelledSet:
     """PC-459: all objects of PASCAL-Context."""
-    values, names = read_table(TABLES["context459"], data)
-    folder, listed, image, _ = CONTEXT_LAYOUT
-    row = SegmentationBenchmark(folder, listed, image, "trainval/{}.mat", "", values,
-                    (0, CONTEXT_OBJECTS + 1), read=read_mat)
-    return SegmentationImages(row, data), classes_of(names)
+    values, names = read_table(
+        Path(data) / "VOCdevkit/VOC2010/labels.txt", CONTEXT_OBJECTS,
+        "PASCAL-Context's page has it beside trainval.tar.gz")
+    benchmark = replace(KNOWN_BENCHMARKS["context59"], label="trainval/{}.mat", values=values,
+                        void=(0, CONTEXT_OBJECTS + 1), read=read_mat)
+    return SegmentationImages(benchmark, data), classes_of(names)
 
 
-def voc20b(data: str | Path) -> tuple[Dataset, Classes]:
+def voc20b(data: str | Path) -> LabelledSet:
     """PAS-20b, the paper's VOC21: background is what PC-59's other 39 names get."""
     voc, context = (read_classes(f"classes/{name}.txt") for name in ("voc20", "context59"))
-    theirs = [[name for name, number in zip(context.prompts, context.class_of_prompt) if number == k]
-              for k in range(len(context))]
-    others = [names[0] for names in theirs if not {*names} & {*voc.prompts}]
-    names, owner = [*others, *voc.names], [0] * len(others) + [*range(1, len(voc) + 1)]
-    row = SegmentationBenchmark(*VOC, "", range(len(voc) + 1), (255,))
-    return SegmentationImages(row, data), Classes(["background", *voc.names], names, owner)
+    of_voc = {number for name, number in zip(context.prompts, context.class_of_prompt)
+              if name in voc.prompts}
+    others = [name for number, name in enumerate(context.names) if number not in of_voc]
+    classes = Classes(["background", *voc.names], [*others, *voc.names],
+                      [0] * len(others) + [*range(1, len(voc) + 1)])
+    benchmark = replace(KNOWN_BENCHMARKS["voc20"], values=range(len(classes)), void=(255,))
+    return SegmentationImages(benchmark, data), classes
 
 
-def known(name: str, data: str | Path) -> tuple[Dataset, Classes]:
+def known(name: str, data: str | Path) -> LabelledSet:
     """A set of eval_seg.py, or of a user's json, with the first name of each class alone."""
-    classes = benchmark_classes(SimpleNamespace(CLASSES=None), name)
-    return SegmentationImages(find_benchmark(name), data), make_classes(classes.names)
+    images, classes = find_set(name, data)
+    return images, classes_of(classes.names)
 
 
 def classes_of(names: list[str]) -> Classes:
@@ -261,13 +231,13 @@ def classes_of(names: list[str]) -> Classes:
 
 
 # The six of Table 4: name -> a function from DATA to images and classes.
-BENCHMARKS: dict[str, Callable[[str | Path], tuple[Dataset, Classes]]] = {
+BENCHMARKS: dict[str, Callable[[str | Path], LabelledSet]] = {
     "ade847": ade847, "context459": context459, "ade150": partial(known, "ade150"),
     "context59": partial(known, "context59"), "voc20": partial(known, "voc20"), "voc20b": voc20b,
 }
 
 
-def find_evaluation(name: str, data: str | Path) -> tuple[Dataset, Classes]:
+def find_evaluation(name: str, data: str | Path) -> LabelledSet:
     """The images and classes of a set of BENCHMARKS or of eval_seg.py; UserError if it is missing.
 
     A class is called by its first name alone, as published.

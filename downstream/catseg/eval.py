@@ -11,40 +11,41 @@ which model it is. Prints mIoU and each class's IoU; writes them to catseg.json 
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from data import Classes, constant, normalize, resize
+from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import (  # noqa: F401 - settings shared with eval_seg.py
-    DATA,
-    NUM_WORKERS,
-    OUT,
-    PRECISION,
-    MissingData,
-    evaluate,
-    summarize,
-    table,
-    window_starts,
-)
+from eval_seg import evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
+from util.labels import find_data
 from util.precision import autocast, check_precision
 
+SHARED = {"eval_region": ["The evaluation"]}
+
+# What is read
 CKPT = "out/catseg/catseg.safetensors"      # checkpoint of downstream.catseg.train
 BENCHMARKS = ("all",)               # all: the six of Table 4 at hand; also eval_seg.py's; my.json
+DATA = "data"                       # folder that holds the data sets in their original layouts
+
+# The protocol
 SIZE: int | None = None             # image's side; None: 5/3 of a window's (640); 1/1: no windows
 STRIDE: int | None = None           # from window to window; None: 2/3 of one (256)
 WINDOW_BATCH = 5                    # windows of one forward pass
-BATCH_SIZE = 1                      # images that share forward passes
+PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
 TF32 = True                         # fp32 products with 10 bits on a GPU, as published
+
+# The evaluation
+BATCH_SIZE = 1                      # images that share forward passes
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -58,60 +59,56 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0, WINDOW_BATCH=1, SIZE=1, STRIDE=1)
     check_precision(cfg.PRECISION)
-    sets, missing = find_sets(cfg)
+    sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
-    rules, result = protocol(cfg, segmenter), {}
+    protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
+    attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():
-        segment = partial(predict, rules, segmenter, classes, encode(segmenter, classes))
-        confusion = evaluate(cfg, segment, dataset, len(classes), ranks, name)
+        segment = partial(predict, protocol, segmenter, classes, encode(segmenter, classes))
+        loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+        confusion = evaluate(segment, loader, len(classes), ranks, name)
         # Published figures leave classes out that a set has no pixel of, as A-847 may.
         result[name] = summarize(confusion, classes, absent_count=False)
         if ranks.is_main:
-            print(f"\n{name}: {title(segmenter)}, {len(dataset)} images\n{table(result[name])}")
+            print(f"\n{name}: CAT-Seg over {segmenter.clip.model_name}, attention {attention}, "
+                  f"{len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "catseg", {"benchmarks": result} | segmenter.clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
-        print("\n".join(["", *(f"{name:16}{each['mIoU']:6.1f}" for name, each in result.items()),
-                         *(f"{name:16}     -   {reason}" for name, reason in missing.items())]))
+        lines = [f"{name:16}{figures['mIoU']:6.1f}" for name, figures in result.items()]
+        lines += [f"{name:16}     -   {reason}" for name, reason in missing.items()]
+        print("\n".join(["", *lines]))
     return result
-
-
-def find_sets(cfg: SimpleNamespace) -> tuple[dict[str, tuple[Dataset, Classes]], dict[str, str]]:
-    """The images and classes of each benchmark; of `all`, those missing and where they should be.
-    """
-    sets, missing, wants_all = {}, {}, cfg.BENCHMARKS == ("all",)
-    for name in TABLE_4 if wants_all else cfg.BENCHMARKS:
-        try:
-            sets[name] = find_evaluation(name, cfg.DATA)
-            sets[name][0][0]        # a label of another set is found before a model is loaded
-        except MissingData as error:
-            if not wants_all:
-                raise
-            missing[name] = str(error)
-    if not sets:
-        raise UserError(f"None of the six sets is in {cfg.DATA}; docs/data.md says how each is "
-                        f"unpacked: {' '.join(missing.values())}")
-    return sets, missing
-
-
-def title(segmenter: CATSeg) -> str:
-    """One line that says what was evaluated."""
-    attention = segmenter.design.attention or segmenter.clip.context
-    return f"CAT-Seg over {segmenter.clip.model_name}, attention {attention}"
 
 
 # -------------------------------------------------------------------------------- segmentation
 
-def protocol(cfg: SimpleNamespace, segmenter: CATSeg) -> SimpleNamespace:
-    """The settings with SIZE and STRIDE; the published ones, for the segmenter's window.
+@dataclass(frozen=True)
+class Protocol:
+    """The views of an image: windows of the stretched image, and all of it at a window's size."""
+    size: int               # side that the image is stretched to
+    stride: int             # from window to window
+    window: int             # side of a window, the segmenter's image size
+    window_batch: int       # views of one forward pass
+    precision: str
 
-    Raises UserError if windows would leave pixels out.
-    """
-    window = segmenter.design.image_size
-    own = {"SIZE": cfg.SIZE or round(5 / 3 * window), "STRIDE": cfg.STRIDE or round(2 / 3 * window)}
-    if own["SIZE"] < window or own["STRIDE"] > window:
-        raise UserError(f"SIZE is {own['SIZE']} and STRIDE {own['STRIDE']}, but the segmenter's "
-                        f"window is {window}; SIZE must be at least, STRIDE at most that.")
-    return SimpleNamespace(**vars(cfg) | own)
+    @classmethod
+    def of(cls, segmenter: CATSeg, size: int | None = None, stride: int | None = None,
+           window_batch: int = 5, precision: str = "fp32") -> "Protocol":
+        """The published protocol, in proportion to the segmenter's window, but for what is given.
+
+        Raises UserError if windows would leave pixels out.
+        """
+        window = segmenter.design.image_size
+        size, stride = size or round(5 / 3 * window), stride or round(2 / 3 * window)
+        if size < window or stride > window:
+            raise UserError(f"SIZE is {size} and STRIDE {stride}, but the segmenter's window is "
+                            f"{window}; SIZE must be at least, STRIDE at most that.")
+        return cls(size, stride, window, window_batch, precision)
+
+    def places(self) -> list[tuple[int, int]]:
+        """Where windows begin, (y, x) each; none where one would be all of the image."""
+        starts = window_starts(self.size, self.window, self.stride)
+        return [*product(starts, starts)] if self.size > self.window else []
 
 
 @torch.inference_mode()
@@ -122,69 +119,60 @@ def encode(segmenter: CATSeg, classes: Classes) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(cfg: SimpleNamespace, segmenter: CATSeg, classes: Classes, text: Tensor,
+def predict(protocol: Protocol, segmenter: CATSeg, classes: Classes, text: Tensor,
             images: Sequence[Tensor]) -> list[Tensor]:
     """Images uint8 (3, H, W) and all names' embeddings (P, C) -> the class of each pixel, (H, W).
 
     A class has the probability of its most probable name.
     """
-    owner = constant(tuple(classes.class_of_prompt), torch.long, text.device)
-    views = torch.cat([views_of(cfg, segmenter, image) for image in images])
+    class_of_prompt = constant(tuple(classes.class_of_prompt), torch.long, text.device)
+    views = torch.cat([make_views(protocol, segmenter, image) for image in images])
     logits = []
-    for some in views.split(cfg.WINDOW_BATCH):
-        with autocast(cfg.PRECISION, views.device):
-            logits.append(segmenter.logits(some, text).float())
+    for batch in views.split(protocol.window_batch):
+        with autocast(protocol.precision, views.device):
+            logits.append(segmenter.logits(batch, text).float())
     of_image = torch.cat(logits).split(len(views) // len(images))
-    return [owner[best_name(cfg, segmenter.design.image_size, each, image.shape[-2:])]
-            for each, image in zip(of_image, images)]
+    return [class_of_prompt[best_prompt(protocol, of_views, image.shape[-2:])]
+            for of_views, image in zip(of_image, images)]
 
 
-def views_of(cfg: SimpleNamespace, segmenter: CATSeg, image: Tensor) -> Tensor:
+def make_views(protocol: Protocol, segmenter: CATSeg, image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> normalised (n + 1, 3, S, S): its windows, then all of it."""
-    window, clip = segmenter.design.image_size, segmenter.clip
-    stretched = resize(image, cfg.SIZE, cfg.SIZE)
-    views = [stretched[:, y:y + window, x:x + window] for y, x in places(cfg, window)]
+    size, window, clip = protocol.size, protocol.window, segmenter.clip
+    stretched = resize(image, size, size)
+    views = [stretched[:, y:y + window, x:x + window] for y, x in protocol.places()]
     return normalize(torch.stack([*views, resize(image, window, window)]), clip.mean, clip.std)
 
 
-def best_name(cfg: SimpleNamespace, window: int, logits: Tensor, size: tuple[int, int],
-              most: int = 2**25) -> Tensor:
+def best_prompt(protocol: Protocol, logits: Tensor, size: tuple[int, int], most: int = 2**25
+                ) -> Tensor:
     """Logits of all views (n + 1, P, s, s) -> the most probable name of each pixel, (H, W).
 
     Probabilities of pixels, many numbers, exist for some names at a time only, about `most`.
     """
-    best, winner = None, None
-    step = max(1, most // max(len(logits) * window**2, size[0] * size[1]))
-    for start in range(0, logits.shape[1], step):
-        scores = probabilities(cfg, window, logits[:, start:start + step], size)
-        score, name = scores.max(dim=0)
-        if best is None:
-            best, winner = score, name
-        else:
-            winner = torch.where(score > best, name + start, winner)
-            best = torch.maximum(score, best)
+    count = max(1, most // max(len(logits) * protocol.window**2, size[0] * size[1]))
+    parts = logits.split(count, dim=1)
+    best, winner = probabilities(protocol, parts[0], size).max(dim=0)
+    for number, part in enumerate(parts[1:], 1):
+        score, prompt = probabilities(protocol, part, size).max(dim=0)
+        winner = torch.where(score > best, prompt + number * count, winner)
+        best = torch.maximum(score, best)
     return winner
 
 
-def probabilities(cfg: SimpleNamespace, window: int, logits: Tensor, size: tuple[int, int]
-                  ) -> Tensor:
+def probabilities(protocol: Protocol, logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits of all views (n + 1, P, s, s) -> probabilities of the pixels (P, H, W): the windows'
     mean where they overlap, and of that and the whole image's the mean."""
+    window = protocol.window
     views = F.interpolate(logits, (window, window), mode="bilinear").sigmoid()
-    mean = F.interpolate(views[-1:], (cfg.SIZE, cfg.SIZE), mode="bilinear")[0]
+    mean = F.interpolate(views[-1:], (protocol.size, protocol.size), mode="bilinear")[0]
     if len(views) > 1:
         total, count = torch.zeros_like(mean), torch.zeros_like(mean[0])
-        for view, (y, x) in zip(views, places(cfg, window)):
+        for view, (y, x) in zip(views, protocol.places()):
             total[:, y:y + window, x:x + window] += view
             count[y:y + window, x:x + window] += 1
         mean = (total / count + mean) / 2
     return F.interpolate(mean[None], size, mode="bilinear")[0]
-
-
-def places(cfg: SimpleNamespace, window: int) -> list[tuple[int, int]]:
-    """Where windows begin, (y, x) each; none where one would be all of the image."""
-    starts = window_starts(cfg.SIZE, window, cfg.STRIDE)
-    return [(y, x) for y in starts for x in starts] if cfg.SIZE > window else []
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from data import constant
-from model import ATTENTIONS, DeCLIP, check_names, recorded_model
+from model import ATTENTIONS, DeCLIP
 from util import UserError
-from util.towers import SplitQKV, paths_inside, projection
-from util.weights import read_record, read_weights, write_checkpoint
+from util.text import check_lengths
+from util.towers import SplitQKV, paths_inside, projection, recorded_model
+from util.weights import check_fit, read_record, read_weights, write_checkpoint
 
 
 class Design(NamedTuple):
@@ -44,7 +45,7 @@ class Design(NamedTuple):
     width: int = 128            # D
     heads: int = 4
     layers: int = 2
-    max_classes: int = 256     # fewer are padded; of more, the most similar ones are kept
+    max_classes: int = 256      # fewer are padded; of more, the most similar ones are kept
     template: str = "A photo of a {} in the scene"
 
 
@@ -83,7 +84,7 @@ class CATSeg(nn.Module):
         *early, last = visual.encode_layers(images, [*taps, visual.num_layers - 1],
                                             self.design.attention)
         content = visual.project(last.flatten(2).mT).mT.unflatten(2, last.shape[-2:])
-        guidance = [up(each) for up, each in zip(self.upsample, early)]
+        guidance = [up(tokens) for up, tokens in zip(self.upsample, early)]
         with torch.autocast(images.device.type, enabled=False):
             normalized = F.normalize(content.float(), dim=1)
             cost = torch.einsum("bchw,tc->bthw", normalized, text.float())
@@ -92,7 +93,7 @@ class CATSeg(nn.Module):
         return self.aggregator(cost, content, text, guidance)
 
     def set_classes(self, names: Sequence[str]) -> None:
-        """Names, one for each class; each of them is encoded once, also if two classes share it.
+        """Names, one for each class; a name that two classes share is encoded once.
 
         Raises UserError for a name that is longer than what the text tower reads.
         """
@@ -101,20 +102,20 @@ class CATSeg(nn.Module):
         place = {name: number for number, name in enumerate(distinct)}
         device = self.clip.text.logit_scale.device
         tokenizer, template = tokenizer_of(self.clip.source), self.design.template
-        check_names(tokenizer, distinct, [template], self.clip.model_name)
+        check_lengths(tokenizer, distinct, [template], self.clip.model_name)
         tokens = tokenizer([template.format(name) for name in distinct])
         if ends_count(self.clip.text.text):
             tokens = tokens[:, :tokens.argmax(dim=1).max() + 1]
         self.register_buffer("tokens", tokens.to(device), persistent=False)
-        self.register_buffer("owner", torch.tensor([place[name] for name in self.names],
-                                                   device=device), persistent=False)
+        self.register_buffer("prompt_of_class", torch.tensor(
+            [place[name] for name in self.names], device=device), persistent=False)
 
     def encode_classes(self) -> Tensor:
         """The classes' embeddings, L2-normalised, float32 (T, C), with gradients."""
         tower = self.clip.text
         with short_context(tower.text, self.tokens.shape[1]):
             text = tower.encode_text(self.tokens)
-        return F.normalize(text.float(), dim=-1)[self.class_of_prompt]
+        return F.normalize(text.float(), dim=-1)[self.prompt_of_class]
 
     def freeze(self) -> None:
         """Leaves the aggregator trainable, and inside CLIP what the published system trains.
@@ -163,21 +164,21 @@ def open_catseg(path: str | Path) -> CATSeg:
     Raises UserError if there is no such file, or if it holds something else.
     """
     state, record = read_weights(path)
-    if not isinstance(record.get("catseg"), dict) or set(record["catseg"]) != set(Design._fields):
+    design = record.get("catseg")
+    if isinstance(design, dict):
+        design = {RENAMED.get(name, name): value for name, value in design.items()}
+    if not isinstance(design, dict) or set(design) != set(Design._fields):
         raise UserError(f"{path} is no segmenter; give the catseg.safetensors that "
                         "downstream.catseg.train writes.")
     clip = DeCLIP(recorded_model(path, record), None, record["context"], record["scale"])
     clip.visual.mean, clip.visual.std = tuple(record["mean"]), tuple(record["std"])
-    segmenter = CATSeg(clip, Design(**record["catseg"]))
-    own = segmenter.state_dict()
-    wrong = [name for name in {*own, *state}
-             if name not in own or name not in state or own[name].shape != state[name].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit {clip.model_name}: {len(wrong)} weights are missing, "
-                        f"unknown or of another shape, such as {min(wrong)}; write or copy it "
-                        "again.")
+    segmenter = CATSeg(clip, Design(**design))
+    check_fit(path, state, segmenter.state_dict(), clip.model_name)
     segmenter.load_state_dict(state)
     return segmenter.eval()
+
+
+RENAMED = {"most_classes": "max_classes"}       # fields of Design as older files have them
 
 
 def check_design(clip: DeCLIP, design: Design) -> None:
@@ -347,8 +348,8 @@ class ClassBlock(nn.Module):
         padding_k = guided(self.k, token, self.padding_guidance)
         with torch.autocast(x.device.type, enabled=False):
             q, k, v, padding_k, padding_v = (
-                each.float().unflatten(-1, (self.heads, -1))
-                for each in (q, k, v, padding_k, self.v(token)))
+                part.float().unflatten(-1, (self.heads, -1))
+                for part in (q, k, v, padding_k, self.v(token)))
             padding = F.elu(padding_k) + 1, padding_v, max(0, self.max_classes - x.shape[1])
             return linear_attention(F.elu(q) + 1, F.elu(k) + 1, v, padding).flatten(-2)
 

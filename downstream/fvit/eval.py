@@ -30,29 +30,23 @@ from downstream.detection import (
     precisions,
     summarize,
 )
-from downstream.fvit.model import FViT, ScoreRules, open_backbone, open_fvit
-from downstream.fvit.train import (  # noqa: F401 - settings shared with train.py
-    ANNOTATIONS,
-    CACHE,
-    DATA,
-    IMAGES,
-    NOVEL,
-    NUM_WORKERS,
-)
+from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
 from util.files import write_json
 from util.precision import autocast, check_precision
 from util.weights import read_record
+
+SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
 
 # The detector
 CKPT = "out/fvit/fvit.safetensors"  # checkpoint of downstream/fvit/train.py
 BACKBONE: str | None = None         # its backbone; None: the file that it was trained on
 PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; auto: as train.py
 
-# The data
+# What is evaluated
 DATASET: str | None = None          # None: that of the training; or coco, objects365, my.json ...
 
-# The scores; None: what RULES has for the data set
+# The scores; None: what SCORE_RULES has for the data set
 A: float | None = None              # share of the VLM in the scores of seen classes
 B: float | None = None              # and of novel ones; published for OV-LVIS and L/14: 0.4
 TEMPERATURE: float | None = None    # factor of the VLM's cosines; CLIPSelf's: 75, OV-LVIS 50
@@ -62,19 +56,12 @@ NMS: float | None = None            # IoU from which the lower of two boxes of a
 MOST: int | None = None             # detections of an image
 AT_BOXES: bool | None = None        # the VLM sees the final boxes instead of the proposals
 
-# The evaluation
-BATCH_SIZE = 8                      # images of one forward pass
-OUT: str | None = None              # folder of the result; None: the checkpoint's
-
-# Published, but T, which is the paper's for DeCLIP (section 9.2)
-RULES = {
-    "ovcoco": ScoreRules(a=0.1, b=0.8, temperature=45.0, least=0.01, nms=0.4, most=100),
-    "ovlvis": ScoreRules(a=0.1, b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
+# Of every other data set: OV-COCO's, which are the defaults.
+SCORE_RULES = {
+    "ovcoco": ScoreRules(),
+    "ovlvis": ScoreRules(b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
     "coco": ScoreRules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
     "objects365": ScoreRules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
-    # T is the best on the dev scenes
-    "toy": ScoreRules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
-    "toy_dev": ScoreRules(0.1, 0.8, 15.0, 0.001, 0.5, 100),
 }
 
 
@@ -87,15 +74,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Detects on all images; prints and writes the figures. {} on ranks that are not the first."""
-    check(cfg)
+    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    check_scores(cfg)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
-    annotations = find_annotations(cfg, "val")
+    annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
+                                   cfg.NOVEL)
     images = EvaluationImages(annotations)
     images[0]       # a wrong folder is found before a model is loaded
-    fvit = open_detector(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
+    fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
     if annotations.classes != fvit.classes:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
-    results = evaluate(cfg, partial(fvit.detect, rules=score_rules(cfg, cfg.DATASET)), images, ranks)
+    detect = partial(fvit.detect, rules=score_rules(cfg, cfg.DATASET))
+    results = evaluate(cfg, detect, images, ranks)
     if not ranks.is_main:
         return {}
     figures = score(annotations, results, fvit)
@@ -108,19 +98,12 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     return figures
 
 
-def check(cfg: SimpleNamespace) -> None:
-    """Raises UserError on a setting out of its range, before anything is loaded."""
-    settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
-    check_scores(cfg)
-
-
 def check_scores(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting of the scores that is out of its range."""
     settings.check_min(cfg, MOST=1, TEMPERATURE=0, TAU=0)
+    settings.check(cfg, **{name: (0 <= (getattr(cfg, name) or 0) <= 1, "from 0 to 1")
+                           for name in ("A", "B", "LEAST", "NMS")})
     check_precision(cfg.PRECISION)
-    for name in ("A", "B", "LEAST", "NMS"):
-        if not 0 <= (getattr(cfg, name) or 0) <= 1:
-            raise UserError(f"{name} is {getattr(cfg, name)}; it must be from 0 to 1.")
 
 
 def trained_with(path: str) -> str:
@@ -137,20 +120,11 @@ def detector_settings(path: str) -> dict:
     return read_record(path).get("settings", {}) if Path(path).is_file() else {}
 
 
-def open_detector(path: str, backbone: str | None) -> FViT:
-    """The detector of a checkpoint, on the file of its backbone, None for the recorded one."""
-    if backbone and not Path(backbone).is_file():
-        raise UserError(f"There is no backbone {backbone}; give the file that the detector was "
-                        "trained on.")
-    clip = open_backbone(detector_settings(path) | {"BACKBONE": backbone}) if backbone else None
-    return open_fvit(path, clip)
-
-
 def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
-    """What RULES has for a data set, by default OV-COCO's, but for the settings that are given."""
-    given = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
-    return RULES.get(dataset, ScoreRules())._replace(**{
-        name: value for name, value in given.items() if value is not None})
+    """What SCORE_RULES has for a data set, but for the settings that say something else."""
+    asked = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
+    return SCORE_RULES.get(dataset, ScoreRules())._replace(**{
+        name: value for name, value in asked.items() if value is not None})
 
 
 def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detections]],
@@ -172,9 +146,9 @@ def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detecti
 def score(annotations: Annotations, results: list[dict], fvit: FViT) -> dict:
     """The figures of boxes, and of masks where detector and data have them (see summarize)."""
     groups = groups_of(annotations, fvit.seen)
-    has_masks = all("segmentation" in each for each in results) and all(
-        each.get("segmentation") for each in annotations.objects)
-    ways = {"boxes": False} | ({"masks": True} if results and has_masks else {})
+    has_masks = results and all("segmentation" in result for result in results) and all(
+        entry.get("segmentation") for entry in annotations.objects)
+    ways = {"boxes": False} | ({"masks": True} if has_masks else {})
     return {way: summarize(precisions(annotations, results, masks), annotations.classes, groups)
             for way, masks in ways.items()}
 

@@ -4,7 +4,7 @@
     fvit.set_classes(["person", "red kite"])            # any names, without training
     detections, = fvit.detect([read_image("photo.jpg")])
 
-Of the CLIP's vision tower four blocks' outputs become a feature pyramid. SampledRegions are proposed and
+Four blocks' outputs of the CLIP's vision tower become a feature pyramid. Regions are proposed and
 found there as in Mask R-CNN; their names come from a comparison with text embeddings. In training
 this is the detector's alone; in use the CLIP's own dense features, which know all classes, have a
 say as well (`fuse_scores`): where those are DeCLIP's, novel classes are found.
@@ -31,12 +31,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image, roi_align
 
-from data import Classes, constant, fitted_size, normalize, pad_to, resize
+from data import constant, fitted_size, normalize, pad_to, resize
 from downstream.detection import Detections
-from model import DeCLIP, encode_classes, open_model, recorded_model, region_features
+from eval_region import open_model
+from model import DeCLIP, region_features
 from util import UserError, distributed
 from util.files import find
-from util.weights import checksum, read_record, read_weights, write_checkpoint
+from util.text import find_templates
+from util.towers import recorded_model
+from util.weights import check_fit, read_record, read_weights, state_checksum, write_checkpoint
 
 
 class Design(NamedTuple):
@@ -66,7 +69,8 @@ class Target(NamedTuple):
 
 
 class ScoreRules(NamedTuple):
-    """How regions are scored and chosen. The defaults are DeCLIP's for OV-COCO."""
+    """How regions are scored and chosen. The defaults are OV-COCO's: published, but T, which is the
+    paper's for DeCLIP (section 9.2)."""
     a: float = 0.1                  # share of the VLM in the scores of seen classes
     b: float = 0.8                  # and of novel ones
     temperature: float = 45.0       # T, factor of the VLM's cosines
@@ -83,7 +87,7 @@ class ScoreRules(NamedTuple):
 RATIOS = (0.5, 1.0, 2.0)            # height : width of the anchors of a place
 ANCHOR_SCALE = 8                    # side of an anchor in strides
 REGION_STDS = (0.1, 0.1, 0.2, 0.2)  # of the regions' deltas; the anchors' have 1
-MAX_GROWTH = math.log(1000 / 16)   # of a side by a delta
+MAX_GROWTH = math.log(1000 / 16)    # of a side by a delta
 
 
 def make_anchors(stride: float, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -199,23 +203,20 @@ def mean_over_ranks(count: int, device: torch.device) -> Tensor:
 class SampledRegions(NamedTuple):
     """The sampled regions of a training image; those that an object owns come first."""
     boxes: Tensor       # (n, 4)
-    matched: Tensor       # (p,) the object of each of the first p regions
+    matched: Tensor     # (p,) the object of each of the first p regions
     labels: Tensor      # (n,) class; K for background
+    owned = property(lambda self: self.boxes[:len(self.matched)])       # (p, 4)
 
 
 # ------------------------------------------------------------------------ the parts of the detector
-
-def batch_norm(channels: int) -> nn.Module:
-    """Statistics over all images; train.py makes them those of all GPUs."""
-    return nn.BatchNorm2d(channels)
-
 
 def group_norm(channels: int) -> nn.Module:
     """Statistics of each image or region alone."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-NORMS = {"batch": batch_norm, "group": group_norm}
+# Batch norm's statistics are those of all images; train.py makes them those of all GPUs'.
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
 
 
 def conv(channels: int, out: int, side: int, norm: Callable | None, relu: bool = True
@@ -348,7 +349,7 @@ class FViT(nn.Module):
         text = encode_names(backbone, classes, design.templates) if text is None else text
         self.register_buffer("text", text.clone())
         self.name_classes(classes, seen)
-        self.trained = {clean(name) for name, is_seen in zip(classes, seen) if is_seen}
+        self.trained = {clean_name(name) for name, is_seen in zip(classes, seen) if is_seen}
         self.eval()
 
     def name_classes(self, classes: Sequence[str], seen: Sequence[bool]) -> None:
@@ -361,9 +362,9 @@ class FViT(nn.Module):
                     cache: str | None = None) -> None:
         """What is detected from now on. seen: None for the names that training has seen.
 
-        cache: see model.encode_classes. Raises UserError if the backbone has no text tower.
+        cache: as DeCLIP.encode_text's. Raises UserError if the backbone has no text tower.
         """
-        seen = [clean(name) in self.trained for name in names] if seen is None else seen
+        seen = [clean_name(name) in self.trained for name in names] if seen is None else seen
         text = encode_names(self.backbone, names, self.design.templates, cache)
         self.text = text.to(self.text.device)
         self.name_classes(names, seen)
@@ -414,7 +415,7 @@ class FViT(nn.Module):
         losses = self.proposal_losses(scores, deltas, torch.cat(anchors),
                                       list(zip(targets, generators)))
         proposals = self.propose(scores, deltas, anchors, [image.shape[-2:] for image in images])
-        regions = [self.sample_regions(*given) for given in zip(proposals, targets, generators)]
+        regions = list(map(self.sample_regions, proposals, targets, generators))
         return losses | self.region_losses(levels, regions, targets)
 
     def only_seen(self, target: Target) -> Target:
@@ -467,25 +468,24 @@ class FViT(nn.Module):
         positive, negative = sample(matched, self.design.regions, 0.25, generator)
         background = torch.full_like(negative, len(self.classes))
         return SampledRegions(boxes[torch.cat([positive, negative])], matched[positive],
-                       torch.cat([target.labels[matched[positive]], background]))
+                              torch.cat([target.labels[matched[positive]], background]))
 
-    def region_losses(self, levels: list[Tensor], regions: list[SampledRegions], targets: list[Target]
-                      ) -> dict[str, Tensor]:
+    def region_losses(self, levels: list[Tensor], regions: list[SampledRegions],
+                      targets: list[Target]) -> dict[str, Tensor]:
         """Classification and box regression, divided by the number of all regions; masks."""
-        pooled = pool_regions(levels, self.strides, [each.boxes for each in regions], REGION_SIDE)
+        boxes = [sampled.boxes for sampled in regions]
+        pooled = pool_regions(levels, self.strides, boxes, REGION_SIDE)
         embeddings, deltas = self.box_head(pooled)
         count = mean_over_ranks(len(pooled), pooled.device)
-        losses = {"class": self.class_loss(embeddings, torch.cat([r.labels for r in regions]),
-                                           count)}
-        owned = [each.boxes[:len(each.matched)] for each in regions]
-        wanted = torch.cat([encode_boxes(target.boxes[each.matched], boxes, REGION_STDS)
-                            for target, each, boxes in zip(targets, regions, owned)])
-        of_owned = torch.cat([delta[:len(each.matched)] for delta, each in zip(
-            deltas.split([len(each.boxes) for each in regions]), regions)])
-        losses["box"] = F.l1_loss(of_owned, wanted, reduction="sum") / count
-        if self.mask_head:
-            losses["mask"] = self.mask_loss(levels, owned, regions, targets)
-        return losses
+        labels = torch.cat([sampled.labels for sampled in regions])
+        wanted = torch.cat([encode_boxes(target.boxes[sampled.matched], sampled.owned, REGION_STDS)
+                            for target, sampled in zip(targets, regions)])
+        of_owned = torch.cat([delta[:len(sampled.matched)] for delta, sampled
+                              in zip(deltas.split(list(map(len, boxes))), regions)])
+        losses = {"class": self.class_loss(embeddings, labels, count),
+                  "box": F.l1_loss(of_owned, wanted, reduction="sum") / count}
+        return losses | ({"mask": self.mask_loss(levels, regions, targets)}
+                         if self.mask_head else {})
 
     def class_loss(self, embeddings: Tensor, labels: Tensor, count: Tensor) -> Tensor:
         """Cross-entropy over seen classes and background of tau * cosine."""
@@ -495,12 +495,13 @@ class FViT(nn.Module):
         is_background = labels == len(self.classes)
         return torch.where(is_background, self.design.background * losses, losses).sum() / count
 
-    def mask_loss(self, levels: list[Tensor], boxes: list[Tensor], regions: list[SampledRegions],
+    def mask_loss(self, levels: list[Tensor], regions: list[SampledRegions],
                   targets: list[Target]) -> Tensor:
         """BCE of the masks of the regions that an object owns, on 28 x 28; the mean."""
+        boxes = [sampled.owned for sampled in regions]
         logits = self.mask_head(pool_regions(levels, self.strides, boxes, MASK_SIDE))
-        wanted = torch.cat([cut_masks(target.masks, each.matched, of_image)
-                            for target, each, of_image in zip(targets, regions, boxes)])
+        wanted = torch.cat([cut_masks(target.masks, sampled.matched, sampled.owned)
+                            for target, sampled in zip(targets, regions)])
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
         return loss / mean_over_ranks(wanted.numel(), loss.device)
 
@@ -520,17 +521,19 @@ class FViT(nn.Module):
         proposals = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
         embeddings, deltas = self.box_head(pool_regions(levels, self.strides, proposals,
                                                         REGION_SIDE))
-        deltas = deltas.split([len(each) for each in proposals])
-        boxes = [decode_boxes(*given, REGION_STDS) for given in zip(deltas, proposals, sizes)]
-        seen_at = [each / self.design.image_size
-                   for each in (boxes if rules.at_boxes else proposals)]
+        counts = list(map(len, proposals))
+        boxes = [decode_boxes(delta, regions, size, REGION_STDS)
+                 for delta, regions, size in zip(deltas.split(counts), proposals, sizes)]
+        seen_at = [regions / self.design.image_size
+                   for regions in (boxes if rules.at_boxes else proposals)]
         vlm = F.normalize(region_features(self.vlm_map(taps[-1]), seen_at), dim=-1)
-        scores = self.fuse_scores(embeddings, vlm, rules).split([len(each) for each in boxes])
-        found = [choose(*given, rules) for given in zip(boxes, scores)]
-        has_masks = rules.masks and self.mask_head is not None
-        masks = self.find_masks(levels, [each[0] for each in found]) if has_masks else None
-        return [to_pixels(each, size, image.shape[-2:], masks[number] if has_masks else None)
-                for number, (each, size, image) in enumerate(zip(found, sizes, images))]
+        scores = self.fuse_scores(embeddings, vlm, rules).split(counts)
+        chosen = [choose(regions, score, rules) for regions, score in zip(boxes, scores)]
+        masks = [None] * len(images)
+        if rules.masks and self.mask_head:
+            masks = self.find_masks(levels, [regions for regions, _, _ in chosen])
+        return [to_pixels(found, size, image.shape[-2:], mask)
+                for found, size, image, mask in zip(chosen, sizes, images, masks)]
 
     def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: ScoreRules) -> Tensor:
         """The detector's and the VLM's unit vectors of regions, (n, C) each -> scores (n, K).
@@ -543,18 +546,22 @@ class FViT(nn.Module):
         share = torch.where(self.is_seen, rules.a, rules.b)
         return (p_det ** (1 - share) * p_vlm ** share)[:, :-1]
 
-    def find_masks(self, levels: list[Tensor], boxes: list[Tensor]) -> list[Tensor]:
+    def find_masks(self, levels: list[Tensor], boxes: list[Tensor]) -> Sequence[Tensor]:
         """The probabilities of the boxes' masks, (n, 28, 28) for each image."""
         logits = self.mask_head(pool_regions(levels, self.strides, boxes, MASK_SIDE))
-        return list(logits.sigmoid().split([len(each) for each in boxes]))
+        return logits.sigmoid().split(list(map(len, boxes)))
 
     # ------------------------------------------------------------------------------ the file
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a file keeps: weights, text, statistics of norms, but not the backbone."""
+        return {name: value for name, value in self.state_dict().items()
+                if not name.startswith("backbone.")}
 
     def save(self, path: str | Path, settings: dict | None = None) -> None:
         """Writes a file that describes itself; of the backbone it has a checksum and `settings`,
         which say how to open it."""
-        state = {name: value.detach().cpu().contiguous()
-                 for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state().items()}
         about = {"classes": self.classes, "seen": self.seen, "design": self.design._asdict(),
                  "tau": self.tau.item(), "backbone": backbone_checksum(self.backbone)}
         write_checkpoint(path, state, self.backbone.describe() | {
@@ -652,18 +659,18 @@ def vild_sentences() -> list[Callable[[str], str]]:
                 for article in ("a", "the")]
     of_name += ["an embroidered X", "the embroidered X"]
     of_name += ["a painting of a X", "a painting of the X"]         # "a" before vowels, too
-    return [partial(fill, sentence) for sentence in of_name]
+    return [partial(fill_sentence, sentence) for sentence in of_name]
 
 
-def fill(sentence: str, name: str) -> str:
+def fill_sentence(sentence: str, name: str) -> str:
     """A sentence about a name; those without a verb begin with "This is"."""
-    name = clean(name)
+    name = clean_name(name)
     article = "an" if name[:1] in tuple("aeiou") else "a"
     text = sentence.replace("a(X)", f"{article} {name}").replace("X", name)
     return ("This is " if text.startswith(("a", "the ")) else "") + text + "."
 
 
-def clean(name: str) -> str:
+def clean_name(name: str) -> str:
     """A data set's class name as words: "bow_(weapon)/arc." -> "bow (weapon) or arc"."""
     return name.replace("_", " ").replace("/", " or ").lower().rstrip(".").strip()
 
@@ -672,19 +679,18 @@ def encode_names(clip: DeCLIP, names: Sequence[str], templates: str, cache: str 
                  ) -> Tensor:
     """Names and "background" -> their embeddings (K + 1, C), L2-normalised.
 
-    templates: vild, or as in eval_seg.py. cache: see model.encode_classes.
+    templates: vild, or what util.text.find_templates knows. cache: as DeCLIP.encode_text's.
     """
-    words = [*map(clean, names), "background"]
-    classes = Classes(words, words, list(range(len(words))))
-    sentences = vild_sentences() if templates == "vild" else templates
-    return encode_classes(clip, classes, sentences, cache).float().contiguous()
+    sentences = vild_sentences() if templates == "vild" else find_templates(templates)
+    words = [*map(clean_name, names), "background"]
+    return clip.encode_text(words, sentences, cache).float().contiguous()
 
 
 # ---------------------------------------------------------------------------- opening the file
 
 def backbone_checksum(clip: DeCLIP) -> str:
     """8 digits of a vision tower's weights, and of its context and scale."""
-    return checksum(clip.visual.trunk.state_dict(), json.dumps([clip.context, clip.scale]))
+    return state_checksum(clip.visual.trunk.state_dict(), json.dumps([clip.context, clip.scale]))
 
 
 # The settings of train.py that say how the backbone is opened.
@@ -692,13 +698,13 @@ OF_BACKBONE = ("BACKBONE", "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION
 
 
 def open_backbone(settings: dict) -> DeCLIP:
-    """The CLIP of the settings OF_BACKBONE. Raises UserError as model.open_model does."""
-    given = {name: settings.get(name) for name in OF_BACKBONE}
-    return open_model(SimpleNamespace(CKPT=given.pop("BACKBONE"), **given))
+    """The CLIP of the settings OF_BACKBONE. Raises UserError as eval_region.open_model does."""
+    values = {name: settings.get(name) for name in OF_BACKBONE}
+    return open_model(SimpleNamespace(CKPT=values.pop("BACKBONE"), **values))
 
 
 def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
-    """The backbone that a detector's settings name.
+    """The CLIP that a detector's settings name.
 
     Raises UserError if it is not there, or if the file would decide about a download: only weights
     that open_clip itself lists are fetched.
@@ -717,9 +723,10 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     return open_backbone(settings | {"BACKBONE": file})
 
 
-def open_fvit(path: str | Path, backbone: DeCLIP | None = None) -> FViT:
-    """The detector of a `fvit.safetensors`, in eval mode. backbone: None for the one it names.
+def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
+    """The detector of a `fvit.safetensors`, in eval mode.
 
+    backbone: a CLIP, or the file of one; None for the one that the detector's file names.
     Raises UserError if the file is another one, if its backbone is not there, and if a backbone is
     not the one that it was trained on.
     """
@@ -733,6 +740,11 @@ def open_fvit(path: str | Path, backbone: DeCLIP | None = None) -> FViT:
     state, _ = read_weights(path)
     try:
         about, settings = record["fvit"], record["settings"]
+        if isinstance(backbone, str):
+            if not Path(backbone).is_file():
+                raise UserError(f"There is no backbone {backbone}; give the file that the detector "
+                                "was trained on.")
+            backbone = open_backbone(settings | {"BACKBONE": backbone})
         backbone = backbone or recorded_backbone(path, settings)
         if backbone_checksum(backbone) != about["backbone"]:
             raise UserError(f"{path} was trained on another backbone than this "
@@ -741,12 +753,9 @@ def open_fvit(path: str | Path, backbone: DeCLIP | None = None) -> FViT:
                             f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
         fvit = FViT(backbone, about["classes"], about["seen"], Design(**about["design"]),
                     state["text"])
-        missing, unknown = fvit.load_state_dict(state, strict=False)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} has content that downstream/fvit/train.py does not write "
                         f"({str(error).splitlines()[0]}); write or copy it again.") from None
-    missing = [name for name in missing if not name.startswith("backbone.")]
-    if missing or unknown:
-        raise UserError(f"{path} lacks {len(missing)} weights and has {len(unknown)} unknown ones, "
-                        f"the first being {(missing + unknown)[0]}; write or copy it again.")
+    check_fit(path, state, fvit.state(), "the detector that it describes")
+    fvit.load_state_dict(state, strict=False)
     return fvit

@@ -12,8 +12,7 @@ from PIL import Image
 from data import read_classes
 from downstream.catseg import data
 from downstream.catseg.data import BENCHMARKS, LabelledImages, find_evaluation
-from eval_seg import VOID, MissingData
-from toy.world import NAMES
+from util.labels import VOID, MissingData
 
 # An image of 4 x 6: value and class of its first pixels, the rest is void.
 VALUES = {
@@ -89,8 +88,8 @@ def test_classes_of_ade_may_share_their_first_name(tmp_path):
 def test_background_of_pas_20b_is_the_39_other_names_of_pc_59(tmp_path):
     write(tmp_path, "voc20b")
     _, classes = find_evaluation("voc20b", tmp_path)
-    background = [name for name, number in zip(classes.prompts, classes.class_of_prompt) if number == 0]
-    assert len(background) == 39 and classes.names[0] == "background"
+    background = classes.prompts[:39]
+    assert classes.class_of_prompt[:40] == 39 * [0] + [1] and classes.names[0] == "background"
     assert {"sky", "wood", "bag"} < {*background} and not {"sofa", "table", "tv monitor"} & {
         *background}
     assert classes.prompts[39:] == read_classes("classes/voc20.txt").names
@@ -185,10 +184,10 @@ def coco(root, values: np.ndarray, mode: type = np.uint8) -> None:
 def test_coco_stuff_as_it_is_downloaded(tmp_path):
     """The PNGs have a class's id less one: person 0, mirror (66, without a class) 65, wood 181."""
     values = np.array([[0, 181, 255, 65]])
-    benchmark, names = data.find_training("coco_stuff")
     for mode in (np.uint8, np.uint16):      # PNGs of 16 bits are read as well
         coco(tmp_path, values, mode)
-        image, label = LabelledImages(benchmark, tmp_path).read(0)
+        scenes, names = data.find_training("coco_stuff", tmp_path)
+        image, label = LabelledImages(scenes).read(0)
         assert image.shape == (3, 1, 4) and label.tolist() == [[0, 170, VOID, VOID]]
     assert len(names) == 171 and names[0] == "person" and "," not in "".join(names)
 
@@ -197,28 +196,23 @@ def test_coco_stuff_as_it_is_downloaded(tmp_path):
 def test_training_labels_beyond_the_classes(tmp_path, value, mode):
     coco(tmp_path, np.full((2, 2), value), mode)
     with pytest.raises(ValueError, match=f"no class and not void \\({value}\\)"):
-        LabelledImages(data.find_training("coco_stuff")[0], tmp_path).read(0)
+        LabelledImages(data.find_training("coco_stuff", tmp_path)[0]).read(0)
 
 
 def test_damaged_labels_are_a_sentence(tmp_path):
     coco(tmp_path, np.random.default_rng(0).integers(0, 11, (64, 64)))
     path = tmp_path / "coco/stuffthingmaps/train2017/000000000009.png"
     content = bytearray(path.read_bytes())
-    benchmark, _ = data.find_training("coco_stuff")
+    scenes, _ = data.find_training("coco_stuff", tmp_path)
     for damaged in (content[:200], content[:60] + bytes(50) + content[110:], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="can't be read as a label image"):
-            LabelledImages(benchmark, tmp_path).read(0)
+            LabelledImages(scenes).read(0)
 
 
 def test_unknown_training_images():
-    with pytest.raises(ValueError, match="are no training images 'coco'; choose among coco_s"):
-        data.find_training("coco")
-
-
-def test_seen_and_unseen_classes_of_the_toy_world():
-    assert data.find_training("toy")[1] == [NAMES[number] for number in data.SEEN]
-    assert sorted(data.SEEN + data.UNSEEN) == [*range(18)] and len(data.UNSEEN) == 6
+    with pytest.raises(ValueError, match="are no training images 'coco'; choose coco_stuff"):
+        data.find_training("coco", "data")
 
 
 # ----------------------------------------------------------------------------------- augmentation

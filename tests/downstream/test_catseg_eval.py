@@ -15,10 +15,10 @@ from test_catseg_model import NAMES, make
 from data import Classes, make_classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.data import find_evaluation
+from downstream.catseg.eval import Protocol
 from downstream.catseg.model import open_catseg
-from eval_seg import VOID
 from tools import reference_catseg as reference
-from util import settings
+from util.labels import VOID
 
 OPTIONS = {"num_workers": 0, "window_batch": 3}
 
@@ -39,31 +39,27 @@ def checkpoint(segmenter, tmp_path_factory) -> str:
     return str(path)
 
 
-def rules(segmenter, **given):
-    return catseg_eval.protocol(settings.parse(options(**OPTIONS | given), catseg_eval), segmenter)
-
-
 def images() -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (3, *size), generator=rng).byte()
             for size in ((40, 60), (70, 31))]
 
 
-@pytest.mark.parametrize("given", [{}, {"size": 45, "stride": 16}, {"size": 32}],
-                         ids=["published", "last window moved back", "no windows"])
-def test_windows_and_the_whole_image(segmenter, given):
+@pytest.mark.parametrize("sides, size, starts", [
+    ({}, 53, [0, 21]), ({"size": 45, "stride": 16}, 45, [0, 13]), ({"size": 32}, 32, [])],
+    ids=["published", "last window moved back", "no windows"])
+def test_windows_and_the_whole_image(segmenter, sides, size, starts):
     """Of two images of several shapes in one batch, against one view at a time."""
-    cfg, classes = rules(segmenter, **given), make_classes(NAMES)
-    assert given or (cfg.SIZE, cfg.STRIDE) == (53, 21)      # 640 and 256 for windows of 384
+    protocol, classes = Protocol.of(segmenter, **sides, window_batch=3), make_classes(NAMES)
+    assert protocol.size == size    # published: 640 for windows of 384, every 256
     text = catseg_eval.encode(segmenter, classes)
-    found = catseg_eval.predict(cfg, segmenter, classes, text, images())
+    found = catseg_eval.predict(protocol, segmenter, classes, text, images())
     for image, prediction in zip(images(), found):
-        views = catseg_eval.views_of(cfg, segmenter, image)
+        views = catseg_eval.make_views(protocol, segmenter, image)
         with torch.inference_mode():
-            scores = catseg_eval.probabilities(cfg, 32, segmenter.logits(views, text),
+            scores = catseg_eval.probabilities(protocol, segmenter.logits(views, text),
                                                image.shape[1:])
-        starts = {53: [0, 21], 45: [0, 13], 32: []}[cfg.SIZE]
-        expected = reference.probabilities(cfg, segmenter, text, image, starts)
+        expected = reference.probabilities(size, segmenter, text, image, starts)
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
         assert prediction.shape == image.shape[1:]
         assert (prediction == expected.argmax(dim=0)).float().mean() > 0.99
@@ -72,18 +68,18 @@ def test_windows_and_the_whole_image(segmenter, given):
 
 @pytest.mark.parametrize("most", [1, 2 * 53**2 * 5, 2**25])
 def test_names_in_parts_are_names_at_once(segmenter, most):
-    cfg, logits = rules(segmenter), torch.randn(5, 7, 16, 16)
-    whole = catseg_eval.probabilities(cfg, 32, logits, (40, 60)).argmax(dim=0)
-    assert torch.equal(catseg_eval.best_name(cfg, 32, logits, (40, 60), most), whole)
+    protocol, logits = Protocol.of(segmenter), torch.randn(5, 7, 16, 16)
+    whole = catseg_eval.probabilities(protocol, logits, (40, 60)).argmax(dim=0)
+    assert torch.equal(catseg_eval.best_prompt(protocol, logits, (40, 60), most), whole)
 
 
 def test_a_class_has_the_best_of_its_names(segmenter):
-    cfg = rules(segmenter)
-    each, both = make_classes(NAMES), Classes(["a", "b"], NAMES, [0, 0, 1, 0, 1])
-    text = catseg_eval.encode(segmenter, each)
-    one, = catseg_eval.predict(cfg, segmenter, each, text, images()[:1])
-    other, = catseg_eval.predict(cfg, segmenter, both, text, images()[:1])
-    assert torch.equal(other, torch.tensor(both.class_of_prompt)[one])
+    protocol = Protocol.of(segmenter)
+    five, two = make_classes(NAMES), Classes(["a", "b"], NAMES, [0, 0, 1, 0, 1])
+    text = catseg_eval.encode(segmenter, five)
+    of_five, = catseg_eval.predict(protocol, segmenter, five, text, images()[:1])
+    of_two, = catseg_eval.predict(protocol, segmenter, two, text, images()[:1])
+    assert torch.equal(of_two, torch.tensor(two.class_of_prompt)[of_five])
 
 
 def test_every_set_is_scored_by_the_shared_loop(checkpoint, tmp_path, capsys):
@@ -97,11 +93,11 @@ def test_every_set_is_scored_by_the_shared_loop(checkpoint, tmp_path, capsys):
     assert json.loads((tmp_path / "catseg.json").read_text())["benchmarks"] == result
     assert "context459           -   There is no label table" in printed
     segmenter = open_catseg(checkpoint)
-    cfg = rules(segmenter, ckpt=checkpoint)
+    protocol = Protocol.of(segmenter)
     for name in names:
         dataset, classes = find_evaluation(name, tmp_path)
         (image, label), = dataset
-        prediction, = catseg_eval.predict(cfg, segmenter, classes,
+        prediction, = catseg_eval.predict(protocol, segmenter, classes,
                                           catseg_eval.encode(segmenter, classes), [image])
         kept = label != VOID
         expected = []
@@ -126,7 +122,7 @@ def test_ranks_score_what_one_process_does(checkpoint, voc, tmp_path):
     ({"stride": 33}, "SIZE is 53 and STRIDE 33"), ({"batch_size": 0}, "BATCH_SIZE is 0"),
     ({"benchmarks": "ade"}, "There is no benchmark 'ade'"),
     ({"benchmarks": "ade150"}, "ADEChallengeData2016"),
-    ({"data": "no/such"}, "None of the six sets is in no/such; docs/data.md says how"),
+    ({"data": "no/such"}, "None of the benchmarks is in"),
     ({"precision": "int8"}, "PRECISION is 'int8'")])
 def test_refusals_say_what_to_do(checkpoint, voc, given, sentence):
     given = {"ckpt": checkpoint, "data": voc, "benchmarks": "voc20"} | (

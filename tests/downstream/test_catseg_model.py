@@ -6,7 +6,8 @@ from torch import nn
 
 from downstream.catseg import model
 from downstream.catseg.model import CATSeg, Design, linear_attention, open_catseg
-from model import DeCLIP, open_model
+from eval_region import open_model
+from model import DeCLIP
 from tools import reference_catseg as reference
 from util.weights import read_record, write_checkpoint
 
@@ -57,15 +58,15 @@ def test_logits_are_those_of_the_plain_form(name, given, training, classes):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_content_guides_normalised_or_as_it_is(normalize, monkeypatch):
-    segmenter, given = make(normalize=normalize), []
-    monkeypatch.setattr(segmenter.aggregator, "forward", lambda *each: given.extend(each))
+    segmenter, seen = make(normalize=normalize), []
+    monkeypatch.setattr(segmenter.aggregator, "forward", lambda *inputs: seen.extend(inputs))
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         segmenter.logits(images, segmenter.encode_classes())
         content, _ = segmenter.clip.encode_dense(images)
     cosine = nn.functional.normalize(content, dim=1)
-    close(given[0], torch.einsum("bchw,tc->bthw", cosine, segmenter.encode_classes()))
-    torch.testing.assert_close(given[1], cosine if normalize else content)
+    close(seen[0], torch.einsum("bchw,tc->bthw", cosine, segmenter.encode_classes()))
+    torch.testing.assert_close(seen[1], cosine if normalize else content)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
@@ -92,7 +93,8 @@ def test_places_of_other_windows_have_no_influence():
 def test_class_attention_with_padding(training):
     """One token that counts n times against n tokens; in training at half the resolution."""
     block = model.ClassBlock(Design(0, width=32, max_classes=9)).train(training)
-    nn.init.normal_(block.padding), nn.init.normal_(block.padding_guidance)
+    for padding in (block.padding, block.padding_guidance):
+        nn.init.normal_(padding)
     x, guidance = torch.randn(2, 4, 4, 6, 32), torch.randn(2, 4, 1, 1, 32)
     with torch.no_grad():
         found = block(x, guidance)
@@ -209,9 +211,19 @@ def test_a_file_describes_itself(name, given, tmp_path):
     again = open_catseg(tmp_path / "catseg.safetensors")
     again.set_classes(NAMES)
     images = torch.randn(1, 3, 64, 64)
-    close(*(each.logits(images, each.encode_classes()) for each in (again, segmenter)))
+    close(again.logits(images, again.encode_classes()),
+          segmenter.logits(images, segmenter.encode_classes()))
     assert again.design == segmenter.design and again.clip.mean == segmenter.clip.mean
     assert read_record(tmp_path / "catseg.safetensors")["settings"] == {"LR": 1}
+
+
+def test_files_of_before_name_a_field_otherwise(tmp_path):
+    segmenter = make()
+    segmenter.save(tmp_path / "catseg.safetensors")
+    record = read_record(tmp_path / "catseg.safetensors")
+    record["catseg"]["most_classes"] = record["catseg"].pop("max_classes")
+    write_checkpoint(tmp_path / "old.safetensors", segmenter.state_dict(), record)
+    assert open_catseg(tmp_path / "old.safetensors").design == segmenter.design
 
 
 def test_a_segmenter_is_no_clip_and_a_clip_no_segmenter(tmp_path):

@@ -45,9 +45,9 @@ def labelled(tmp_path_factory, scenes) -> Path:
     return folder
 
 
-def run(labelled, out, **given) -> list[dict]:
+def run(labelled, out, **changed) -> list[dict]:
     """Trains a tiny segmenter; returns the lines of log.jsonl."""
-    train.main(options(**TINY | {"images": labelled / "own.json", "out": out} | given))
+    train.main(options(**TINY | {"images": labelled / "own.json", "out": out} | changed))
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -92,11 +92,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path):
 
 def test_two_ranks_train_the_segmenter_of_one(labelled, tmp_path):
     """Accumulation included; text, image tower and aggregator alike."""
-    given = TINY | {"images": labelled / "own.json", "batch_size": 4, "micro_batch": 1,
-                    "iterations": 3}
-    train.main(options(**given, out=tmp_path / "one"))
+    shared = TINY | {"images": labelled / "own.json", "batch_size": 4, "micro_batch": 1,
+                     "iterations": 3}
+    train.main(options(**shared, out=tmp_path / "one"))
     succeeds(warm.ranks("tests/tiny.py", "downstream.catseg.train",
-                        *options(**given, out=tmp_path / "two")))
+                        *options(**shared, out=tmp_path / "two")))
     found = weights(tmp_path / "two")
     for name, weight in weights(tmp_path / "one").items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-5)
@@ -105,21 +105,27 @@ def test_two_ranks_train_the_segmenter_of_one(labelled, tmp_path):
 def test_rates_and_decay_are_of_each_kind_of_weight(labelled):
     """Norms have no decay; weights inside CLIP a hundredth of the rate; cosine to 0."""
     cfg = settings.parse(options(**TINY | {"iterations": 100}), train)
-    segmenter = train.build(cfg, ["cat", "dog"], torch.device("cpu"))
-    optimizer = train.build_optimizer(cfg, segmenter)
-    own, norms, clip = optimizer.param_groups
-    names = {id(weight): name for name, weight in segmenter.named_parameters()}
+    model = train.build(cfg, ["cat", "dog"])
+    own, norms, clip = train.build_optimizer(cfg, model).param_groups
+    names = {id(weight): name for name, weight in model.named_parameters()}
     assert all("norm" in names[id(weight)] for weight in norms["params"])
     assert all(names[id(weight)].startswith("clip.") for weight in clip["params"])
     assert not any("norm" in names[id(weight)] or names[id(weight)].startswith("clip.")
                    for weight in own["params"])
     assert [group["weight_decay"] for group in (own, norms, clip)] == [1e-4, 0, 1e-4]
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
-        train.trained(segmenter))
-    rates = [train.set_learning_rate(cfg, optimizer, step) for step in (0, 50, 100)]
+    assert sum(len(group["params"]) for group in (own, norms, clip)) == len(train.trained(model))
+    rates = [train.learning_rate(cfg, step) for step in (0, 50, 100)]
     assert rates == pytest.approx([1e-3, 5e-4, 0])
-    train.set_learning_rate(cfg, optimizer, 50)
-    assert [group["lr"] for group in (own, norms, clip)] == pytest.approx([5e-4, 5e-4, 5e-6])
+
+
+def test_weights_inside_clip_have_a_hundredth_of_the_rate(labelled, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(
+        [group["lr"] for group in self.param_groups]) or step(self))
+    lines = run(labelled, tmp_path)
+    assert [line["lr"] for line in lines] == pytest.approx([
+        1e-3 / 2 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
+    assert rates == [pytest.approx([line["lr"], line["lr"], line["lr"] / 100]) for line in lines]
 
 
 def test_gradients_are_cut_and_views_sampled_anew(labelled, tmp_path, monkeypatch):
@@ -173,7 +179,7 @@ def test_published_settings():
     assert (openai.ATTENTION, openai.NORMALIZE) == ("catseg", False)
 
 
-@pytest.mark.parametrize("given, sentence", [
+@pytest.mark.parametrize("changed, sentence", [
     ({"images": "coco"}, "There are no training images 'coco'"),
     ({"images": "coco_stuff", "data": "no/such"}, "unpack the data set there in its original"),
     ({"images": "no/such.json"}, "There is no file no/such.json"),
@@ -184,8 +190,8 @@ def test_published_settings():
     ({"precision": "int8"}, "PRECISION is 'int8'"), ({"attention": "sum"}, "ATTENTION is 'sum'"),
     ({"template": "a photo"}, "The template is 'a photo'"),
     ({"ckpt": "no/such.safetensors"}, "There is no checkpoint no/such.safetensors")])
-def test_refusals_say_what_to_do(labelled, tmp_path, given, sentence):
+def test_refusals_say_what_to_do(labelled, tmp_path, changed, sentence):
     with pytest.raises(SystemExit) as error:
-        run(labelled, tmp_path, **given)
+        run(labelled, tmp_path, **changed)
     found = str(error.value)
     assert found.startswith("train.py: ") and sentence in found and "\n" not in found

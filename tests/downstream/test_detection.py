@@ -7,7 +7,6 @@ import io
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,11 +81,6 @@ def change(path: Path, changed) -> None:
     path.write_text(json.dumps(content))
 
 
-def config(**given) -> SimpleNamespace:
-    return SimpleNamespace(**{"DATASET": "ovcoco", "ANNOTATIONS": None, "IMAGES": None,
-                              "NOVEL": None} | given)
-
-
 def numbers(files: list[str]) -> list[int]:
     return [int(Path(file).stem) for file in files]
 
@@ -95,8 +89,8 @@ def numbers(files: list[str]) -> list[int]:
 
 def test_ov_coco_is_derived_from_the_official_files(coco):
     """48 base and 17 novel classes; crowds stay; images without any of their annotations go."""
-    train = find_annotations(config(DATA=coco), "train")
-    val = find_annotations(config(DATA=coco), "val")
+    train = find_annotations("ovcoco", "train", coco)
+    val = find_annotations("ovcoco", "val", coco)
     for annotations in (train, val):
         names = np.array(annotations.classes)
         assert (len(names), sum(annotations.seen)) == (65, 48)
@@ -124,7 +118,7 @@ def test_zero_shot_files_of_other_code_give_the_same(coco, categories):
         if categories == "seen":
             content["categories"] = [each for each in content["categories"] if each["id"] in seen]
     change(own, only_seen)
-    official, given = (find_annotations(config(DATA=coco, ANNOTATIONS=path), "train")
+    official, given = (find_annotations("ovcoco", "train", coco, annotations=path)
                        for path in (None, own))
     assert sorted(given.classes) == sorted(official.classes) and sum(given.seen) == 48
     official, given = DetectionData(official, False), DetectionData(given, False)
@@ -147,7 +141,7 @@ def test_ov_lvis_is_derived_from_the_official_files(coco):
                   for number, (name, letter) in enumerate(zip(names, "rfc"))]
     for split in ("train", "val"):
         write(coco / f"lvis/lvis_v1_{split}.json", images, objects, categories)
-    train, val = (find_annotations(config(DATASET="ovlvis", DATA=coco), split)
+    train, val = (find_annotations("ovlvis", split, coco)
                   for split in ("train", "val"))
     assert (train.classes, train.seen) == (names, [False, True, True])
     assert train.files == [str(coco / "coco/val2017/000000000000.png")] and len(train.objects) == 1
@@ -159,21 +153,21 @@ def test_ov_lvis_is_derived_from_the_official_files(coco):
 def test_ones_own_json_is_split_by_names(coco):
     own = coco / "coco/val2017/own.json"        # beside its images
     own.write_text((coco / "coco/annotations/instances_val2017.json").read_text())
-    cfg = config(DATASET=str(own), NOVEL="cat, parking meter", DATA="no such folder")
-    train, val = find_annotations(cfg, "train"), find_annotations(cfg, "val")
+    train, val = (find_annotations(str(own), split, "no such folder", novel="cat, parking meter")
+                  for split in ("train", "val"))
     assert train.classes == val.classes == COCO_NAMES
     assert [name for name, seen in zip(train.classes, train.seen) if not seen] == [
         "parking meter", "cat"]
     # Images without annotations count when they are evaluated: what is found there is wrong.
     assert numbers(train.files) == [0, 3] and numbers(val.files) == [0, 1, 2, 3, 4]
-    assert sum(find_annotations(config(DATASET=str(own)), "train").seen) == 80
-    assert groups_of(find_annotations(config(DATASET=str(own)), "val"), [True] * 80) == {}
+    assert sum(find_annotations(str(own), "train").seen) == 80
+    assert groups_of(find_annotations(str(own), "val"), [True] * 80) == {}
 
 
 # --------------------------------------------------------------------------------------- objects
 
 def test_objects_are_as_they_are_labelled(coco):
-    train = find_annotations(config(DATA=coco, DATASET="coco"), "train")
+    train = find_annotations("coco", "train", coco)
     objects = DetectionData(train, masks=True).read(0)
     assert objects.boxes.tolist() == [[10, 12, 30, 42], [3, 4, 23, 14]]
     for (x0, y0, x1, y1), mask in zip(objects.boxes.int().tolist(), objects.masks):
@@ -195,16 +189,16 @@ def test_only_boxes_inside_the_image_are_trained_with(coco, bbox, more, expected
     path = coco / "coco/annotations/instances_train2017.json"
     change(path, lambda content: content.update(annotations=[
         annotation(40, "car", 1, 2, 10, 10), annotation(40, "person", *bbox, **more)]))
-    data = DetectionData(find_annotations(config(DATA=coco), "train"), masks=False)
+    data = DetectionData(find_annotations("ovcoco", "train", coco), masks=False)
     found = [box.tolist() for box, label in zip(*data.read(0)[1:3])
              if data.classes[label] == "person"]
-    assert found == ([expected] if expected else []) and data.left_out == (expected is None)
+    assert found == ([expected] if expected else [])
 
 
 def test_an_annotation_that_says_no_area_counts(coco):
     change(coco / "coco/annotations/instances_val2017.json",
            lambda content: [each.pop("area") for each in content["annotations"]])
-    val = find_annotations(config(DATA=coco), "val")
+    val = find_annotations("ovcoco", "val", coco)
     perfect = [encode_detections(0, Detections(torch.tensor([[10.0, 12, 30, 42]]),
                                                torch.tensor([0.9]), torch.tensor([0]), None))]
     result = summarize(precisions(val, sum(perfect, [])), val.classes, {})
@@ -214,10 +208,10 @@ def test_an_annotation_that_says_no_area_counts(coco):
 
 def test_the_fingerprint_is_that_of_the_objects(coco):
     path = coco / "coco/annotations/instances_train2017.json"
-    first, again = (DetectionData(find_annotations(config(DATA=coco), "train"), False).fingerprint
+    first, again = (DetectionData(find_annotations("ovcoco", "train", coco), False).fingerprint
                     for _ in range(2))
     change(path, lambda content: content["annotations"][0].update(bbox=[11, 12, 20, 30]))
-    moved = DetectionData(find_annotations(config(DATA=coco), "train"), False).fingerprint
+    moved = DetectionData(find_annotations("ovcoco", "train", coco), False).fingerprint
     assert first == again != moved
 
 
@@ -227,7 +221,7 @@ def test_the_fingerprint_is_that_of_the_objects(coco):
 def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     """Against a direct search: the view is found in the resized image, mirrored or not, and boxes
     and masks are where it is."""
-    objects = DetectionData(find_annotations(config(DATA=coco, DATASET="coco"), "train"),
+    objects = DetectionData(find_annotations("coco", "train", coco),
                             masks=True).read(0)
     view = augment(objects, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
     whole = resize(objects.image, 72, 72)
@@ -253,7 +247,7 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
 
 def test_views_are_random_and_repeatable(coco):
     """Sizes cover the range, half are mirrored; a key alone decides."""
-    objects = DetectionData(find_annotations(config(DATA=coco), "train"), False).read(0)
+    objects = DetectionData(find_annotations("ovcoco", "train", coco), False).read(0)
     views = [augment(objects, f"0-0-{number}", side=32) for number in range(120)]
     again = augment(objects, "0-0-7", side=32)
     assert all(torch.equal(one, other) for one, other in zip(views[7], again))
@@ -269,7 +263,7 @@ def test_views_are_random_and_repeatable(coco):
 
 def test_a_view_shows_an_object_if_there_is_one(coco):
     """A small object in a large image would be missed by most crops."""
-    objects = DetectionData(find_annotations(config(DATA=coco), "train"), False).read(0)
+    objects = DetectionData(find_annotations("ovcoco", "train", coco), False).read(0)
     corner = objects._replace(boxes=torch.tensor([[1.0, 1, 16, 16]]))
     views = [augment(corner, str(number), side=24, scales=(2, 2)) for number in range(30)]
     assert all(len(view.boxes) == 1 for view in views)
@@ -298,7 +292,7 @@ def synthetic(seed: int = 0) -> tuple[Annotations, list[dict], dict]:
                 moved = np.array(bbox) + draw.normal(0, 4, 4)
                 guess = label if draw.random() < 0.8 else int(draw.integers(4))
                 found.append((image, guess, moved.tolist(), draw.random()))
-    annotations = Annotations(Path("x.json"), DetectionBenchmark(None, ("", "")), images, [], truth,
+    annotations = Annotations(Path("x.json"), DetectionBenchmark(), images, [], truth,
                               list(range(4)), list("abcd"), [True] * 4, [""] * 4)
     results = []
     for image, label, (x, y, width, height), score in found:
@@ -364,7 +358,7 @@ def test_lvis_counts_what_was_looked_for():
               for id, (negative, partly) in enumerate([([], []), ([7], []), ([], []), ([], [7])])]
     truth = [{"image_id": image, "category_id": 7, "bbox": box, "area": 1600,
               "segmentation": polygon(*box)} for image in (0, 3)]
-    annotations = Annotations(Path("x.json"), DetectionBenchmark(None, ("", ""), is_lvis=True, most=300),
+    annotations = Annotations(Path("x.json"), DetectionBenchmark(is_lvis=True, most=300),
                               images, [], truth, [7, 9], ["a", "b"], [False, True], ["r", "f"])
 
     def ap(*wrong: int) -> float:
@@ -408,22 +402,22 @@ def put(field: str, value: object, of: str = "annotations"):
 def test_a_wrong_json_is_one_sentence(coco, changed, words):
     change(coco / "coco/annotations/instances_train2017.json", changed)
     with pytest.raises(UserError) as error:
-        find_annotations(config(DATA=coco), "train")
+        find_annotations("ovcoco", "train", coco)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("given, words", [
-    ({"DATASET": "cocoo"}, "There is no data set 'cocoo'"),
-    ({"DATASET": "objects365"}, "is only to evaluate with"),
-    ({"DATASET": "ovlvis"}, "lvis_v1_train.json; unpack"),
-    ({"ANNOTATIONS": "no.json"}, "no.json; unpack"),
-    ({"NOVEL": "cat, dogg"}, "has no category 'dogg'; did you mean 'dog'?"),
-    ({"NOVEL": "person"}, "has no object of a class that training may see")])
+    ({"dataset": "cocoo"}, "There is no data set 'cocoo'"),
+    ({"dataset": "objects365"}, "is only to evaluate with"),
+    ({"dataset": "ovlvis"}, "lvis_v1_train.json; unpack"),
+    ({"annotations": "no.json"}, "no.json; unpack"),
+    ({"novel": "cat, dogg"}, "has no category 'dogg'; did you mean 'dog'?"),
+    ({"novel": "person"}, "has no object of a class that training may see")])
 def test_a_wrong_setting_is_one_sentence(coco, given, words):
     change(coco / "coco/annotations/instances_train2017.json", lambda content: content.update(
         annotations=content["annotations"][:1]))
     with pytest.raises(UserError) as error:
-        find_annotations(config(**{"DATA": coco} | given), "train")
+        find_annotations(**{"dataset": "ovcoco", "split": "train", "data": coco} | given)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -431,11 +425,11 @@ def test_all_classes_novel_is_one_sentence(coco):
     own = coco / "coco/val2017/own.json"
     write(own, [], [], [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}])
     with pytest.raises(UserError, match="All 2 classes of"):
-        find_annotations(config(DATASET=str(own), NOVEL="dog, cat"), "train")
+        find_annotations(str(own), "train", novel="dog, cat")
 
 
 def test_an_image_of_another_size_is_left_out_and_named(coco):
-    train = find_annotations(config(DATA=coco), "train")
+    train = find_annotations("ovcoco", "train", coco)
     Image.new("RGB", (9, 9)).save(train.files[0])
     sample = DetectionData(train, masks=False)[0]
     (path, reason), = sample.skipped
@@ -446,8 +440,8 @@ def test_an_image_of_another_size_is_left_out_and_named(coco):
 
 def test_a_mask_that_is_none_leaves_its_image_out(coco):
     change(coco / "coco/annotations/instances_train2017.json", put("segmentation", [[1, 2]]))
-    data = DetectionData(find_annotations(config(DATA=coco), "train"), masks=True)
+    data = DetectionData(find_annotations("ovcoco", "train", coco), masks=True)
     assert "an entry of another form" in data[0].skipped[0][1]
     change(coco / "coco/annotations/instances_train2017.json", without("segmentation"))
     with pytest.raises(UserError, match="an entry without the field 'segmentation'"):
-        DetectionData(find_annotations(config(DATA=coco), "train"), masks=True)
+        DetectionData(find_annotations("ovcoco", "train", coco), masks=True)

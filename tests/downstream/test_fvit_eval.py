@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from downstream.detection import DetectionData, Detections, find_annotations
 from downstream.fvit import eval as evaluation
-from downstream.fvit.model import Design, FViT, ScoreRules
+from downstream.fvit.model import Design, FViT, ScoreRules, open_fvit
 from model import DeCLIP
 from util import settings
 
@@ -37,32 +37,27 @@ def arguments(checkpoint, dataset, out, **given) -> list[str]:
                       "num_workers": 0, "batch_size": 2, "least": 0} | given)
 
 
-def config(checkpoint, dataset, **given):
-    return settings.parse(arguments(checkpoint, dataset, "out", **given), evaluation)
-
-
-def perfect(cfg, labels=lambda labels: labels):
+def perfect(dataset, labels=lambda labels: labels):
     """A detector that knows the scenes; labels: changes what it calls the objects."""
-    data = DetectionData(find_annotations(cfg, "val"), masks=True)
+    data = DetectionData(find_annotations(str(dataset), "val"), masks=True)
     known = {objects.image.sum().item(): objects for objects in map(data.read, range(len(data)))}
 
     def detect(self, images, rules):
         found = [known[image.sum().item()] for image in images]
-        return [Detections(each.boxes, torch.linspace(0.9, 0.5, len(each.boxes)),
-                           labels(each.labels), list(each.masks)) for each in found]
+        return [Detections(objects.boxes, torch.linspace(0.9, 0.5, len(objects.boxes)),
+                           labels(objects.labels), list(objects.masks)) for objects in found]
     return detect
 
 
 def test_a_perfect_detector_has_100(checkpoint, scenes_json, tmp_path, monkeypatch):  # noqa: F811
     """By boxes and by masks, novel and base; one that calls novel objects discs has 0 of those."""
-    cfg = config(checkpoint, scenes_json)
-    monkeypatch.setattr(FViT, "detect", perfect(cfg))
+    monkeypatch.setattr(FViT, "detect", perfect(scenes_json))
     figures = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))
     for way in ("boxes", "masks"):
         assert figures[way]["AP"] == pytest.approx(100), way
         assert figures[way]["groups"]["novel"]["AP50"] == pytest.approx(100)
     assert json.loads((tmp_path / "instances.json").read_text())["boxes"] == figures["boxes"]
-    monkeypatch.setattr(FViT, "detect", perfect(cfg, lambda labels: labels.clamp(min=1)))
+    monkeypatch.setattr(FViT, "detect", perfect(scenes_json, lambda labels: labels.clamp(min=1)))
     groups = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))["boxes"]["groups"]
     assert groups["novel"] == {"AP": 0, "AP50": 0}
     assert 50 < groups["base"]["AP50"] < 100        # boxes are found, discs too many
@@ -88,11 +83,11 @@ def test_transfer_swaps_the_names(checkpoint, scenes_json, tmp_path, monkeypatch
 
     def detect(self, images, rules):
         seen.update(classes=self.classes, seen=self.seen, text=self.text)
-        return perfect(config(checkpoint, other))(self, images, rules)
+        return perfect(other)(self, images, rules)
     monkeypatch.setattr(FViT, "detect", detect)
     figures = evaluation.main(arguments(checkpoint, other, tmp_path))
     assert seen["classes"] == ["kite", "ground", "Disc"] and seen["seen"] == [False, False, True]
-    own = evaluation.open_detector(str(checkpoint), None).text
+    own = open_fvit(checkpoint).text
     torch.testing.assert_close(seen["text"][1:3], own[:2])
     assert figures["boxes"]["AP"] == pytest.approx(100)
     # What is novel may be said, too.
@@ -100,19 +95,22 @@ def test_transfer_swaps_the_names(checkpoint, scenes_json, tmp_path, monkeypatch
     assert set(figures["boxes"]["groups"]) == {"novel", "base"}
 
 
-@pytest.mark.parametrize("name", ["ovcoco", "ovlvis"])
-def test_presets_are_the_rules_of_their_data_sets(name):
-    cfg = settings.parse([f"@presets/fvit_{name}.txt"], evaluation)
-    assert evaluation.score_rules(cfg, "unknown") == evaluation.RULES[name]
-    assert cfg.DATASET == name
+@pytest.mark.parametrize("dataset, preset, expected", [
+    ("ovcoco", [], (0.1, 0.8, 45, 0.01, 0.4, 100, False, None, True)),
+    ("my.json", [], (0.1, 0.8, 45, 0.01, 0.4, 100, False, None, True)),
+    ("ovlvis", [], (0.1, 0.6, 90, 1e-4, 0.5, 300, False, None, True)),
+    ("ovlvis", ["@presets/fvit_ovlvis_l14.txt"], (0.1, 0.4, 90, 1e-4, 0.5, 300, False, None, True)),
+    ("coco", [], (0.2, 0.2, 120, 1e-4, 0.5, 300, False, 50, False)),
+    ("objects365", [], (0.3, 0.3, 120, 1e-4, 0.5, 300, False, 50, False))])
+def test_scores_are_those_published_for_a_data_set(dataset, preset, expected):
+    cfg = settings.parse(preset, evaluation)
+    assert evaluation.score_rules(cfg, dataset) == ScoreRules(*expected)
 
 
-def test_given_scores_replace_those_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
+def test_given_scores_replace_those_of_the_data_set():
     cfg = settings.parse(["--a", "0", "--temperature", "120", "--at_boxes"], evaluation)
     expected = ScoreRules(a=0, b=0.6, temperature=120, least=1e-4, nms=0.5, most=300, at_boxes=True)
     assert evaluation.score_rules(cfg, "ovlvis") == expected
-    transfer = evaluation.RULES["coco"]
-    assert transfer.a == transfer.b == 0.2 and transfer.tau == 50 and not transfer.masks
 
 
 def test_the_data_set_is_that_of_the_training(checkpoint):
@@ -124,7 +122,7 @@ def test_the_data_set_is_that_of_the_training(checkpoint):
 def test_a_backbone_may_lie_elsewhere(checkpoint, tmp_path):
     moved = checkpoint.with_name("declip.safetensors").rename(tmp_path / "moved.safetensors")
     try:
-        fvit = evaluation.open_detector(str(checkpoint), str(moved))
+        fvit = open_fvit(checkpoint, str(moved))
     finally:
         moved.rename(checkpoint.with_name("declip.safetensors"))
     assert fvit.classes == NAMES
@@ -148,7 +146,7 @@ def test_bad_input_is_one_sentence(checkpoint, scenes_json, tmp_path, given, wor
 
 
 def test_a_json_of_training_is_not_evaluated_by_default(checkpoint, tmp_path):
-    fvit = evaluation.open_detector(str(checkpoint), None)
+    fvit = open_fvit(checkpoint)
     fvit.save(tmp_path / "fvit.safetensors", {"DATASET": "my/train.json"})
     with pytest.raises(SystemExit, match="was trained with my/train.json; say what to evaluate on"):
         evaluation.main(options(ckpt=tmp_path / "fvit.safetensors"))

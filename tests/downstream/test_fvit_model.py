@@ -132,10 +132,11 @@ def assign_slowly(overlaps, positive, negative, best):
     for row in overlaps.tolist():
         highest = max(row)
         matched.append(row.index(highest) if highest >= positive
-                     else BACKGROUND if highest < negative else IGNORE)
+                       else BACKGROUND if highest < negative else IGNORE)
     for number, column in enumerate(overlaps.T.tolist()):
         if best is not None and max(column) >= best:
-            matched = [number if value == max(column) else own for value, own in zip(column, matched)]
+            matched = [number if value == max(column) else own
+                       for value, own in zip(column, matched)]
     return matched
 
 
@@ -218,7 +219,7 @@ def test_regions_are_proposals_and_true_boxes(fvit, keep_best):
                                   model.make_generator("key", torch.device("cpu")))
     matched = dict(zip(map(tuple, regions.boxes.tolist()), regions.matched.tolist()))
     assert matched == {(0, 0, 20, 10): 0, (3, 0, 20, 10): 1, (2, 0, 20, 10): 1 - keep_best,
-                     (3.5, 0, 20, 10): 1}
+                       (3.5, 0, 20, 10): 1}
     assert regions.boxes.shape == (6, 4)
     assert regions.labels.tolist() == [*target.labels[regions.matched].tolist(), 3, 3]
     many = model.FViT.sample_regions(fvit, random_boxes(200), target,
@@ -435,8 +436,9 @@ def test_other_backbones(name):
     losses = fvit.train()(images, targets)
     assert set(losses) == {"proposal class", "proposal box", "class", "box", "mask"}
     assert all(loss.isfinite() for loss in losses.values())
-    found = fvit.eval().detect([(image * 255).byte() for image in images], ScoreRules(least=0, most=3))
-    assert [each.masks[0].shape for each in found] == [(64, 48), (40, 64)]
+    pictures = [(image * 255).byte() for image in images]
+    found = fvit.eval().detect(pictures, ScoreRules(least=0, most=3))
+    assert [detections.masks[0].shape for detections in found] == [(64, 48), (40, 64)]
 
 
 # ---------------------------------------------------------------------------------------- learning
@@ -593,7 +595,7 @@ def test_files_that_are_no_detector(saved, tmp_path, clip):
     for broken, sentence in (({"classes": NAMES}, "has content that .* does not write"),
                              ({**record["fvit"], "design": {"depth": 3}}, "does not write"),
                              ({**record["fvit"], "design": SMALL._replace(
-                                 masks=True)._asdict()}, r"lacks \d+ weights")):
+                                 masks=True)._asdict()}, r"does not fit .*: \d+ weights are")):
         model.write_checkpoint(path, of_detector, record | {"fvit": broken})
         with pytest.raises(UserError, match=sentence):
             open_fvit(path, clip)

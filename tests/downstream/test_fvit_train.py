@@ -11,12 +11,12 @@ from conftest import draw_scene, options, succeeds
 from PIL import Image
 from pycocotools import mask as coco_masks
 
-from data import read_image
 from downstream import detection
 from downstream.fvit import train
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from model import DeCLIP
 from util import distributed, settings
+from util.images import read_image
 
 TINY = {"backbone": "none", "model": "tiny-eva", "pretrained": "none", "cache": "none",
         "templates": "{}", "image_size": 64, "channels": 16, "anchors": 64, "regions": 16,
@@ -84,7 +84,7 @@ def test_it_learns_four_scenes(scenes_json, tmp_path, saved_once):
     run(scenes_json, tmp_path, epochs=65, lr=4e-3, lr_drops=50, scales=(1, 1), flip=0, batch_size=4,
         micro_batch=4, log_every=20)
     fvit = open_fvit(tmp_path / "fvit.safetensors")
-    annotations = detection.find_annotations(parsed(scenes_json), "val")
+    annotations = detection.find_annotations(str(scenes_json), "val", novel="ground")
     images = [read_image(file) for file in annotations.files]
     results = [result for number, found in enumerate(fvit.detect(images, ScoreRules(a=0, b=0)))
                for result in detection.encode_detections(number, found)]
@@ -130,7 +130,7 @@ def test_crops_change_with_the_epoch(scenes_json):
         patch.setattr(train, "augment", lambda objects, key, side, scales, flip:
                       detection.Objects((key, side, scales, flip), None, None, None))
         for epoch in range(2):
-            (seen,), (target,) = train.views(cfg, data, epoch, [4])
+            (seen,), (target,) = train.make_views(cfg, data, epoch, [4])
             assert seen == (f"3-{epoch}-4", 64, (0.1, 2.0), 0.5) and target.key == seen[0]
 
 
@@ -181,8 +181,8 @@ def test_gpus_share_the_statistics_of_norms(scenes_json, monkeypatch):
     for kind in (FViT, DeCLIP):
         monkeypatch.setattr(kind, "to", lambda self, device: self)
     monkeypatch.setattr(train, "encode_names", lambda *_: torch.zeros(4, 32))
-    dataset = detection.DetectionData(
-        detection.find_annotations(parsed(scenes_json), "train"), False)
+    annotations = detection.find_annotations(str(scenes_json), "train", novel="ground")
+    dataset = detection.DetectionData(annotations, masks=False)
     for world_size, kind in ((1, torch.nn.BatchNorm2d), (2, torch.nn.SyncBatchNorm)):
         ranks = distributed.Ranks(0, world_size, torch.device("cuda"))
         fvit = train.build(parsed(scenes_json), dataset, ranks)

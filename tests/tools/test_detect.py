@@ -69,9 +69,9 @@ def test_numbers_are_coco_results(checkpoint, photo, finds, tmp_path):
     finds(masks=[mask, ~mask])
     run(checkpoint, photo("000000000139.png"), json="true")
     results = json.loads((tmp_path / "000000000139.detection.json").read_text())
-    assert [each["category_id"] for each in results] == [1, 3]
-    assert [each["category"] for each in results] == ["disc", "kite"]
-    assert {each["image_id"] for each in results} == {139}
+    assert [result["category_id"] for result in results] == [1, 3]
+    assert [result["category"] for result in results] == ["disc", "kite"]
+    assert {result["image_id"] for result in results} == {139}
     assert results[0]["bbox"] == [8, 6, 22, 22] and results[0]["score"] == pytest.approx(0.9)
     assert np.array_equal(coco_masks.decode(results[0]["segmentation"]), mask.numpy())
 
@@ -144,8 +144,8 @@ def test_a_random_detector_on_photographs_of_any_shape(checkpoint, photo, tmp_pa
             run(checkpoint, tmp_path, json="true", least=0, most=8)
     figures = sorted(path.name for path in tmp_path.glob("*.detection.png"))
     assert figures == ["tall.detection.png", "wide.detection.png"]
-    for each in json.loads((tmp_path / "wide.detection.json").read_text()):
-        x, y, width, height = each["bbox"]
+    for result in json.loads((tmp_path / "wide.detection.json").read_text()):
+        x, y, width, height = result["bbox"]
         assert x >= 0 and y >= 0 and x + width <= 120.01 and y + height <= 33.01
 
 

@@ -13,14 +13,14 @@ from matplotlib.colors import to_rgba_array
 from PIL import Image
 from tiny import ROOT
 
-from data import make_classes, read_image
+from data import make_classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, Design
-from eval_seg import read_label
 from model import DeCLIP
 from tools import segment
 from toy.world import NAMES, draw_scene
-from util import settings
+from util.images import read_image
+from util.labels import read_label
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.", "largest": 300}
 EVERYTHING = ", ".join(NAMES)
@@ -369,13 +369,12 @@ def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
     panels = json.loads((tmp_path / "scene.segmentation.json").read_text())
     assert [*panels][0] == "CAT-Seg (toy/clip)" and [*panels.values()][1] == [*plain.values()][1]
     classes = make_classes(["star", "dots, spots", "noise"])
-    cfg = settings.parse(options(ckpt=tmp_path / "catseg.safetensors"), catseg_eval)
     segmenter.eval()
-    found, = catseg_eval.predict(catseg_eval.protocol(cfg, segmenter), segmenter, classes,
+    found, = catseg_eval.predict(catseg_eval.Protocol.of(segmenter), segmenter, classes,
                                  catseg_eval.encode(segmenter, classes), [read_image(path)])
     assert panels["CAT-Seg (toy/clip)"] == segment.shares(found, classes)
-    for more, words in (({"threshold": 0.5, "background": "true"}, "THRESHOLD is 0.5, but"),
-                        ({"pamr": 10}, "PAMR is 10, but"),
+    for more, words in (({"threshold": 0.5, "background": "true"}, "THRESHOLD is 0.5; it must"),
+                        ({"pamr": 10}, "PAMR is 10; it must be 0"),
                         ({"classes": "a " * 50}, "is longer than the 32 tokens")):
         with pytest.raises(SystemExit, match=words):
             run(path, **given | more, ckpt=tmp_path / "catseg.safetensors")

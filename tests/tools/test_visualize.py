@@ -2,6 +2,7 @@
 figure is drawn."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -11,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from conftest import options
 from PIL import Image
+from test_model import images
 from tiny import ROOT
 
 from model import DeCLIP, load_vfm
 from tools import visualize
+from tools.visualize import attention_maps
 from toy import world
 from util import settings
 from util.run import LOG_FIELDS
+from util.towers import projection
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "vfm_model": f"local-dir:{ROOT / 'toy/vfm'}",
        "size": 128, "scale": 0.7}
@@ -51,15 +55,72 @@ def shown() -> list[visualize.Shown]:
 def test_attention_rows_sum_to_one(shown, photo, grid):
     """Each model's own number of tokens; CLIP and DeCLIP differ in the last block only."""
     image = visualize.read_image(photo)
-    for each in shown:
-        maps = each.attention_maps(image, grid)
-        assert len(maps) == each.model.num_layers
-        for rows in maps:
-            assert rows.shape == (each.model.num_prefix_tokens + grid[0] * grid[1],) * 2
-            torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(rows)))
-    clip, declip = (each.attention_maps(image, grid) for each in shown[:2])
+    for row in shown:
+        maps = row.maps(image, grid)
+        assert len(maps) == len(row.model.trunk.blocks)
+        for weights in maps:
+            assert weights.shape == (row.model.num_prefix_tokens + grid[0] * grid[1],) * 2
+            torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)))
+    clip, declip = (row.maps(image, grid) for row in shown[:2])
     assert all(torch.equal(a, b) for a, b in zip(clip[:-1], declip[:-1]))
     assert not torch.allclose(clip[-1], declip[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
+@torch.inference_mode()
+def test_attention_maps_are_what_the_blocks_compute(name):
+    """Where all heads have one V, a map times V is the mean of the fused block's heads."""
+    clip, x, seen = DeCLIP(name), images(48, 80), []
+    attn = clip.visual.trunk.blocks[-1].attn
+    v = projection(attn, "v")
+    v.weight.copy_(v.weight[:16].repeat(3, 1))
+    v.bias.copy_(v.bias[:16].repeat(3))
+    handles = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+               for module in (attn, attn.norm)]
+    before = clip.encode_image(x)
+    for handle in handles:
+        handle.remove()
+    normed, heads = seen
+    maps = attention_maps(clip.visual, x, "clip")
+    assert len(maps) == 3
+    for rows in maps:
+        assert rows.shape == (2, 61, 61)
+        torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 61))
+    torch.testing.assert_close(maps[-1] @ clip.visual.heads("v", normed)[:, 0],
+                               heads.unflatten(2, (3, 16)).mean(dim=2), rtol=1e-4, atol=1e-5)
+    # Afterwards the tower is as it was.
+    assert torch.equal(clip.encode_image(x), before)
+    assert all(block.attn.fused_attn for block in clip.visual.trunk.blocks)
+
+
+@pytest.mark.parametrize("attention", ["maskclip", "clearclip", "q", "k", "qk"])
+@torch.inference_mode()
+def test_attention_maps_of_the_last_block_give_the_content(attention):
+    """Times V, projected, they are what encode_dense returns (of qk their mean, not the sum)."""
+    clip, x = DeCLIP("tiny-vit", scale=0.5), images(48, 80)
+    block = clip.visual.trunk.blocks[-1]
+    block.attn.num_heads, block.attn.head_dim, block.attn.scale = 1, 48, 48**-0.5
+    rows = attention_maps(clip.visual, x, attention)[-1]
+    y, extra, _ = clip.visual.embed(x)
+    for earlier in clip.visual.trunk.blocks[:-1]:
+        y = earlier(y)
+    value = rows @ clip.visual.heads("v", block.norm1(y))[:, 0]
+    out = block.attn.proj(2 * value if attention == "qk" else value)
+    if attention == "maskclip":
+        out = y + out
+        out = out + block.mlp(block.norm2(out))
+    content = clip.visual.project(out)[:, 1:].mT.unflatten(2, (6, 10))
+    torch.testing.assert_close(content, clip.encode_dense(x, attention)[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_attention_maps_of_a_vfm_have_its_registers():
+    vfm = load_vfm("tiny_vfm", pretrained=False)
+    maps = attention_maps(vfm, images(28, 42))
+    assert (len(maps), vfm.num_prefix_tokens) == (2, 3)
+    for rows in maps:
+        assert rows.shape == (2, 3 + 24, 3 + 24)
+        torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 27))
 
 
 @pytest.mark.parametrize("size", [(100, 160), (128, 128), (150, 60)],
@@ -105,9 +166,8 @@ def test_precision_is_that_of_the_maps(shown, photo):
     image = visualize.read_image(photo)
     clip = shown[1]
     rounded = visualize.Shown("DeCLIP", clip.model, "q", "bf16")
-    for one, other in zip((*clip.attention_maps(image, (10, 16)), *clip.tokens(image, (10, 16))),
-                          (*rounded.attention_maps(image, (10, 16)),
-                           *rounded.tokens(image, (10, 16)))):
+    for one, other in zip((*clip.maps(image, (10, 16)), *clip.tokens(image, (10, 16))),
+                          (*rounded.maps(image, (10, 16)), *rounded.tokens(image, (10, 16)))):
         assert other.dtype == torch.float32 and not torch.equal(one, other)
         assert (one - other).norm() < 0.1 * one.norm()
 
@@ -126,24 +186,21 @@ def test_layers_end_with_the_last(depth, count, expected):
     assert visualize.chosen_layers(depth, count) == expected
 
 
-def test_proxy_share():
-    """Two of 100 tokens get 20 % and 40 % of all attention; where only the first may count, it is
-    20 %."""
-    rows = torch.full((100, 100), 0.4 / 98)
-    rows[:, 3], rows[:, 50] = 0.2, 0.4
-    allowed = torch.ones(100, dtype=torch.bool)
-    assert visualize.proxy_share(rows, allowed, 0.02) == pytest.approx(0.6)
-    allowed[50] = False
-    assert visualize.proxy_share(rows, allowed, 0.01) == pytest.approx(0.2)
-    assert visualize.proxy_share(torch.rand(100, 100), allowed, 0.02) < 0.05
+@torch.inference_mode()
+def test_the_last_tokens_of_a_vfm_are_normed_what_it_returns(shown, photo):
+    image, vfm = visualize.read_image(photo), shown[2].model
+    first, *_, last = shown[2].tokens(image, (10, 16))
+    torch.testing.assert_close(vfm.trunk.norm(last), vfm(shown[2].image(image, (10, 16)))[0])
+    assert first.shape == last.shape and not torch.equal(first, last)
 
 
 @torch.inference_mode()
 def test_the_cosine_with_itself_is_one(shown, photo):
     image = visualize.read_image(photo)
-    for each in shown:
-        tokens = each.tokens(image, (10, 16))
-        assert len(tokens) == each.model.num_layers and all(part.shape[0] == 160 for part in tokens)
+    for row in shown:
+        tokens = row.tokens(image, (10, 16))
+        assert len(tokens) == len(row.model.trunk.blocks)
+        assert all(part.shape[0] == 160 for part in tokens)
         cosine = F.normalize(tokens[-1], dim=-1) @ F.normalize(tokens[-1][37], dim=-1)
         assert cosine.argmax() == 37 and cosine[37] == pytest.approx(1, abs=1e-5)
 
@@ -156,7 +213,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("kind, given", [
-    ("attention", {"anchor": "30,20"}), ("cls", {}), ("correlation", {"layers": 2}), ("proxy", {}),
+    ("attention", {"anchor": "30,20"}), ("cls", {}), ("correlation", {"layers": 2}),
     ("segmentation",
      {"classes": "dots, star", "methods": ("clip", "clearclip"), "templates": "a {}."})])
 def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
@@ -177,8 +234,8 @@ def test_a_row_is_the_model_that_it_is_called(photo, tmp_path):
     given = options(**TOY | {"ckpt": tmp_path / "some.pt", "context": "q"})
     cfg = settings.parse(["attention", str(photo), *given], visualize, positional="KIND_AND_FILES")
     clip, declip, vfm = visualize.open_models(cfg, torch.device("cpu"))
-    assert [each.title.splitlines()[0] for each in (clip, declip, vfm)] == ["CLIP", "DeCLIP", "VFM"]
-    weights = [each.model.trunk.blocks[0].attn.q_proj.weight for each in (clip, declip)]
+    assert [row.title.splitlines()[0] for row in (clip, declip, vfm)] == ["CLIP", "DeCLIP", "VFM"]
+    weights = [row.model.trunk.blocks[0].attn.q_proj.weight for row in (clip, declip)]
     assert torch.allclose(weights[1] - weights[0], torch.ones(()), atol=1e-5)
     assert (clip.attention, declip.attention) == ("clip", "q")
 
@@ -186,22 +243,22 @@ def test_a_row_is_the_model_that_it_is_called(photo, tmp_path):
 def test_the_panel_shows_the_anchors_row(photo, monkeypatch):
     """The maps drawn are those of the anchor's token, at the anchor's place, of the layers that the
     titles name."""
-    def attention_maps(self, photo, grid):
+    def maps(self, photo, grid):
         prefix, N = self.model.num_prefix_tokens, grid[0] * grid[1]
         rows = torch.zeros(5, prefix + N, prefix + N)
         # every patch attends to the patch right of it, with the layer's number
         for layer in range(5):
             rows[layer, prefix:, prefix:] = (layer + 1) * torch.eye(N).roll(1, dims=1) / N
         return list(rows)
-    monkeypatch.setattr(visualize.Shown, "attention_maps", attention_maps)
+    monkeypatch.setattr(visualize.Shown, "maps", maps)
     words = ["attention", str(photo), *options(**TOY | {"anchor": "43,21", "layers": 2})]
     cfg = settings.parse(words, visualize, positional="KIND_AND_FILES")
     figure = visualize.attention(cfg, [str(photo)], torch.device("cpu"))
-    maps = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes
+    drawn = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes
             if axis.get_title().startswith("layer")}
-    assert set(maps) == {"layer 2", "layer 5"}
+    assert set(drawn) == {"layer 2", "layer 5"}
     # 160 x 100 pixels, 16 x 10 tokens: the anchor lies in column 4, row 2
-    for title, values in maps.items():
+    for title, values in drawn.items():
         assert values.shape == (10, 16)
         assert values[2, 5] == values.max() == pytest.approx(int(title[-1]))
     plt.close(figure)
@@ -244,30 +301,45 @@ def test_what_is_no_log_is_one_sentence(tmp_path, text, problem):
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
-def test_background_is_what_is_no_thing(tmp_path):
-    """With a panoptic json, proxies are looked for in patches that are mostly stuff."""
-    world.main(options(out=tmp_path, train=0, dev=0, val=2, size=64))
-    root = tmp_path / "val"
-    find = visualize.stuff_of(SimpleNamespace(ANNOTATIONS=str(root / "panoptic.json"),
-                                              PNGS=str(root / "panoptic")))
-    for index in range(2):
-        scene = world.draw_scene(world.FIRST_SCENE["val"] + index, 64)
-        is_thing = torch.tensor([kind < len(world.THINGS) for kind in scene.classes])
-        things = is_thing[torch.from_numpy(scene.regions).long()]
-        expected = F.avg_pool2d((~things)[None].float(), 8)[0].flatten() > 0.5
-        assert torch.equal(find(root / "images" / f"{index:05}.png", (8, 8)), expected)
-        assert 0 < expected.sum() < 64
+def region_json(path: Path, **settings) -> Path:
+    """A region.json of two sizes; no thing was found by its mask."""
+    def of_size(best: float) -> dict:
+        means = {f"{way} {kind}": {"top1": best + place} for kind in ("thing", "stuff")
+                 for place, way in enumerate(("box", "mask", "crop"))}
+        return {"mAcc": means | {"mask thing": {"top1": None}}}
+    content = {"sizes": {"224": of_size(40), "560": of_size(60)}, "model": "EVA02-B-16",
+               "context": "qk", "scale": 1.0}
+    given = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag"}
+    path.write_text(json.dumps(content | {"settings": given | settings}))
+    return path
+
+
+def test_sizes_are_lines_for_things_and_stuff(tmp_path):
+    path = region_json(tmp_path / "region.json")
+    figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
+    things, stuff = ({line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+                     for axis in figure.axes)
+    assert things == {"boxes": [[224, 40], [560, 60]], "[CLS] of crops": [[224, 42], [560, 62]]}
+    assert stuff == things | {"masks": [[224, 41], [560, 61]]}
+    assert figure.get_suptitle() == "EVA02-B-16, attention qk, scale 1.0, out/a.pt"
+    plt.close(figure)
+    path = region_json(path, ATTENTION="clip", CKPT=None)
+    figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
+    assert figure.get_suptitle() == "EVA02-B-16, attention clip, tag"
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("words, sentence", [
     (["dance", "a.png"], "'dance' is no kind of figure"),
     (["attention"], "'attention' needs files"),
     (["attention", "nothing.png"], "There is no photograph nothing.png"),
-    (["attention", "PHOTO", "--anchor", "160,5"], "outside the photograph, which is 160 x 100"),
-    (["attention", "PHOTO", "--anchor", "5"], "give two whole numbers"),
+    (["attention", "PHOTO", "--anchor", "160,5"], "pixels of the photograph, which is 160 x 100"),
+    (["attention", "PHOTO", "--anchor", "5"], "ANCHOR is '5'; it must be two whole numbers"),
     (["attention", "PHOTO", "--vfm_model", "samvit_base_patch16", "--vfm_pretrained", "false"],
      "attends within windows"),
     (["segmentation", "PHOTO"], "CLASSES names no class"),
+    (["sizes", "presets/toy_region.txt"], "is not json"),
+    (["sizes", "toy/vfm/config.json"], "is no region.json of eval_region.py"),
     (["curves", "README.md"], "is no log of train.py"),
     (["curves", "toy/clip/log.jsonl"], "is no log of train.py"),
     (["attention", "PHOTO", "toy"], "but this figure is of one"),

@@ -42,12 +42,12 @@ def test_the_table_has_each_figure_in_its_place(results):
     assert of_method["CLIP on crops cut out of the scenes"] == ["4.5", "5.5"]
 
 
-def test_the_figure_is_drawn(results, tmp_path, capsys):
-    world.main(options(out=tmp_path / "toy", train=0, dev=0, val=3, size=64))
-    DeCLIP("local-dir:toy/clip", "own").save(tmp_path / "declip.safetensors")
-    demo.main(options(results=results, data=tmp_path, ckpt=tmp_path / "declip.safetensors",
-                      scenes=(0, 2), figure=tmp_path / "demo.png"))
-    with Image.open(tmp_path / "demo.png") as figure:
+def test_the_figure_is_drawn(results, toy_home, capsys):
+    world.main(options(train=0, dev=0, val=3, size=64))
+    DeCLIP("local-dir:toy/clip", "own").save("declip.safetensors")
+    demo.main(options(results=results, ckpt="declip.safetensors", scenes=(0, 2),
+                      figure="demo.png"))
+    with Image.open("demo.png") as figure:
         assert figure.width > figure.height > 300
     what_next = capsys.readouterr().out.splitlines()[-1]
     assert "torchrun --nproc_per_node 8 train.py" in what_next

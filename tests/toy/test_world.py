@@ -1,5 +1,7 @@
 """toy/world.py: scenes and their labels agree, in both layouts."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 import torch
 from conftest import options
 from PIL import Image
+from tiny import ROOT
 
 from data import read_classes
 from eval_region import PanopticRegions
-from eval_seg import KNOWN_BENCHMARKS, SegmentationImages
+from eval_seg import find_benchmark
 from toy import world
 from toy.world import FIRST_SCENE, MAX_SCENES, NAMES, STUFF, THINGS, draw_scene
+from util.labels import SegmentationImages
 
 
 def test_a_scene_is_its_number():
@@ -54,12 +58,19 @@ def drawn(tmp_path_factory) -> Path:
     return folder
 
 
+def label_images(drawn: Path, file: str, kind: str) -> SegmentationImages:
+    """Scenes as a json of toy/ describes them, in another folder."""
+    benchmark = find_benchmark(str(ROOT / "toy" / file))
+    assert Path(os.path.normpath(benchmark.folder)) == ROOT / "data/toy" / kind
+    return SegmentationImages(replace(benchmark, folder=f"toy/{kind}"), drawn)
+
+
 def test_both_layouts_say_the_same(drawn):
     """The panoptic regions that eval_region.py reads and the labels that eval_seg.py reads,
     against the scene itself."""
     root = drawn / "toy" / "val"
     regions = PanopticRegions(root / "panoptic.json", root / "panoptic", root / "images")
-    pixels = SegmentationImages(KNOWN_BENCHMARKS["toy"], drawn)
+    pixels = label_images(drawn, "benchmark.json", "val")
     assert len(regions) == len(pixels) == 6
     assert regions.names == read_classes("classes/toy.txt").names == list(NAMES)
     assert regions.is_thing == [True] * len(THINGS) + [False] * len(STUFF)
@@ -77,7 +88,7 @@ def test_both_layouts_say_the_same(drawn):
 
 
 def test_sets_have_scenes_of_their_own(drawn):
-    assert len(SegmentationImages(KNOWN_BENCHMARKS["toy_dev"], drawn)) == 2
+    assert len(label_images(drawn, "dev.json", "dev")) == 2
     files = [*(drawn / "toy" / "train").glob("*.png"), *(drawn / "toy").glob("*/images/*.png")]
     assert len(files) == 3 + 2 + 6 and len({file.read_bytes() for file in files}) == len(files)
     starts = sorted(FIRST_SCENE.values())

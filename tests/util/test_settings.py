@@ -120,7 +120,7 @@ def test_an_imported_constant_is_a_setting_of_both_scripts(script, tmp_path, mon
 SCRIPTS = ["train", "eval_region", "eval_seg", "tools.segment", "tools.visualize", "tools.export",
            "tools.bench", "tools.detect", "downstream.fvit.train", "downstream.fvit.eval",
            "downstream.catseg.train", "downstream.catseg.eval", "toy.world", "toy.pretrain",
-           "toy.demo", "toy.table1", "toy.detection", "toy.catseg"]
+           "toy.demo", "toy.tables"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
