@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data import fitted_size, load_share, pad_to, student_image, training_batches
 from downstream.catseg.data import Labelled, LabelledImages
 from eval_region import open_model
-from eval_seg import evaluate, find_benchmark, find_set, summarize, table
+from eval_seg import evaluate, find_set, summarize, table
 from model import DeCLIP
 from util import distributed, settings
 from util.files import write_json
@@ -88,11 +88,12 @@ class LinearProbe(nn.Module):
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> LinearProbe:
     """The whole of training: one loop for one process and many."""
     check_training(cfg)
-    images = LabelledImages(find_benchmark(cfg.TRAIN), cfg.DATA, cfg.READ_TIMEOUT)
+    scenes, classes = find_set(cfg.TRAIN, cfg.DATA)
+    images = LabelledImages(scenes, cfg.READ_TIMEOUT)
     with Run(cfg, ranks, images, "linear_probe.safetensors") as run:
         clip = open_model(cfg)
         torch.manual_seed(cfg.SEED)
-        probe = LinearProbe(clip, cfg.ATTENTION, len(images.scenes.benchmark.values))
+        probe = LinearProbe(clip, cfg.ATTENTION, len(classes))
         probe.to(ranks.device)
         optimizer = torch.optim.AdamW(probe.head.parameters(), lr=cfg.LR)
         model = run.begin(probe, optimizer, probe.save)

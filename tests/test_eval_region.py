@@ -1,4 +1,4 @@
-"""eval_region.py: mAcc against a slow direct computation, and its bounds."""
+"""eval_region.py: mAcc against a slow direct computation, its bounds, and which model it opens."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 import eval_region
+from eval_region import open_model, title
 from model import DeCLIP, region_features
 from util import settings
 
@@ -77,8 +78,8 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
     hits, dataset = {}, eval_region.PanopticRegions(**panoptic)
     for index, (_, label) in enumerate(scenes):
         sample = dataset[index]
-        encoded = eval_region.encode_regions(settings.parse(options(**TINY), eval_region), clip,
-                                             clip, [sample], 64, torch.device("cpu"))
+        encoded = eval_region.encode_regions(config(), clip, clip, [sample], 64,
+                                             torch.device("cpu"))
         for value, klass in ((0, 3), (1, 0), (2, 1)):       # ground, disc, box
             place = sample.labels.tolist().index(klass)
             for way, feature in direct_features(clip, sample.image, label, value).items():
@@ -202,7 +203,88 @@ def test_a_size_that_patches_do_not_fill_is_refused(panoptic):
         eval_region.main(options(**TINY | panoptic | {"sizes": (32, 60)}))
 
 
-# --------------------------------------------------------------------------------- panoptic regions
+# ----------------------------------------------------------------------------------- the model
+
+def config(**given):
+    return settings.parse(options(**TINY | given), eval_region)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "declip.safetensors"
+    DeCLIP("tiny-eva", context="qk", scale=0.5).save(path)
+    return str(path)
+
+
+def test_published_checkpoint_must_name_its_attention(panoptic, tmp_path):
+    """A file that does not describe itself is not evaluated with a guess."""
+    torch.manual_seed(1)        # not the weights that a random model begins with
+    clip, weights = DeCLIP("tiny-eva", context="qk", scale=1.0), tmp_path / "published.pt"
+    torch.save({"state_dict": clip.visual.trunk.state_dict(prefix="visual.")}, weights)
+    given = options(**TINY | panoptic | {"out": tmp_path, "ckpt": weights})
+    for missing in ([], ["--context", "qk"], ["--scale", "1"]):
+        with pytest.raises(SystemExit, match="does not say which model and attention"):
+            eval_region.main([*given, *missing])
+    cfg = config(ckpt=weights, context="qk", scale=1)
+    loaded = open_model(cfg)
+    assert (loaded.context, loaded.scale) == ("qk", 1.0) and loaded.text is not None
+    assert torch.equal(loaded.visual.trunk.blocks[0].attn.q_proj.weight,
+                       clip.visual.trunk.blocks[0].attn.q_proj.weight)
+    assert title(cfg, loaded) == f"tiny-eva, attention qk, scale 1.0, {weights}"
+
+
+def test_a_checkpoint_is_not_evaluated_as_another(checkpoint):
+    """What it is goes without saying, and what is said must be what it is."""
+    loaded = open_model(config(ckpt=checkpoint, context="qk", scale=0.5))
+    assert (loaded.context, loaded.scale) == ("qk", 0.5)
+    for given in ({"context": "q"}, {"scale": 0.25}, {"scale": 2}, {"model": "tiny-vit"}):
+        with pytest.raises(ValueError, match="was trained with|does not fit"):
+            open_model(config(ckpt=checkpoint, **given))
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("x.pt", b"<html>not found</html>", "is not a plain file of tensors"),
+    ("x.safetensors", b"<html>not found</html>", "is not a whole safetensors file"),
+    ("x.pt", b"", "is not a plain file of tensors"),
+    ("x.pt", {"step": 1, "optimizer": {}, "scaler": {}, "model": {}},
+     "is a checkpoint to resume training from, not a model"),
+    ("x.pt", {"encoder.weight": torch.zeros(2)}, "holds no vision tower of a CLIP"),
+])
+def test_a_file_that_is_no_checkpoint_is_told_what_it_is(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        open_model(config(ckpt=path))
+    assert sentence in str(error.value) and "--model" not in str(error.value)
+
+
+def test_baselines_need_no_checkpoint():
+    """Random weights are the same at every run; the baseline is the setting's, not the model's."""
+    first, second = (open_model(config(attention=attention)) for attention in ("clip", "sclip"))
+    assert first.context == second.context == "q"
+    for one, other in zip(first.state_dict().values(), second.state_dict().values()):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="ATTENTION is 'csa'; it must be one of clip, maskclip"):
+        open_model(config(attention="csa"))
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "attention q, scale 1/√d, random weights"),
+    ({"attention": "clip", "precision": "auto"}, "attention clip, random weights"),
+    ({"attention": "sclip", "precision": "bf16"}, "attention sclip, random weights, bf16"),
+    ({"context": "k", "scale": 2, "precision": "fp16"},
+     "attention k, scale 2.0, random weights, fp16"),
+])
+def test_a_title_says_what_was_evaluated(given, expected):
+    """The heading of a table names a precision that rounds; `auto` is fp32 on a CPU."""
+    cfg = config(**given)
+    assert title(cfg, open_model(cfg)) == f"tiny-eva, {expected}"
+
+
+# ---------------------------------------------------------------------------- panoptic regions
 
 def test_crowds_and_specks_are_left_out(panoptic, tmp_path):
     content = json.loads(open(panoptic["annotations"]).read())
@@ -245,7 +327,7 @@ def test_regions_that_are_not_there_are_left_out_and_counted(panoptic, tmp_path,
 def test_masks_may_be_binary(panoptic):
     """Every patch that a mask touches has the same weight, as in the published evaluation."""
     clip = DeCLIP("tiny-eva")
-    cfg = settings.parse(options(**TINY, binary_masks="true"), eval_region)
+    cfg = config(binary_masks="true")
     sample = eval_region.PanopticRegions(**panoptic)[0]
     found = eval_region.encode_regions(cfg, clip, None, [sample], 64, torch.device("cpu"))["mask"]
     with torch.inference_mode():

@@ -14,20 +14,22 @@ from conftest import options, succeeds
 import data
 import eval_seg
 from data import make_classes
-from eval_seg import VOID
-from model import DeCLIP, VisionTower, open_model, title
+from eval_seg import KNOWN_BENCHMARKS, Protocol
+from model import DeCLIP, VisionTower
 from util import distributed, settings
+from util.images import read_image
+from util.labels import VOID, SegmentationBenchmark, SegmentationImages
+from util.pamr import refine
 
-TINY = {"model": "tiny-eva", "pretrained": "none", "templates": "a {}.", "num_workers": 0,
-        "short_side": 48, "window": 32,
-        "stride": 16, "window_batch": 3}
+WINDOWS = {"short_side": 48, "window": 32, "stride": 16, "window_batch": 3}
+# A checkpoint says itself which model it is.
+OF_CHECKPOINT = {"templates": "a {}.", "num_workers": 0} | WINDOWS
+TINY = {"model": "tiny-eva", "pretrained": "none"} | OF_CHECKPOINT
+CPU = distributed.Ranks(0, 1, torch.device("cpu"))
 
-# it says itself what it is
-OF_CHECKPOINT = {key: value for key, value in TINY.items() if key not in ("model", "pretrained")}
 
-
-def config(**given):
-    return settings.parse(options(**TINY | given), eval_seg)
+def protocol(**changes) -> Protocol:
+    return Protocol(**WINDOWS | changes)
 
 
 def slow_iou(label: np.ndarray, prediction: np.ndarray, classes: int) -> list[float | None]:
@@ -65,11 +67,11 @@ def test_miou_agrees_with_a_direct_computation():
 @pytest.mark.parametrize("size", [(4000, 2), (3, 5000)])
 def test_a_long_strip_is_not_blown_up(size):
     """Its longer side, not the shorter one, decides: 4000 x 2 would become 96,000 x 48 pixels."""
-    cfg, clip, classes = config(long_side=128), DeCLIP("tiny-eva"), make_classes(["cat", "dog"])
+    rules, clip, classes = protocol(long_side=128), DeCLIP("tiny-eva"), make_classes(["cat", "dog"])
     image = torch.randint(0, 256, (3, *size)).byte()
-    scores, = eval_seg.score_images(cfg, clip, [image], torch.randn(2, 32))
+    scores, = eval_seg.score_images(rules, clip, [image], torch.randn(2, 32))
     assert scores.patches[0].numel() <= 128 // 16 * 4 * 4     # a row of windows of 4 x 4 patches
-    prediction, = eval_seg.predict(cfg, clip, classes, torch.randn(2, 32), [image])
+    prediction, = eval_seg.predict(rules, clip, classes, torch.randn(2, 32), [image])
     assert prediction.shape == size
 
 
@@ -88,47 +90,46 @@ def test_windows_cover_a_side(length, expected):
     assert eval_seg.window_starts(length, 336, 112) == expected
 
 
-def slow_logits(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def slow_logits(rules: Protocol, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor
+                ) -> torch.Tensor:
     """One window at a time, its scores laid over a picture of NaNs and averaged where there are
     any."""
-    H, W = image.shape[-2:]
-    h, w = (round(side * cfg.SHORT_SIDE / min(H, W)) for side in (H, W))
-    picture = torch.zeros(3, max(h, cfg.WINDOW), max(w, cfg.WINDOW))
+    (H, W), window, stride = image.shape[-2:], rules.window, rules.stride
+    h, w = (round(side * rules.short_side / min(H, W)) for side in (H, W))
+    picture = torch.zeros(3, max(h, window), max(w, window))
     picture[:, :h, :w] = data.resize(image, h, w)
-    picture = (picture - torch.tensor(clip.mean).view(3, 1, 1)) / torch.tensor(clip.std).view(3, 1,
-                                                                                              1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.mean, clip.std))
+    picture = (picture - mean) / std
     layers = []
-    for y in {min(y, picture.shape[1] - cfg.WINDOW)
-              for y in range(0, picture.shape[1], cfg.STRIDE)}:
-        for x in {min(x, picture.shape[2] - cfg.WINDOW)
-                  for x in range(0, picture.shape[2], cfg.STRIDE)}:
-            window = picture[None, :, y:y + cfg.WINDOW, x:x + cfg.WINDOW]
-            features = F.normalize(clip.encode_dense(window)[0], dim=1)
+    for y in {min(y, picture.shape[1] - window) for y in range(0, picture.shape[1], stride)}:
+        for x in {min(x, picture.shape[2] - window) for x in range(0, picture.shape[2], stride)}:
+            part = picture[None, :, y:y + window, x:x + window]
+            features = F.normalize(clip.encode_dense(part)[0], dim=1)
+            cosines = torch.stack([(features[0] * name.view(-1, 1, 1)).sum(0) for name in text])
             layer = torch.full((len(text), *picture.shape[1:]), float("nan"))
-            layer[:, y:y + cfg.WINDOW, x:x + cfg.WINDOW] = F.interpolate(
-                torch.stack([(features[0] * name.view(-1, 1, 1)).sum(0) for name in text])[None],
-                cfg.WINDOW, mode="bilinear")
+            layer[:, y:y + window, x:x + window] = F.interpolate(cosines[None], window,
+                                                                 mode="bilinear")
             layers.append(layer)
     return F.interpolate(torch.stack(layers).nanmean(dim=0)[None, :, :h, :w], (H, W),
                          mode="bilinear")[0]
 
 
-def pixels(cfg, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+def pixels(rules: Protocol, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """What the script computes: scores of all texts and pixels, (P, H, W)."""
-    return torch.cat(list(eval_seg.score_images(cfg, clip, [image], text)[0].of_pixels()), dim=1)
+    return torch.cat(list(eval_seg.score_images(rules, clip, [image], text)[0].of_pixels()), dim=1)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (90, 40)])
 @pytest.mark.parametrize("short_side", [48, 40, 24],
                          ids=["windows overlap", "moved back", "smaller than a window"])
 def test_windows_in_batches_are_windows_one_by_one(size, short_side):
-    clip, cfg = DeCLIP("tiny-eva"), config(short_side=short_side)
+    clip, rules = DeCLIP("tiny-eva"), protocol(short_side=short_side)
     image = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
     text = clip.encode_text(["cat", "dog", "sea"])
     with torch.inference_mode():
-        scores, _ = eval_seg.score_images(cfg, clip, [image, image.flip(1)], text)
+        scores, _ = eval_seg.score_images(rules, clip, [image, image.flip(1)], text)
         rows = list(scores.of_pixels(most=3 * size[1] * 7))
-        torch.testing.assert_close(torch.cat(rows, dim=1), slow_logits(cfg, clip, image, text),
+        torch.testing.assert_close(torch.cat(rows, dim=1), slow_logits(rules, clip, image, text),
                                    rtol=0, atol=2e-6)
     assert len(rows) == -(-size[0] // 7)        # in strips that need not divide the height
 
@@ -164,9 +165,9 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
         for index, (_, scene) in enumerate(scenes):
             label = np.array(table)[scene]
             label[0] = VOID
-            image = data.read_image(voc / f"VOCdevkit/VOC2012/JPEGImages/s_{index}.jpg")
+            image = read_image(voc / f"VOCdevkit/VOC2012/JPEGImages/s_{index}.jpg")
             with torch.inference_mode():
-                logits = slow_logits(config(), clip, image, text)
+                logits = slow_logits(protocol(), clip, image, text)
             prediction = eval_seg.decide(logits, classes, 80, 0.4 if name == "voc21" else None)
             labels.append(label.flatten())
             predictions.append(prediction.flatten().numpy())
@@ -191,45 +192,19 @@ def test_ranks_share_the_images(voc, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("attention", ["clip", "maskclip", "sclip", "clearclip"])
 def test_baselines_need_no_checkpoint(attention):
-    """The attention asked for is the one computed, and the result has a file of its own."""
-    cfg, clip = config(attention=attention), DeCLIP("tiny-eva")
-    assert open_model(cfg).context == "q"
+    """The attention asked for is the one computed."""
+    clip = DeCLIP("tiny-eva")
     image, text = torch.randint(0, 256, (3, 32, 32)).byte(), clip.encode_text(["cat", "dog"])
     with torch.inference_mode():
-        logits = pixels(config(attention=attention, short_side=32), clip, image, text)
+        logits = pixels(protocol(attention=attention, short_side=32), clip, image, text)
         windows = data.normalize(image[None] / 255, clip.mean, clip.std)
         features = F.normalize(clip.encode_dense(windows, attention)[0], dim=1)
         expected = F.interpolate(torch.einsum("nchw,pc->nphw", features, text), 32,
                                  mode="bilinear")[0]
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-        change = (logits - pixels(config(short_side=32), clip, image, text)).abs().max()
+        change = (logits - pixels(protocol(short_side=32), clip, image, text)).abs().max()
     # which is DeCLIP's block before training
     assert (change > 1e-4) == (attention != "clearclip")
-
-
-def test_published_checkpoint_must_name_its_attention(voc, tmp_path):
-    """A file that does not describe itself is not evaluated with a guess."""
-    torch.manual_seed(1)        # not the weights that a random model begins with
-    clip = DeCLIP("tiny-eva", context="qk", scale=1.0)
-    torch.save({"state_dict": clip.visual.trunk.state_dict(prefix="visual.")},
-               tmp_path / "published.pt")
-    given = options(**TINY | {"data": voc, "out": tmp_path, "ckpt": tmp_path / "published.pt"})
-    for missing in ([], ["--context", "qk"], ["--scale", "1"]):
-        with pytest.raises(SystemExit, match="does not say which model and attention"):
-            eval_seg.main([*given, *missing])
-    cfg = config(ckpt=tmp_path / "published.pt", context="qk", scale=1)
-    loaded = open_model(cfg)
-    assert (loaded.context, loaded.scale) == ("qk", 1.0) and loaded.text is not None
-    assert torch.equal(loaded.visual.trunk.blocks[0].attn.q_proj.weight,
-                       clip.visual.trunk.blocks[0].attn.q_proj.weight)
-    weights = tmp_path / "published.pt"
-    assert title(cfg, loaded) == f"tiny-eva, attention qk, scale 1.0, {weights}"
-
-
-def test_a_checkpoint_is_not_evaluated_as_another(checkpoint, tmp_path):
-    for given in ({"context": "q"}, {"scale": 0.25}, {"scale": 2}, {"model": "tiny-vit"}):
-        with pytest.raises(ValueError, match="was trained with|does not fit"):
-            open_model(settings.parse(options(ckpt=checkpoint, **given), eval_seg))
 
 
 def test_a_broken_image_is_one_sentence_from_a_worker_too(voc, checkpoint, tmp_path):
@@ -271,67 +246,119 @@ def test_refusals_say_what_to_do(voc, tmp_path, given, sentence):
     ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32),
     ("auto", torch.float32)])
 def test_precision_is_that_of_the_tower_alone(precision, dtype, monkeypatch):
-    """Cosines are float32 again; the heading of a table says whether the tower was rounded."""
+    """Cosines are float32 again."""
     seen, clip, project = [], DeCLIP("tiny-eva"), VisionTower.project
     monkeypatch.setattr(VisionTower, "project", lambda self, tokens:
                         seen.append(project(self, tokens)) or seen[-1])
-    cfg = config(precision=precision, attention="sclip")
+    rules = protocol(precision=precision, attention="sclip")
     with torch.inference_mode():
-        scores = eval_seg.window_scores(cfg, clip, torch.randn(1, 3, 32, 32), torch.ones(2, 32))
+        scores = eval_seg.window_scores(rules, clip, torch.randn(1, 3, 32, 32), torch.ones(2, 32))
     assert seen[0].dtype == dtype
     assert scores.dtype == torch.float32 and scores.shape == (1, 2, 4, 4)
-    assert (precision in title(cfg, clip)) == (precision in ("bf16", "fp16"))
 
 
 def test_any_segmenter_is_scored(voc):
     """evaluate() takes a function from images to classes: here, of two constants."""
-    dataset = eval_seg.SegmentationImages(eval_seg.KNOWN_BENCHMARKS["voc21"], voc)
-    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    dataset = SegmentationImages(KNOWN_BENCHMARKS["voc21"], voc)
+    loader = data.load_share(dataset, CPU, 2, 0)
     for chosen in (0, 3):
         confusion = eval_seg.evaluate(
-            config(), lambda images, k=chosen: [torch.full(image.shape[1:], k) for image in images],
-            dataset, 21, ranks, "constant")
+            lambda images, k=chosen: [torch.full(image.shape[1:], k) for image in images],
+            loader, 21, CPU, "constant")
         assert confusion[:, chosen].sum() == confusion.sum() > 0
         labels = torch.cat([label[label != VOID] for _, label in dataset])
         assert torch.equal(confusion[:, chosen], labels.long().bincount(minlength=21))
 
 
+def test_pamr_is_a_step_of_the_protocol(voc):
+    """Its scores are those of pixels, refined by the image's colours."""
+    image, _ = SegmentationImages(KNOWN_BENCHMARKS["voc21"], voc)[1]
+    clip, classes = DeCLIP("tiny-eva"), make_classes(["cat, kitten", "dog", "sea"])
+    text = F.normalize(torch.randn(4, 32), dim=-1)
+    with torch.inference_mode():
+        scores = pixels(protocol(), clip, image, text)
+        expected = eval_seg.decide(refine([scores], image, 2), classes, 40.0, None)
+    found, = eval_seg.predict(protocol(pamr=2), clip, classes, text, [image])
+    plain, = eval_seg.predict(protocol(), clip, classes, text, [image])
+    assert torch.equal(found, expected) and not torch.equal(found, plain)
+
+
+# ------------------------------------------------------------------------------------ protocol
+
+def of_options(benchmark: SegmentationBenchmark | None = None, **given) -> Protocol:
+    """The protocol that a command line gives a benchmark."""
+    return Protocol.of(settings.parse(options(**given), eval_seg), benchmark)
+
+
+def described(threshold: float | None = None, **protocol: int) -> SegmentationBenchmark:
+    """A benchmark with a protocol."""
+    return SegmentationBenchmark("x", "*", "{}.jpg", "{}.png", "toy.txt", range(2),
+                                 threshold=threshold, protocol=protocol)
+
+
 def test_a_threshold_is_for_background_only():
     """What is given wins over the benchmark's, but without background there is no threshold."""
-    given = config(threshold=0.5)
-    rules = eval_seg.protocol(given, 40.0, 0.2)
-    assert (rules.SHORT_SIDE, rules.LOGIT_SCALE, rules.THRESHOLD) == (48, 40.0, 0.5)
-    assert eval_seg.protocol(given, 40.0, None).THRESHOLD is None
-    assert eval_seg.protocol(config(), 40.0, 0.2).THRESHOLD == 0.2
-    assert eval_seg.protocol(config(logit_scale=7), 40.0, 0.2).LOGIT_SCALE == 7
+    with_background = described(threshold=0.2)
+    rules = of_options(with_background, short_side=48, threshold=0.5)
+    assert (rules.short_side, rules.logit_scale, rules.threshold) == (48, 40.0, 0.5)
+    assert of_options(described(), threshold=0.5).threshold is None
+    assert of_options(with_background).threshold == 0.2
+    assert of_options(with_background, logit_scale=7).logit_scale == 7
+    assert of_options(threshold=0.5).threshold == 0.5       # of no benchmark, as tools have it
+
+
+def test_a_benchmark_has_a_protocol_of_its_own():
+    """Options win over it; what neither says is found for the model."""
+    own = described(short_side=96, window=64, long_side=512)
+    rules = of_options(own, stride=32, window=48, attention="sclip", precision="bf16", pamr=3)
+    assert rules == Protocol(96, 512, 48, 32, 40.0, None, 3, "sclip", "bf16", 16)
+    assert of_options(long_side=100).long_side == 100 and of_options().long_side == 2048
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"short_side": 0}, "SHORT_SIDE is 0; it must be at least 1"),
+    ({"long_side": 0}, "LONG_SIDE is 0; it must be at least 1"),
+    ({"window": 0}, "WINDOW is 0; it must be at least 1"),
+    ({"stride": 0}, "STRIDE is 0; it must be at least 1"),
+    ({"stride": 33}, "STRIDE is 33; it must be from 1 to WINDOW, 32"),
+    ({"logit_scale": 0.5}, "LOGIT_SCALE is 0.5; it must be at least 1"),
+    ({"threshold": -0.1}, "THRESHOLD is -0.1; it is a probability"),
+    ({"pamr": -1}, "PAMR is -1; it must be at least 0"),
+    ({"window_batch": 0}, "WINDOW_BATCH is 0; it must be at least 1"),
+    ({"precision": "fp8"}, "PRECISION is 'fp8'"),
+])
+def test_a_protocol_out_of_its_range_is_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        protocol(**change)
 
 
 def test_the_defaults_are_the_papers():
     """Section 9.2: a shorter side of 448 for every benchmark, windows of 336 every 112."""
     cfg = settings.parse([], eval_seg)
-    assert sides(cfg, 224, 16) == (448, 336, 112) and cfg.TEMPLATES == "imagenet"
+    assert sides(Protocol.of(cfg), 224, 16) == (448, 336, 112) and cfg.TEMPLATES == "imagenet"
+    assert sides(Protocol(), 224, 16) == (448, 336, 112)
     authors = settings.parse(["@presets/published_cityscapes_seg.txt"], eval_seg)
     assert (authors.SHORT_SIDE, authors.BENCHMARKS) == (560, ("cityscapes",))
 
 
-def sides(cfg, image_size: int, patch_size: int) -> tuple[int, int, int]:
+def sides(rules: Protocol, image_size: int, patch_size: int) -> tuple[int, int, int]:
     """Shorter side, window and stride for a CLIP that learned from images of a size."""
     clip = SimpleNamespace(image_size=image_size, patch_size=patch_size, model_name="some")
-    rules = eval_seg.fit_windows(cfg, clip)
-    return rules.SHORT_SIDE, rules.WINDOW, rules.STRIDE
+    rules = rules.fit(clip)
+    return rules.short_side, rules.window, rules.stride
 
 
 def test_a_small_model_has_the_papers_sides_in_proportion():
     """What was given stays; a window holds whole patches, and none is larger than the paper's."""
-    cfg = settings.parse([], eval_seg)
-    assert sides(cfg, 64, 8) == (128, 96, 32)
-    assert sides(cfg, 336, 14) == (448, 336, 112)
-    assert sides(cfg, 224, 32) == (448, 320, 107)
-    assert sides(cfg, 8, 8) == (16, 8, 3)
-    given = settings.parse(options(window=64, short_side=100), eval_seg)
-    assert sides(given, 224, 16) == (100, 64, 21)
+    assert sides(Protocol(), 64, 8) == (128, 96, 32)
+    assert sides(Protocol(), 336, 14) == (448, 336, 112)
+    assert sides(Protocol(), 224, 32) == (448, 320, 107)
+    assert sides(Protocol(), 8, 8) == (16, 8, 3)
+    assert sides(Protocol(window=64, short_side=100), 224, 16) == (100, 64, 21)
     with pytest.raises(ValueError, match="STRIDE is 97; it must be from 1 to WINDOW, 96"):
-        sides(settings.parse(options(stride=97), eval_seg), 64, 8)
+        sides(Protocol(stride=97), 64, 8)
+    with pytest.raises(ValueError, match="WINDOW 60 is no multiple of some's patch .* to 56"):
+        sides(Protocol(window=60), 64, 8)
 
 
 def test_the_result_says_which_protocol_was_used(voc, tmp_path):
@@ -342,19 +369,3 @@ def test_the_result_says_which_protocol_was_used(voc, tmp_path):
     common = {"short_side": 64, "long_side": 2048, "window": 48, "stride": 16, "pamr": 0}
     assert result["voc20"]["protocol"] == common | {"logit_scale": 40, "threshold": None}
     assert result["voc21"]["protocol"] == common | {"logit_scale": 80, "threshold": 0.4}
-
-
-@pytest.mark.parametrize("name, content, sentence", [
-    ("x.pt", b"<html>not found</html>", "is not a plain file of tensors"),
-    ("x.safetensors", b"<html>not found</html>", "is not a whole safetensors file"),
-    ("x.pt", b"", "is not a plain file of tensors"),
-    ("x.pt", {"step": 1, "optimizer": {}, "scaler": {}, "model": {}},
-     "is a checkpoint to resume training from, not a model"),
-    ("x.pt", {"encoder.weight": torch.zeros(2)}, "holds no vision tower of a CLIP"),
-])
-def test_a_file_that_is_no_checkpoint_is_told_what_it_is(tmp_path, name, content, sentence):
-    path = tmp_path / name
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(ValueError) as error:
-        open_model(config(ckpt=path))
-    assert sentence in str(error.value) and "--model" not in str(error.value)

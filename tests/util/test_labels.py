@@ -1,4 +1,4 @@
-"""A user's own benchmark, described by a json file (docs/data.md)."""
+"""util/labels.py: label images, and a user's own benchmark, described by a json (docs/data.md)."""
 
 import json
 import re
@@ -12,9 +12,17 @@ from PIL import Image
 from test_eval_seg import OF_CHECKPOINT
 
 import eval_seg
-from eval_seg import VOID, SegmentationImages, find_benchmark
+from eval_seg import Protocol, find_benchmark
 from model import DeCLIP
-from util.labels import overview
+from util import settings
+from util.labels import (
+    VOID,
+    MissingData,
+    SegmentationImages,
+    find_data,
+    overview,
+    read_benchmark,
+)
 
 OWN = {"image": "my photos/{}.jpg", "label": "masks/{}.png", "classes": "my classes.txt",
        "values": [3, 300, 1], "void": [0]}
@@ -58,10 +66,9 @@ def test_its_labels_are_as_described(own, scenes):
 def test_its_protocol_is_used(own):
     own.write_text(json.dumps(OWN | {"threshold": 0.3, "logit_scale": 50,
                                      "protocol": {"window": 64, "short_side": 96}}))
-    cfg = eval_seg.settings.parse(options(stride=32), eval_seg)
-    rules = find_benchmark(str(own)).rules(cfg)
-    assert (rules.THRESHOLD, rules.LOGIT_SCALE, rules.WINDOW, rules.SHORT_SIDE, rules.STRIDE) == (
-        0.3, 50, 64, 96, 32)
+    cfg = settings.parse(options(stride=32, benchmarks=own), eval_seg)
+    expected = Protocol(96, 2048, 64, 32, 50, 0.3)
+    assert eval_seg.find_protocols(cfg) == {str(own): expected}
 
 
 def test_what_is_not_said_has_a_default(own):
@@ -90,3 +97,92 @@ def test_a_wrong_file_is_one_sentence_before_a_model_is_loaded(own, change, sent
     own.write_text(json.dumps(OWN | change))
     with pytest.raises(SystemExit, match=re.escape(sentence.replace("FOLDER", str(own.parent)))):
         eval_seg.main(options(model="no-model", benchmarks=own))
+
+
+def test_a_folder_may_hold_it(own, monkeypatch):
+    """As benchmark.json: then the folder's name is enough, from where it is or the repository."""
+    (own.parent / "sub").mkdir()
+    described = OWN | {"folder": "..", "classes": "../my classes.txt"}
+    (own.parent / "sub/benchmark.json").write_text(json.dumps(described))
+    monkeypatch.chdir(own.parent)
+    beside, inside = (SegmentationImages(find_benchmark(name), "data")
+                      for name in ("mine.json", "sub"))
+    assert beside.names == inside.names
+    assert all(torch.equal(one, other) for a, b in zip(beside, inside) for one, other in zip(a, b))
+    with pytest.raises(ValueError, match="There is no benchmark 'masks'; choose among voc21"):
+        find_benchmark("masks")
+
+
+def test_it_says_how_to_get_its_files(own):
+    """`origin`, for one that is drawn or downloaded by a script."""
+    own.write_text(json.dumps(OWN | {"folder": "none", "origin": "draw it by python -m my.scenes"}))
+    with pytest.raises(MissingData, match="names no image; draw it by python -m my.scenes, or set"):
+        SegmentationImages(read_benchmark(own), "data")
+
+
+# --------------------------------------------------------------------------------- label images
+
+def test_all_leaves_out_what_is_missing(own):
+    """A set that was named must be there; of `all` those at hand are taken, if there are any."""
+    def find_set(name: str, folder: str) -> tuple:
+        if name == "gone":
+            raise MissingData(f"no {name} in {folder}")
+        return SegmentationImages(find_benchmark(name), folder), name
+
+    sets, missing = find_data(("all",), ("gone", str(own)), "data", find_set)
+    assert list(sets) == [str(own)] and missing == {"gone": "no gone in data"}
+    with pytest.raises(MissingData, match="no gone in data"):
+        find_data((str(own), "gone"), (), "data", find_set)
+    with pytest.raises(ValueError, match="None of the benchmarks is in /.*: no gone in data"):
+        find_data(("all",), ("gone",), "data", find_set)
+
+
+@pytest.fixture
+def mask(own) -> Path:
+    """The label file of the first image."""
+    return next((own.parent / "masks").glob("été 0*.png"))
+
+
+def first_of(own: Path, **changes) -> np.ndarray:
+    """The first image's label."""
+    own.write_text(json.dumps(OWN | changes))
+    return SegmentationImages(find_benchmark(str(own)), "data")[0][1].numpy()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "1", "LA"])
+def test_label_images_are_one_number_a_pixel(own, mask, mode):
+    Image.open(mask).convert("L").convert(mode).save(mask)
+    with pytest.raises(ValueError, match=f"is an image of mode {mode}, but a label image has one"):
+        first_of(own)
+
+
+def test_labels_have_16_bits(own, mask, scenes):
+    """More classes than 8 bits have, as PASCAL-Context's 459; the last ones don't wrap around."""
+    _, label = scenes[0]
+    for values, void in (([0, 256, 65535], [44]), ([5, 261, 300], [])):
+        Image.fromarray(np.array(values, np.uint16)[label]).save(mask)
+        assert np.array_equal(first_of(own, values=values, void=void), label)
+    with pytest.raises(ValueError, match=r"that are no class and not void \(5, 261, 300\)"):
+        first_of(own, values=[0, 256, 65535])
+
+
+def test_palette_images_have_their_numbers(own, mask, scenes):
+    """As VOC's are: colours are for people."""
+    image = Image.fromarray(scenes[0][1], "L").convert("P")
+    image.putpalette([7, 8, 9] * 256)
+    image.putdata(scenes[0][1].flatten().tolist())
+    image.save(mask)
+    assert np.array_equal(first_of(own, values=[0, 1, 2], void=[]), scenes[0][1])
+
+
+def test_image_and_label_must_be_of_one_size(own, mask):
+    Image.fromarray(np.full((3, 4), 3, np.uint16)).save(mask)
+    with pytest.raises(ValueError, match=r"is \(3, 4\), but its image \(64, 64\); they must be of"):
+        first_of(own)
+
+
+def test_a_label_that_cannot_be_read_is_one_sentence(own, mask):
+    mask.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="can't be read as a label image") as error:
+        first_of(own)
+    assert "\n" not in str(error.value)
