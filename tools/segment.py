@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -453,7 +453,6 @@ def use_fonts(names: Sequence[str]) -> None:
                    "shows boxes; install one that has them, such as Noto Sans")
 
 
-@cache
 def letters_in(font: str) -> frozenset[str]:
     """The letters that a font file has."""
     return frozenset(map(chr, ft2font.FT2Font(font).get_charmap()))

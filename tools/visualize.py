@@ -348,20 +348,22 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
 
 def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """Top-1 mAcc over the image's size, for things and for stuff, from a region.json (Figure 6)."""
-    path, result = files[0], read_json(files[0])
+    if len(files) > 1:
+        raise UserError(f"{len(files)} files were given, but this figure is of one; name one.")
+    result = read_json(files[0])
     try:
         means = {int(size): of_size["mAcc"] for size, of_size in result["sizes"].items()}
         lines = {kind: {label: [of_size[f"{way} {kind}"]["top1"] for of_size in means.values()]
                         for way, label in (("box", "boxes"), ("mask", "masks"),
                                            ("crop", "[CLS] of crops"))}
                  for kind in ("thing", "stuff")}
-        given = result["settings"]
-        attention = given["ATTENTION"] or result["context"]
+        attention = result["settings"]["ATTENTION"] or result["context"]
         if attention in DECOUPLED:
             attention += f", scale {result['scale'] or '1/√d'}"
-        title = f"{result['model']}, attention {attention}, {given['CKPT'] or given['PRETRAINED']}"
+        weights = result["settings"]["CKPT"] or result["settings"]["PRETRAINED"]
+        title = f"{result['model']}, attention {attention}, {weights}"
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is no region.json of eval_region.py ({error!r}); give one."
+        raise UserError(f"{files[0]} is no region.json of eval_region.py ({error!r}); give one."
                         ) from None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for axis, kind in zip(axes, lines):

@@ -211,7 +211,7 @@ def test_a_run_is_not_continued_as_another(scenes_json, tmp_path):
     del content["annotations"][1]       # a disc
     folder = shutil.copytree(scenes_json.parent, tmp_path / "other")
     (folder / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="was begun with 4 images, .* but .* has 4 images"):
+    with pytest.raises(SystemExit, match="was begun with 4 images, .* but now there are 4 images"):
         run(scenes_json, tmp_path / "run", epochs=2, resume="true",
             annotations=folder / "instances.json")
 

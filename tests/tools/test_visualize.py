@@ -309,8 +309,8 @@ def region_json(path: Path, **settings) -> Path:
         return {"mAcc": means | {"mask thing": {"top1": None}}}
     content = {"sizes": {"224": of_size(40), "560": of_size(60)}, "model": "EVA02-B-16",
                "context": "qk", "scale": 1.0}
-    given = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag"}
-    path.write_text(json.dumps(content | {"settings": given | settings}))
+    defaults = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag"}
+    path.write_text(json.dumps(content | {"settings": defaults | settings}))
     return path
 
 
@@ -339,6 +339,7 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
      "attends within windows"),
     (["segmentation", "PHOTO"], "CLASSES names no class"),
     (["sizes", "presets/toy_region.txt"], "is not json"),
+    (["sizes", "README.md", "README.md"], "2 files were given"),
     (["sizes", "toy/vfm/config.json"], "is no region.json of eval_region.py"),
     (["curves", "README.md"], "is no log of train.py"),
     (["curves", "toy/clip/log.jsonl"], "is no log of train.py"),

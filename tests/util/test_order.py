@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import rank_batches
 from util import UserError
 from util.distributed import Ranks
-from util.order import PART, POOL, RUN, WINDOW, WindowOrder
+from util.order import PART, POOL, RUN, WINDOW, WindowOrder, epoch_order, rank_batches
 
 UNEVEN = np.array([5, 0, PART, PART + 1, 1, 20_000, 0, 7])
 BILLION = np.full(100_000, 10_000)
@@ -105,3 +104,30 @@ def test_machines_that_share_a_batch_read_different_runs():
     shares = images.reshape(-1, 8, 64).swapaxes(0, 1).reshape(8, -1)
     fetched = np.mean([len(np.unique(share // RUN)) * RUN / len(share) for share in shares])
     assert 1 <= fetched < 1.4
+
+
+# ------------------------------------------------------------------------ images that are no shards
+
+def test_an_epoch_has_every_image_once():
+    order = epoch_order(32, 4, epoch=0, seed=1)
+    assert order.shape == (8, 4) and sorted(order.flatten().tolist()) == list(range(32))
+    assert not torch.equal(order, epoch_order(32, 4, epoch=1, seed=1))
+    assert torch.equal(order, epoch_order(32, 4, epoch=0, seed=1))
+    assert epoch_order(35, 4, 0, 1).shape == (8, 4)         # the rest waits for another epoch
+    with pytest.raises(ValueError, match="There are 3 images, fewer than BATCH_SIZE, 8; add "
+                                         "images, or set BATCH_SIZE to 3"):
+        epoch_order(3, 8, 0, 1)
+
+
+@pytest.mark.parametrize("world, micro_batch", [(1, 8), (2, 4), (2, 1), (4, 2)])
+def test_ranks_share_each_step(world, micro_batch):
+    """Whatever the ranks and micro batches, step s has the images of order[s]; and a run can begin
+    at any step."""
+    order = epoch_order(40, 8, 0, 0)
+    ranks = [Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
+    shares = [list(rank_batches(order, rank, micro_batch, first_step=2)) for rank in ranks]
+    per_step = 8 // world // micro_batch
+    for step in range(2, 5):
+        seen = [i for share in shares
+                for batch in share[(step - 2) * per_step:(step - 1) * per_step] for i in batch]
+        assert sorted(seen) == sorted(order[step].tolist())

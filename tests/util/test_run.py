@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ import torch
 import warm
 from conftest import options, succeeds
 from PIL import Image
+from test_images import FORMATS, mutants
 from test_train import TINY, run
 
 import data
@@ -557,53 +557,6 @@ def test_ranks_stay_in_step_with_a_bad_image_on_one(images, tmp_path):
     for name in first:
         torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
     assert (tmp_path / "two" / "skipped.txt").read_text().count("bad.png\t") == 1
-
-
-def mutate(good: bytes, other: bytes, rng: random.Random) -> bytes:
-    """A file with bits flipped, cut off, or spliced with another."""
-    out = bytearray(good)
-    kind = rng.choice(("flip", "cut", "splice"))
-    if kind == "flip":
-        for _ in range(rng.choice((1, 10, 100))):
-            out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
-    elif kind == "cut":
-        out = out[:rng.randrange(len(out))]
-    else:
-        place = rng.randrange(len(out))
-        out[place:] = other[rng.randrange(len(other)):]
-    return bytes(out)
-
-
-def mutants(image: np.ndarray, folder: Path, count: int, suffixes: Sequence[str]
-            ) -> Iterator[Path]:
-    """Files of an image in several formats, damaged in many ways."""
-    rng, goods = random.Random(0), []
-    for suffix in suffixes:
-        Image.fromarray(image).save(folder / f"good.{suffix}")
-        goods.append((suffix, (folder / f"good.{suffix}").read_bytes()))
-        (folder / f"good.{suffix}").unlink()
-    for index in range(count):
-        suffix, good = rng.choice(goods)
-        path = folder / f"x{index}.{suffix}"
-        path.write_bytes(mutate(good, rng.choice(goods)[1], rng))
-        yield path
-
-
-FORMATS = ("jpg", "png", "webp", "bmp", "tiff")
-
-
-def test_500_mutated_images_neither_crash_nor_hang(scenes, tmp_path):
-    """Each is read as an image or refused with one sentence that names it."""
-    counts = {"read": 0, "refused": 0}
-    for path in mutants(scenes[0][0], tmp_path, 500, FORMATS):
-        try:
-            image = data.read_image(path, upright=True)
-            assert image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
-            counts["read"] += 1
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            counts["refused"] += 1
-    assert counts["read"] > 50 and counts["refused"] > 50
 
 
 @pytest.mark.slow
