@@ -66,7 +66,7 @@ def test_a_linear_layer_learns_to_see_the_toy_world(toy_home):
              "lr": 0.1}
     first, last = (linear_probe.main(options(**given, steps=steps, out=str(steps)))
                    for steps in (1, 12))
-    assert last["mIoU"] > first["mIoU"] + 10, (first, last)
+    assert last["mIoU"] > first["mIoU"] + 6, (first, last)
     lines = [json.loads(line) for line in Path("12/log.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert lines[0]["lr"] == 0.1 > lines[-1]["lr"] > 0
