@@ -51,7 +51,7 @@ from util.weights import (
 # --------------------------------------------------------------------- what the last block computes
 
 def no_residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The attention's output y alone, without residual connection and FFN (equation 6)."""
+    """The attention's output y alone, without residual connection and FFN (equation 5)."""
     return y
 
 
@@ -84,9 +84,11 @@ ATTENTIONS = {
     "qk": Attention("qk", no_residual),
     "values": Attention("", no_residual, value_blocks=3),   # DenseRC's (docs/beyond.md)
 }
-DECOUPLED = ("q", "k", "qk")
-UNDECOUPLED = ("clip", "maskclip", "values")    # one output learns from both teachers (Table 1)
-CONTEXTS = DECOUPLED + UNDECOUPLED
+BASELINES = ("catseg", "sclip", "clearclip")    # never trained; every other row can be
+CONTEXTS = tuple(name for name in ATTENTIONS if name not in BASELINES)
+DECOUPLED = tuple(name for name in CONTEXTS if ATTENTIONS[name].projections)
+# One output learns from both teachers (Table 1)
+UNDECOUPLED = tuple(name for name in CONTEXTS if name not in DECOUPLED)
 
 
 # ---------------------------------------------------------------------------- the vision tower
@@ -228,19 +230,21 @@ class VisionTower(nn.Module):
         earlier: the tokens before the blocks before, for rows of several value_blocks.
         """
         block, row = self.trunk.blocks[-1], ATTENTIONS[attention]
-        # 1. X_context = Proj_q(X), without the rotary embedding
+        # 1. X_context = Proj_q(X), without the rotary embedding (equation 4)
         normed = block.norm1(x)
-        of_context = self.context if self.context in DECOUPLED else ""
+        is_decoupled = self.context in DECOUPLED
+        of_context = ATTENTIONS[self.context].projections if is_decoupled else ""
         heads = {name: self.heads(name, normed) for name in {*of_context, *(row.projections or "")}}
         context = merge_context([heads[name].transpose(1, 2).flatten(2) for name in of_context])
         if row.projections is None:
             return block(x, **extra), context
-        # 2. softmax(X_context X_contextᵀ / √d) V; baselines always divide by √d
+        # 2. softmax(X_context X_contextᵀ / √d) V (equation 6); baselines always divide by √d
         v = self.heads("v", normed)
         scale = self.scale if attention in DECOUPLED else None
         y = sum(self.self_attention(heads[name], v, scale) for name in row.projections)
         y = v if row.projections == "" else y
-        # 3. Proj, and the residual connection and FFN of those that keep them
+        # 3. X_content = Proj of that (equation 5), without residual connection and FFN but for
+        # baselines that keep them
         y = block.attn.proj(block.attn.norm(y.transpose(1, 2).flatten(2)))
         y = sum(self.earlier_values(row.value_blocks, earlier), start=y)
         return row.finish(block, x, y), context
