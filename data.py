@@ -246,3 +246,23 @@ def read_classes(path: str | Path) -> Classes:
         raise UserError(f"The class file {path} has the name {twice!r} twice; remove one, or tell "
                         "them apart, such as \"star (sky)\".")
     return classes
+
+
+def in_order(classes: Classes, names: Sequence[str], path: str | Path, source: str | Path
+             ) -> Classes:
+    """A class file's classes in the order of a json's category names, where both have them.
+
+    Raises UserError if numbers differ, or if only some names can be put in that order.
+    """
+    if len(classes) != len(names):
+        raise UserError(f"{path} has {len(classes)} classes, but {source} {len(names)} categories, "
+                        "background included where it is a class; give a file of as many lines.")
+    place = {name.casefold(): k for name, k in zip(classes.prompts, classes.class_of_prompt)}
+    found = [place.get(name.casefold()) for name in names]
+    moved = [name for number, (name, k) in enumerate(zip(names, found)) if k not in (None, number)]
+    if moved and (None in found or len(set(found)) < len(found)):
+        raise UserError(f"{path} has {moved[0]!r} at another place than {source}; give the classes "
+                        "in the order of the categories' ids.")
+    prompts = [[name for name, k in zip(classes.prompts, classes.class_of_prompt) if k == wanted]
+               for wanted in found]
+    return make_classes([", ".join(names) for names in prompts]) if moved else classes

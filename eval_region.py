@@ -28,6 +28,7 @@ from tqdm import tqdm
 from data import (
     Classes,
     fitted_size,
+    in_order,
     load_share,
     make_classes,
     normalize,
@@ -38,8 +39,9 @@ from data import (
 )
 from model import ATTENTIONS, DECOUPLED, DeCLIP, mask_features, region_features
 from util import UserError, distributed, settings
-from util.coco import Panoptic, is_inside
-from util.files import fields_of, find, write_result
+from util.coco import is_inside
+from util.files import write_result
+from util.labels import Panoptic
 from util.precision import autocast, check_precision, find_precision
 from util.text import find_templates
 from util.weights import read_clip_record, read_published
@@ -117,16 +119,11 @@ def check_sizes(cfg: SimpleNamespace, clip: DeCLIP) -> None:
 
 
 def class_names(cfg: SimpleNamespace, dataset: "PanopticRegions") -> Classes:
-    """The class list, one entry for each category of the json; UserError if numbers differ."""
+    """The class list in the order of the json's categories; UserError if they differ."""
+    names = [re.sub("-(merged|other|stuff)", "", name).replace("-", " ") for name in dataset.names]
     if cfg.CLASSES is None:
-        return make_classes([re.sub("-(merged|other|stuff)", "", name).replace("-", " ")
-                             for name in dataset.names])
-    classes = read_classes(cfg.CLASSES)
-    if len(classes) != len(dataset.names):
-        raise UserError(f"{cfg.CLASSES} has {len(classes)} classes, but {cfg.ANNOTATIONS} "
-                        f"{len(dataset.names)} categories; give a file of as many lines, or "
-                        "--classes none for the names in the json.")
-    return classes
+        return make_classes(names)
+    return in_order(read_classes(cfg.CLASSES), names, cfg.CLASSES, cfg.ANNOTATIONS)
 
 
 # ----------------------------------------------------------------------------------- the model
@@ -181,21 +178,16 @@ class PanopticRegions(Dataset):
 
     def __init__(self, annotations: str | Path, pngs: str | Path, images: str | Path,
                  crowd: bool = False, min_area: int = 0):
-        self.json = Panoptic(find(annotations))
-        self.names, self.is_thing = self.json.names, self.json.is_thing     # of each category
-        self.pngs, self.images = find(pngs), find(images)
+        self.files = Panoptic(annotations, pngs, images)
+        self.names, self.is_thing = self.files.names, self.files.is_thing   # of each category
         self.crowd, self.min_area = crowd, min_area
 
     def __len__(self) -> int:
-        return len(self.json.annotations)
+        return len(self.files.segments)
 
     def __getitem__(self, index: int) -> LabelledRegions:
-        with fields_of(self.json.path):
-            return self._read(self.json.annotations[index])
-
-    def _read(self, annotation: dict) -> LabelledRegions:
-        image, ids = self.json.read_files(annotation, self.images, self.pngs)
-        wanted = [region for region in annotation["segments_info"] if self._counts(region)]
+        image, ids = self.files.read(index)
+        wanted = [region for region in self.files.segments[index] if self._counts(region)]
         present = set(np.unique(ids).tolist())
         kept = sorted((region for region in wanted if region["id"] in present
                        and is_inside(region["bbox"], *image.shape[-2:])),
@@ -205,7 +197,7 @@ class PanopticRegions(Dataset):
         region_ids = np.where((known[place] == ids) & bool(kept), place, -1).astype(np.int16)
         boxes = torch.tensor([region["bbox"] for region in kept], dtype=torch.float).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([self.json.class_of[region["category_id"]] for region in kept],
+        labels = torch.tensor([self.files.class_of[region["category_id"]] for region in kept],
                               dtype=torch.long)
         return LabelledRegions(image, torch.from_numpy(region_ids), boxes, labels,
                                len(wanted) - len(kept))

@@ -24,7 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Classes, constant, load_share, normalize, pad_to, read_classes, resize
+from data import (
+    Classes,
+    constant,
+    in_order,
+    load_share,
+    normalize,
+    pad_to,
+    read_classes,
+    resize,
+)
 from eval_region import open_model, title
 from model import DeCLIP
 from util import UserError, distributed, settings
@@ -35,6 +44,7 @@ from util.labels import (
     SegmentationBenchmark,
     SegmentationImages,
     find_data,
+    overview,
     read_benchmark,
 )
 from util.pamr import refine
@@ -86,7 +96,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
             print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "seg", {"benchmarks": result} | clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
-        print(overview(result, missing))
+        print(overview(result, missing, PAPER_BENCHMARKS))
     return result
 
 
@@ -185,10 +195,10 @@ STUFF_VOID = (*(id - 1 for id in NOT_IN_STUFF), 255)
 
 # Thresholds and scales are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
-    "voc21": SegmentationBenchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0),
+    "voc21": SegmentationBenchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0, palette="voc"),
     "context60": SegmentationBenchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
     "coco_object": SegmentationBenchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
-    "voc20": SegmentationBenchmark(*VOC, "voc20.txt", range(1, 21), (0, 255)),
+    "voc20": SegmentationBenchmark(*VOC, "voc20.txt", range(1, 21), (0, 255), palette="voc"),
     "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
     "coco_stuff": SegmentationBenchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
     "cityscapes": SegmentationBenchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS,
@@ -222,6 +232,9 @@ def find_set(name: str, data: str, class_file: str | None = None
     if len(classes) != len(benchmark.values):
         raise UserError(f"{path} has {len(classes)} classes, but {name} has "
                         f"{len(benchmark.values)}; give as many lines.")
+    if images.instances:        # 0, the first class, is what no object covers
+        classes = in_order(classes, [classes.names[0], *images.instances.names], path,
+                           benchmark.label)
     return images, classes
 
 
@@ -410,17 +423,6 @@ def table(result: dict) -> str:
     lines = ["   ".join(cells[start:start + 4]) for start in range(0, len(cells), 4)]
     return "\n".join([*lines, f"mIoU {result['mIoU']:.1f} %   "
                               f"pixel accuracy {result['pixel accuracy']:.1f} %"])
-
-
-def overview(result: dict[str, dict], missing: dict[str, str]) -> str:
-    """mIoU of each benchmark, their mean, and what was missing, for a screen."""
-    of_paper = [result[name]["mIoU"] for name in result if name in PAPER_BENCHMARKS]
-    lines = ["", *(f"{name:16}{found['mIoU']:6.1f}" for name, found in result.items())]
-    if len(of_paper) > 1:
-        mean = sum(of_paper) / len(of_paper)
-        lines.append(f"{'mean':16}{mean:6.1f}   of {len(of_paper)} of the paper's "
-                     f"{len(PAPER_BENCHMARKS)}, mIoU in %")
-    return "\n".join([*lines, *(f"{name:16}     -   {reason}" for name, reason in missing.items())])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Letters: K classes, k objects of an image, n detections. Boxes are x0 y0 x1 y1 i
 
 import difflib
 import json
-import math
 import random
 import zlib
 from collections.abc import Sequence
@@ -31,9 +30,10 @@ from torch.utils.data import Dataset
 
 from data import fitted_size, read_classes, resize
 from util import UserError
-from util.coco import instance_mask
-from util.files import fields_of, find, read_json
-from util.images import first_outside, read_image
+from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
+from util.distributed import is_main
+from util.files import find
+from util.images import read_image
 from util.labels import CLASS_FILES
 from util.samples import TrainingData
 
@@ -120,16 +120,18 @@ def find_annotations(dataset: str, split: str, data: str | Path = "data",
     if not path.is_file():
         raise UserError(f"There is no {path.absolute()}; unpack the data set there as docs/data.md "
                         "says, or set DATA or ANNOTATIONS to where it is.")
-    content = read_json(path, "images", "annotations", "categories")
-    with fields_of(path):
-        ids, *classes = split_classes(path, content["categories"], benchmark, novel)
-        entries, objects = check_entries(path, content)
-        kept = {id for id, seen in zip(ids, classes[1]) if seen or split == "val"}
-        objects = [entry for entry in objects if entry["category_id"] in kept]
-        if split == "train" or benchmark.novel and not benchmark.is_lvis:
-            with_objects = {entry["image_id"] for entry in objects}
-            entries = [image for image in entries if image["id"] in with_objects]
-        files = image_files(path, find(images or folder), entries)
+    coco = read_coco(path, {"boxes", "lvis"} if benchmark.is_lvis else {"boxes"})
+    ids, *classes = split_classes(path, coco.categories, benchmark, novel)
+    kept = {id for id, seen in zip(ids, classes[1]) if seen or split == "val"}
+    objects = [entry for entry in coco.annotations if entry["category_id"] in kept]
+    entries = coco.images
+    if split == "train" or benchmark.novel and not benchmark.is_lvis:
+        with_objects = {entry["image_id"] for entry in objects}
+        entries = [image for image in entries if image["id"] in with_objects]
+    files = files_below(path, find(images or folder),
+                        [image["file_name"] for image in entries], "IMAGES")
+    if is_main():
+        print(coco.report())
     if not objects:
         what = "that training may see" if split == "train" else f"of {dataset}"
         raise UserError(f"{path} has no object of a class {what}; give another json, or other "
@@ -163,7 +165,6 @@ def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchm
 
     Of a benchmark with class files, those that neither names are left out.
     """
-    categories = sorted(categories, key=lambda category: category["id"])
     unseen = []
     if benchmark.base:
         base, unseen = (read_classes(CLASS_FILES / name).names
@@ -196,33 +197,13 @@ def check_category_names(path: Path, wanted: Sequence[str], names: Sequence[str]
         raise UserError(f"{path} has no category {missing!r}; {advice}")
 
 
-def check_entries(path: Path, content: dict) -> tuple[list[dict], list[dict]]:
-    """The json's images and annotations; UserError on one that refers to what is not there."""
-    images, objects = content["images"], content["annotations"]
-    known = {image["id"]: (image["height"], image["width"]) for image in images}
-    categories = {category["id"] for category in content["categories"]}
-    for entry in objects:
-        for field, allowed in (("image_id", known), ("category_id", categories)):
-            if entry[field] not in allowed:
-                raise UserError(f"{path} has an annotation with the {field} {entry[field]!r}, but "
-                                f"no such entry in 'images' or 'categories'; download it again.")
-        x, y, width, height = map(float, entry["bbox"])
-        if not all(map(math.isfinite, (x, y, width, height))):
-            raise UserError(f"{path} has an annotation with the bbox {entry['bbox']}; remove it.")
-    return images, objects
-
-
-def image_files(path: Path, folder: Path, images: list[dict]) -> list[str]:
-    """The file of each image; UserError if one is not below the folder."""
-    # LVIS has no names: an image of COCO's is where its address says, split/number.jpg.
-    names = [image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:])
-             for image in images]
-    files = [str(folder / name) for name in names]
-    alien = first_outside(files, folder)
-    if alien:
-        raise UserError(f"{path} names {alien}, which is not below {folder.absolute()}; set IMAGES "
-                        "to the folder that holds its images.")
-    return files
+def with_masks(annotations: Annotations) -> Annotations:
+    """The same with the objects that have a mask; UserError for a mask that is none."""
+    coco = Coco(annotations.path, annotations.images, annotations=annotations.objects)
+    check_masks(coco)
+    if coco.left_out and is_main():
+        print(f"of objects with masks: {coco.report()}")
+    return annotations._replace(objects=coco.annotations)
 
 
 # -------------------------------------------------------------------------------------- the data
@@ -230,12 +211,14 @@ def image_files(path: Path, folder: Path, images: list[dict]) -> list[str]:
 class DetectionData(TrainingData):
     """Images with at least one object of a seen class. `read` returns Objects, crowds left out.
 
-    masks: whether Objects have masks. classes, seen: see Annotations. Objects without an area, by
-    the json's number or inside the image, are left out.
+    masks: whether Objects have masks. classes, seen: see Annotations. Objects of less than a pixel
+    inside the image are left out.
+    Raises UserError if none is left.
     """
 
     def __init__(self, annotations: Annotations, masks: bool, read_timeout: float = 60.0):
         super().__init__(annotations.files, read_timeout)
+        annotations = with_masks(annotations) if masks else annotations
         self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
         self.sizes = [(image["height"], image["width"]) for image in annotations.images]
         objects = [entry for entry in annotations.objects if not entry.get("iscrowd", 0)]
@@ -246,15 +229,16 @@ class DetectionData(TrainingData):
         boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
         boxes = inside(boxes, np.array(self.sizes, dtype=np.float32)[image])
         has_area = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
-        has_area &= np.array([entry.get("area", 1) > 0 for entry in objects], dtype=bool)
         order = np.flatnonzero(has_area)
+        if not len(order):
+            raise UserError(f"{self.path} has no object to train with that is no crowd and at "
+                            "least a pixel large; give another json.")
         order = order[np.argsort(image[order], kind="stable")]
         self.first = np.searchsorted(image[order], np.arange(len(self) + 1))
         self.boxes = boxes[order]
         self.labels = np.array([class_of[objects[n]["category_id"]] for n in order], dtype=np.int64)
-        with fields_of(annotations.path):
-            self.shapes = [json.dumps(objects[n]["segmentation"]).encode() for n in order
-                           ] if masks else None
+        self.shapes = [json.dumps(objects[n]["segmentation"]).encode() for n in order
+                       ] if masks else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -271,8 +255,7 @@ class DetectionData(TrainingData):
         masks = torch.zeros(len(self.boxes[these]), 0, 0, dtype=torch.bool)
         if self.shapes:
             size = self.sizes[index]
-            with fields_of(self.path):
-                found = [instance_mask(json.loads(shape), *size) for shape in self.shapes[these]]
+            found = [instance_mask(json.loads(shape), *size) for shape in self.shapes[these]]
             masks = torch.from_numpy(np.array(found, dtype=bool).reshape(-1, *size))
         return Objects(image, torch.from_numpy(self.boxes[these]),
                        torch.from_numpy(self.labels[these]), masks)

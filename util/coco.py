@@ -1,116 +1,402 @@
-"""COCO-style jsons: masks of objects, rendered to label images, and the regions of panoptic ones.
+"""COCO-style jsons: one reader, which checks all entries once, at the start.
+
+    content = read_coco("instances.json", {"boxes", "masks"})
+    content.images, content.categories, content.annotations     # entries that can be trusted
+    print(content.report())                                     # how many are used, and why not all
+
+A reader says what it needs: boxes, masks, sizes (of images), segments (of a panoptic json), lvis.
+What is of a wrong type or refers to what is not there is refused, with the json, the entry's id and
+the field; an annotation that is only empty is left out and counted. Whole columns are looked at
+first, one by one only to name a wrong entry: COCO has 860,000 annotations.
 """
 
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_masks
-from torch import Tensor
 
 from util import UserError
-from util.files import fields_of, read_json
-from util.images import read_image
+from util.distributed import is_main
+from util.files import read_json
 
+NUMBERS = {int, float}
+REQUIRED = object()         # default of a field that every entry must have
+MAX_OUTSIDE = 1.0           # of an image's longer side; a polygon that lies farther out is no mask
+
+
+@dataclass
+class Coco:
+    """A json's entries, checked. Categories are in the order of their ids; annotations are those
+    that are used; left_out counts the others by reason, examples has the first one's id."""
+    path: Path
+    images: list[dict]
+    categories: list[dict] = field(default_factory=list)
+    annotations: list[dict] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, object] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """One line: how many annotations are used and left out, and why."""
+        used = len(self.annotations)
+        text = f"{self.path}: {len(self.images):,} images, {used:,} annotations"
+        if self.left_out:
+            reasons = (f"{count:,} {reason} (such as {self.examples[reason]})"
+                       for reason, count in self.left_out.most_common())
+            text += f" of {used + self.left_out.total():,}; left out: {', '.join(reasons)}"
+        return text
+
+    def leave_out(self, is_used: np.ndarray, reason: str) -> None:
+        """Keeps the annotations that are used and counts the others."""
+        gone = [self.annotations[place] for place in np.flatnonzero(~is_used)]
+        if gone:
+            self.annotations = [self.annotations[place] for place in np.flatnonzero(is_used)]
+            self.left_out[reason] += len(gone)
+            self.examples.setdefault(reason, gone[0].get("id"))
+
+
+def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
+    """The content of a COCO-style json, all entries checked. Paths in it are only texts here.
+
+    needs: any of boxes, masks, sizes, segments, lvis; without one of them only images are read.
+    Raises UserError that names the json, the entry's id and the field.
+    """
+    needs, path = set(needs), Path(path)
+    sections = ("images", "annotations", "categories") if needs else ("images",)
+    content = read_json(path, *sections)
+    for section in sections:
+        if not isinstance(content[section], list) or not all(
+                isinstance(entry, dict) for entry in content[section]):
+            raise UserError(f"{path} has {section!r} that are no list of entries in braces; a "
+                            "COCO-style json has one for each.")
+    coco = Coco(path, content["images"])
+    check_images(coco, needs)
+    if needs:
+        coco.categories = check_categories(path, content["categories"], needs)
+        coco.annotations = content["annotations"]
+        if "segments" in needs:
+            check_segments(coco)
+        else:
+            check_annotations(coco, needs)
+        if coco.left_out and not coco.annotations:
+            raise UserError(f"{coco.report()}; none is left, so correct them or give another json.")
+    return coco
+
+
+class Column:
+    """A field of all entries of a section: it refuses the first entry that does not fit."""
+
+    def __init__(self, path: Path, section: str, entries: list[dict], name: str,
+                 default: object = REQUIRED):
+        self.path, self.section, self.entries, self.name = path, section, entries, name
+        self.values = [entry.get(name, default) for entry in entries]
+
+    def must(self, fits: Callable[[object], bool], what: str) -> list:
+        """The values, each of which must fit; `what` says what the field must be."""
+        wrong = next((place for place, value in enumerate(self.values) if not fits(value)), None)
+        if wrong is not None:
+            self.refuse(wrong, what)
+        return self.values
+
+    def of_types(self, types: set[type], what: str) -> list:
+        """The values, each of one of some types."""
+        return self.values if set(map(type, self.values)) <= types else self.must(
+            lambda value: type(value) in types, what)
+
+    def one_of(self, known: Collection, what: str) -> list:
+        """The values, numbers or texts, each among those known."""
+        self.of_types({int, str, bool}, what)
+        return self.values if set(self.values) <= set(known) else self.must(
+            lambda value: value in known, what)
+
+    def refuse(self, place: int, what: str) -> None:
+        """Raises UserError about the entry at a place."""
+        entry, value = self.entries[place], self.values[place]
+        which = f"id {entry['id']!r}" if "id" in entry else f"number {place + 1}"
+        shown = "no" if value is REQUIRED else f"{json.dumps(value, default=str)[:60]} as"
+        raise UserError(f"{self.path}: the entry of {self.section!r} with {which} has {shown} "
+                        f"{self.name!r}; it must be {what}; correct or remove the entry.")
+
+
+def unique(column: Column) -> list:
+    """Ids, whole numbers or texts, each of which occurs once."""
+    values = column.of_types({int, str}, "a whole number or a text")
+    if len(set(values)) < len(values):
+        counts = Counter(values)
+        column.refuse(next(place for place, value in enumerate(values) if counts[value] > 1),
+                      "an id that no other entry has")
+    return values
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text that a file or a class may be called by."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)     # not in any encoding
+
+
+def check_images(coco: Coco, needs: set[str]) -> None:
+    """Ids, names and, if needed, sizes of images. One without a name has LVIS's address."""
+    def column(name: str, default: object = REQUIRED) -> Column:
+        return Column(coco.path, "images", coco.images, name, default)
+
+    if needs:
+        unique(column("id"))
+    for place, image in enumerate(coco.images):
+        # LVIS has no names: an image of COCO's is where its address says, split/number.jpg.
+        if "file_name" not in image and is_text(image.get("coco_url")):
+            coco.images[place] = image | {"file_name": "/".join(image["coco_url"].split("/")[-2:])}
+    column("file_name").must(is_text, "the name of a file")
+    if needs & {"sizes", "boxes", "masks", "lvis"}:
+        for side in ("height", "width"):
+            column(side).must(lambda value: type(value) is int and 1 <= value < 2**20,
+                              "a number of pixels")
+    if "lvis" in needs:
+        for name in ("neg_category_ids", "not_exhaustive_category_ids"):
+            column(name).must(lambda value: isinstance(value, list) and all(
+                type(number) is int for number in value), "a list of ids of categories, as LVIS's")
+
+
+def check_categories(path: Path, categories: list[dict], needs: set[str]) -> list[dict]:
+    """The categories in the order of their ids."""
+    def column(name: str, default: object = REQUIRED) -> Column:
+        return Column(path, "categories", categories, name, default)
+
+    column("id").of_types({int}, "a whole number")
+    unique(column("id"))
+    column("name").must(is_text, "the name of a class")
+    if "segments" in needs:
+        column("isthing").must(lambda value: value in (0, 1), "0 or 1")
+    if "lvis" in needs:
+        column("frequency").must(lambda value: value in ("r", "c", "f"), "r, c or f, as LVIS's")
+    return sorted(categories, key=lambda category: category["id"])
+
+
+def check_annotations(coco: Coco, needs: set[str]) -> None:
+    """Annotations of instances: what they refer to, their boxes, areas and masks."""
+    def column(name: str, default: object = REQUIRED) -> Column:
+        return Column(coco.path, "annotations", coco.annotations, name, default)
+
+    if any("id" in annotation for annotation in coco.annotations):
+        unique(column("id"))
+    if len(coco.annotations) > 200_000:
+        print(f"checking the {len(coco.annotations):,} annotations of {coco.path}")
+    size_of = {image["id"]: (image.get("height"), image.get("width")) for image in coco.images}
+    known = {category["id"] for category in coco.categories}
+    column("image_id").one_of(size_of, "the id of one of 'images'")
+    column("category_id").one_of(known, "the id of one of 'categories'")
+    column("iscrowd", 0).one_of({0, 1}, "0 or 1")
+    if "boxes" in needs:
+        check_boxes(coco, column("bbox"), size_of)
+    if "masks" in needs:
+        check_masks(coco)
+
+
+def four_numbers(column: Column) -> np.ndarray:
+    """Boxes x, y, width, height -> (n, 4); UserError for anything but finite numbers."""
+    what = "four finite numbers: x, y, width and height in pixels"
+    column.of_types({list}, what)
+    if {*map(len, column.values)} - {4} or (
+            {*map(type, chain.from_iterable(column.values))} - NUMBERS):
+        column.must(lambda box: len(box) == 4 and {*map(type, box)} <= NUMBERS, what)
+    boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
+    is_right = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
+    if not is_right.all():
+        column.refuse(int(np.flatnonzero(~is_right)[0]), what)
+    return boxes
+
+
+def check_boxes(coco: Coco, column: Column, size_of: dict) -> None:
+    """Boxes in pixels. One without a pixel in its image is left out; an area that is none becomes
+    the box's."""
+    boxes = four_numbers(column)
+    corners = boxes[:, :2] + boxes[:, 2:]
+    if len(boxes) and corners.max() <= 1 and boxes[:, 2:].any():
+        column.refuse(0, "in pixels, but all boxes lie within 1 x 1: they seem to be shares of "
+                      "their images")
+    for annotation in coco.annotations:
+        area = annotation.get("area")
+        if type(area) not in NUMBERS or not 0 < area < math.inf:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    sizes = sizes_of(coco, size_of)[:, ::-1]
+    is_shown = ((boxes[:, 2:] > 0) & (corners > 0) & (boxes[:, :2] < sizes)).all(axis=1)
+    coco.leave_out(is_shown, "boxes without a pixel in their image")
+
+
+def sizes_of(coco: Coco, size_of: dict) -> np.ndarray:
+    """The height and width of each annotation's image, (n, 2)."""
+    place = {id: number for number, id in enumerate(size_of)}
+    sizes = np.array(list(size_of.values()), dtype=np.float64).reshape(-1, 2)
+    return sizes[[place[annotation["image_id"]] for annotation in coco.annotations]]
+
+
+def check_masks(coco: Coco) -> None:
+    """Polygons and run lengths; an annotation whose mask is empty is left out."""
+    size_of = {image["id"]: (image["height"], image["width"]) for image in coco.images}
+    column = Column(coco.path, "annotations", coco.annotations, "segmentation", None)
+    column.of_types({list, dict, type(None)}, "a list of polygons or a run-length code")
+    for place, shape in enumerate(column.values):
+        if isinstance(shape, dict):
+            height, width = size_of[coco.annotations[place]["image_id"]]
+            if not is_run_length(shape, height, width):
+                column.refuse(place, f"a run-length code of {height} x {width} pixels")
+    check_polygons(column, sizes_of(coco, size_of).max(axis=1, initial=0))
+    for annotation, shape in zip(coco.annotations, column.values):
+        if isinstance(shape, list) and any(len(part) < 6 for part in shape):
+            annotation["segmentation"] = [part for part in shape if len(part) >= 6]
+    is_full = [bool(annotation.get("segmentation")) for annotation in coco.annotations]
+    coco.leave_out(np.array(is_full, dtype=bool), "masks of less than three points")
+
+
+def check_polygons(column: Column, longest: np.ndarray) -> None:
+    """Raises UserError on polygons that are no pairs of finite numbers, or far outside an image.
+
+    longest: the longer side of each annotation's image, (n,).
+    """
+    what = "polygons of finite numbers x, y, x, y ... in pixels of its image"
+    lists = [place for place, shape in enumerate(column.values) if isinstance(shape, list)]
+    if {type(part) for place in lists for part in column.values[place]} - {list}:
+        column.must(lambda shape: not isinstance(shape, list)
+                    or {*map(type, shape)} <= {list}, what)
+    parts = [part for place in lists for part in column.values[place]]
+    owner = np.repeat(np.array(lists, dtype=np.int64),
+                      [len(column.values[place]) for place in lists])
+    if {type(number) for number in chain.from_iterable(parts)} - NUMBERS:
+        column.must(lambda shape: not isinstance(shape, list)
+                    or {*map(type, chain.from_iterable(shape))} <= NUMBERS, what)
+    lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
+    number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
+    of_image = np.repeat(longest[owner], lengths)
+    is_near = (number >= -MAX_OUTSIDE * of_image) & (number <= (1 + MAX_OUTSIDE) * of_image)
+    wrong = np.concatenate([owner[lengths % 2 == 1], np.repeat(owner, lengths)[~is_near]])
+    if len(wrong):
+        column.refuse(int(wrong.min()), what)
+
+
+def is_run_length(shape: dict, height: int, width: int) -> bool:
+    """Whether a run-length code is of an image's size and, uncompressed, fills it."""
+    counts = shape.get("counts")
+    if shape.get("size") != [height, width]:
+        return False
+    if isinstance(counts, str):
+        return counts.isascii() and decodes(shape)
+    return (isinstance(counts, list) and {*map(type, counts)} <= {int}
+            and all(0 <= count for count in counts) and sum(counts) == height * width)
+
+
+def decodes(code: dict) -> bool:
+    """Whether the runs of a compressed code fill its image."""
+    runs, place, counts = [], 0, code["counts"].encode()
+    while place < len(counts):
+        run, shift, more = 0, 0, True
+        while more:
+            if place == len(counts) or not 48 <= counts[place] < 112:
+                return False
+            value = counts[place] - 48
+            run |= (value & 31) << shift
+            more, shift, place = bool(value & 32), shift + 5, place + 1
+        if value & 16:
+            run -= 1 << shift
+        runs.append(run + runs[-2] if len(runs) > 2 else run)
+        if runs[-1] < 0:
+            return False
+    return sum(runs) == code["size"][0] * code["size"][1]
+
+
+def check_segments(coco: Coco) -> None:
+    """Annotations of a panoptic json: their image and PNG, and the segments in it."""
+    def column(name: str) -> Column:
+        return Column(coco.path, "annotations", coco.annotations, name)
+
+    if not coco.annotations:
+        raise UserError(f"{coco.path} has no annotations; give a COCO-panoptic json.")
+    if "segments_info" not in coco.annotations[0]:
+        raise UserError(f"{coco.path} has no field 'segments_info' in its annotations; give the "
+                        "panoptic json, such as panoptic_val2017.json, not instances or captions.")
+    column("image_id").one_of({image["id"] for image in coco.images}, "the id of one of 'images'")
+    column("file_name").must(is_text, "the name of a PNG")
+    column("segments_info").must(lambda value: isinstance(value, list) and all(
+        isinstance(segment, dict) for segment in value), "a list of segments")
+    segments = list(chain.from_iterable(annotation["segments_info"]
+                                        for annotation in coco.annotations))
+
+    def of_segments(name: str, default: object = REQUIRED) -> Column:
+        return Column(coco.path, "segments_info", segments, name, default)
+
+    of_segments("id").must(lambda value: type(value) is int and 0 <= value < 2**24,
+                           "a colour's number")
+    of_segments("category_id").one_of({category["id"] for category in coco.categories},
+                                      "the id of one of 'categories'")
+    four_numbers(of_segments("bbox"))
+    of_segments("iscrowd", 0).one_of({0, 1}, "0 or 1")
+
+
+# --------------------------------------------------------------------------- what is made of them
 
 class Instances:
-    """A COCO-instances json, rendered to label images.
-
-    0 is background, 1 ... are the categories in the order of their ids.
-    """
+    """A COCO-instances json, rendered to label images: 0 is background, 1 ... are the categories in
+    the order of their ids."""
 
     def __init__(self, path: Path):
-        self.path, content = path, read_json(path, "images", "annotations", "categories")
-        with fields_of(path):
-            ids = sorted(category["id"] for category in content["categories"])
-            self.value = {id: place + 1 for place, id in enumerate(ids)}
-            self.image_of = {image["file_name"]: image["id"] for image in content["images"]}
-            self.of_image: dict[int, list[tuple]] = {}
-            for annotation in content["annotations"]:
-                kept = annotation["category_id"], annotation["segmentation"]
-                self.of_image.setdefault(annotation["image_id"], []).append(kept)
+        self.content = read_coco(path, {"masks"})
+        if self.content.left_out and is_main():
+            print(self.content.report())
+        self.names = [category["name"] for category in self.content.categories]
+        value = {category["id"]: place + 1
+                 for place, category in enumerate(self.content.categories)}
+        self.image_of = {image["file_name"]: image["id"] for image in self.content.images}
+        self.of_image: dict[int, list[tuple]] = {}
+        for annotation in self.content.annotations:
+            shape = annotation["segmentation"], value[annotation["category_id"]]
+            self.of_image.setdefault(annotation["image_id"], []).append(shape)
 
     def render(self, file_name: str, height: int, width: int) -> np.ndarray:
         """The label image (height, width); of overlapping objects the smaller one is on top.
 
-        Raises UserError for an image that the json does not list.
+        Raises UserError for an image that the json does not list, or whose size is another there.
         """
         if file_name not in self.image_of:
-            raise UserError(f"{self.path} says nothing of {file_name}; give the json and the "
-                            "images of one split.")
+            raise UserError(f"{self.content.path} says nothing of {file_name}; give the json and "
+                            "the images of one split.")
+        objects = [(instance_mask(shape, height, width), value)
+                   for shape, value in self.of_image.get(self.image_of[file_name], [])]
         label = np.zeros((height, width), np.uint16)
-        with fields_of(self.path):
-            objects = [(instance_mask(shape, height, width), self.value[category])
-                       for category, shape in self.of_image.get(self.image_of[file_name], [])]
-            for mask, value in sorted(objects, key=lambda found: -int(found[0].sum())):
-                label[mask] = value
+        for mask, value in sorted(objects, key=lambda found: -int(found[0].sum())):
+            label[mask] = value
         return label
 
 
 def instance_mask(shape: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons, or a run-length code in either of COCO's forms -> bool (height, width).
+    """Polygons, or a run-length code in either of COCO's forms -> bool (height, width)."""
+    is_compressed = isinstance(shape, dict) and isinstance(shape["counts"], str)
+    codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
+    codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
+    return coco_masks.decode(codes).astype(bool)
 
-    Raises TypeError if it is neither, or of another size.
+
+def files_below(path: Path, folder: Path, names: Sequence[str], setting: str) -> list[str]:
+    """The files that a json names in a folder; UserError if one is not below it.
+
+    setting: what names the folder.
     """
-    if isinstance(shape, dict) and list(shape["size"]) != [height, width]:
-        raise TypeError(f"a mask of {shape['size']} for an image of {[height, width]}")
-    try:
-        is_compressed = isinstance(shape, dict) and isinstance(shape["counts"], str)
-        codes = shape if is_compressed else coco_masks.frPyObjects(shape, height, width)
-        codes = coco_masks.merge(codes) if isinstance(codes, list) else codes
-        return coco_masks.decode(codes).astype(bool)
-    except Exception as error:      # pycocotools raises anything
-        raise TypeError(error) from None
+    files = [str(folder / name) for name in names]
+    alien = first_outside(files, folder)
+    if alien:
+        raise UserError(f"{path} names {alien}, which is not below {folder.absolute()}; set "
+                        f"{setting} to the folder that holds its images.")
+    return files
 
 
-class Panoptic:
-    """A COCO-panoptic json: its categories in the order of ids, its images and annotations.
-
-    names, is_thing: of each category. class_of: its place in that order, by its id. file_names: of
-    the images, by id. Raises UserError if it is no such json.
-    """
-
-    def __init__(self, path: Path):
-        self.path, content = path, read_json(path, "images", "annotations", "categories")
-        with fields_of(path):
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            self.names = [category["name"] for category in categories]
-            self.is_thing = [bool(category["isthing"]) for category in categories]
-            self.class_of = {category["id"]: place for place, category in enumerate(categories)}
-            self.file_names = {image["id"]: image["file_name"] for image in content["images"]}
-            self.annotations = content["annotations"]
-            if not self.annotations:
-                raise UserError(f"{path} has no annotations; give a COCO-panoptic json.")
-            if "segments_info" not in self.annotations[0]:
-                raise UserError(f"{path} has no field 'segments_info' in its annotations; give "
-                                "the panoptic json, such as panoptic_val2017.json, not instances "
-                                "or captions.")
-
-    def read_files(self, annotation: dict, images: Path, pngs: Path) -> tuple[Tensor, np.ndarray]:
-        """An annotation's image, uint8 (3, H, W), and the ids of its pixels' regions, (H, W).
-
-        Raises UserError if it is of an unknown image or has an unknown category, and for files
-        that can't be read or are of two sizes.
-        """
-        self.check(annotation)
-        png = pngs / annotation["file_name"]
-        image = read_image(images / self.file_names[annotation["image_id"]])
-        rgb = read_image(png).int()
-        if rgb.shape != image.shape:
-            raise UserError(f"{png} is {tuple(rgb.shape[1:])}, but its image "
-                            f"{tuple(image.shape[1:])}; they must be of one size.")
-        return image, (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
-
-    def check(self, annotation: dict) -> None:
-        """Raises UserError if an annotation is of an unknown image or has an unknown category."""
-        png = annotation["file_name"]
-        if annotation["image_id"] not in self.file_names:
-            raise UserError(f"{self.path} has the image_id {annotation['image_id']} for {png}, but "
-                            "no such image in 'images'; download the json again.")
-        for region in annotation["segments_info"]:
-            if region["category_id"] not in self.class_of:
-                raise UserError(f"{self.path} has the category_id {region['category_id']} in a "
-                                f"segment of {png}, but no such category in 'categories'; "
-                                "download the json again.")
+def first_outside(paths: Sequence[str], folder: Path) -> str | None:
+    """The first path that is not below a folder once its `..` are resolved, None if all are."""
+    base = os.path.join(os.path.abspath(folder), "")
+    return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
 
 
 def is_inside(bbox: list[float], height: int, width: int) -> bool:

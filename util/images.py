@@ -15,11 +15,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from util import UserError
-from util.files import fields_of, find, read_json
+from util.coco import first_outside, read_coco
+from util.files import find
 
 MAX_DECODED = 100_000_000   # pixels; larger images are not decoded: a small file could fill memory
 Image.MAX_IMAGE_PIXELS = None       # PIL would warn at its own bound; ours holds before decoding
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # Image files that are not read, and are named when they are left out.
 OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".dng",
                   ".nef", ".cr2", ".arw", ".svg", ".eps", ".psd")
@@ -47,6 +48,12 @@ def open_image(file: str | Path | BinaryIO, upright: bool, most: int | None) -> 
         warnings.simplefilter("ignore")     # of metadata that is not used here
         with Image.open(file, formats=FORMATS) as opened:
             return torch.from_numpy(decode(opened, upright, most)).permute(2, 0, 1)
+
+
+def orientation(path: str | Path) -> int:
+    """The EXIF entry of how an image is stored: 1 upright, 5 to 8 on its side."""
+    with Image.open(path, formats=FORMATS) as opened:
+        return opened.getexif().get(0x0112, 1)
 
 
 @contextmanager
@@ -133,8 +140,7 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
 
 def images_of_json(path: Path, root: Path, outside: bool) -> list[str]:
     """The files that a COCO-style json names, below `root` unless they may be `outside`."""
-    with fields_of(path):
-        paths = [str(root / image["file_name"]) for image in read_json(path, "images")["images"]]
+    paths = [str(root / image["file_name"]) for image in read_coco(path, ()).images]
     alien = first_outside(paths, root)
     if alien and not outside:
         raise UserError(f"{path} names {alien}, which is not below {root.absolute()}; set "
@@ -144,12 +150,6 @@ def images_of_json(path: Path, root: Path, outside: bool) -> list[str]:
         raise UserError(f"{path} names {paths[0]}, which is not there; set IMAGE_ROOT to the "
                         "folder of its images.")
     return paths
-
-
-def first_outside(paths: list[str], folder: Path) -> str | None:
-    """The first path that is not below a folder once its `..` are resolved, None if all are."""
-    base = os.path.join(os.path.abspath(folder), "")
-    return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
 
 
 def counted(others: Counter[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util import UserError
-from util.coco import Instances
+from util.coco import Instances, files_below, read_coco
 from util.files import ROOT, find, read_json
-from util.images import read_image, unreadable
+from util.images import orientation, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
@@ -39,6 +40,7 @@ class SegmentationBenchmark:
     logit_scale: float = 40.0           # factor of the cosines before that probability's softmax
     protocol: dict[str, int] = field(default_factory=dict)      # short_side, window ... if its own
     read: Callable[[Path], np.ndarray] | None = None    # a label file's values; None: read_label
+    palette: str = ""                   # voc: colours that a label with a palette must have
     origin: str = "unpack the data set there in its original layout"    # how to get the files
 
 
@@ -101,6 +103,7 @@ class SegmentationImages(Dataset):
                                   "images and labels.")
         has_instances = benchmark.label.endswith(".json")
         self.instances = Instances(self.root / benchmark.label) if has_instances else None
+        self.read_label = benchmark.read or partial(read_label, palette=benchmark.palette)
         # The class of each label value.
         self.lookup = np.full(65536, UNKNOWN, dtype=np.int16)
         self.lookup[list(benchmark.void)] = VOID
@@ -130,35 +133,54 @@ class SegmentationImages(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = read_image(self.root / self.benchmark.image.format(self.names[index]))
+        file = self.root / self.benchmark.image.format(self.names[index])
+        image = read_image(file)
         path = self.root / self.benchmark.label.format(self.names[index])
         with unreadable(path, "a label image"):
             if self.instances:
                 file_name = Path(self.benchmark.image.format(self.names[index])).name
                 values = self.instances.render(file_name, *image.shape[1:])
             else:
-                values = (self.benchmark.read or read_label)(path)
+                values = self.read_label(path)
         label = self.lookup[values]
         unknown = values[label == UNKNOWN]
         if unknown.size:
             some = ", ".join(map(str, np.unique(unknown)[:5]))
             raise UserError(f"{path} has {unknown.size} pixels of values that are no class and not "
                             f"void ({some}); take the labels of this benchmark.")
-        if label.shape != tuple(image.shape[1:]):
-            raise UserError(f"{path} is {label.shape}, but its image {tuple(image.shape[1:])}; "
-                            "they must be of one size.")
+        check_sizes(path, label.shape, file, image.shape[1:])
         return image, torch.from_numpy(label)
 
 
-def read_label(path: Path) -> np.ndarray:
-    """A label PNG -> its values, 0 to 65535, (H, W); UserError for colours or a mask of two."""
+def read_label(path: Path, palette: str = "") -> np.ndarray:
+    """A label PNG -> its values, 0 to 65535, (H, W).
+
+    palette: voc, if a PNG with a palette must have VOC's colours, or greys of its values.
+    Raises UserError for colours, a mask of two, and another palette.
+    """
     with Image.open(path, formats=("PNG",)) as file:
-        values = np.array(file)
+        values, colours = np.array(file), file.getpalette("RGB")
     if values.ndim != 2 or values.dtype == bool or values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} is an image of mode {file.mode}, but a label image has one class "
                         "number for each pixel, in a PNG of 8 or 16 bits; take the labels of this "
                         "benchmark.")
+    if palette == "voc" and colours:
+        used = np.unique(values)
+        colours = np.array(colours + [0] * (768 - len(colours))).reshape(-1, 3)[used]
+        if not ((colours == VOC_PALETTE[used]).all() or (colours == used[:, None]).all()):
+            raise UserError(f"{path} has another palette than VOC's, so its values may be other "
+                            "classes; take the labels as they are downloaded.")
     return values
+
+
+def voc_palette() -> np.ndarray:
+    """VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first."""
+    values = np.arange(256)
+    return np.stack([sum((values >> 3 * place + channel & 1) << 7 - place for place in range(8))
+                     for channel in range(3)], axis=1)
+
+
+VOC_PALETTE = voc_palette()
 
 
 def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set: Callable
@@ -181,3 +203,53 @@ def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set
         raise UserError(f"None of the benchmarks is in {Path(data).absolute()}; docs/data.md says "
                         f"how each is unpacked: {' '.join(missing.values())}")
     return sets, missing
+
+
+def overview(result: dict[str, dict], missing: dict[str, str], of_paper: Sequence[str]) -> str:
+    """mIoU of each benchmark, the mean of the paper's, and what was missing, for a screen."""
+    lines = ["", *(f"{name:16}{found['mIoU']:6.1f}" for name, found in result.items())]
+    means = [found["mIoU"] for name, found in result.items() if name in of_paper]
+    if len(means) > 1:
+        lines.append(f"{'mean':16}{sum(means) / len(means):6.1f}   of {len(means)} of the paper's "
+                     f"{len(of_paper)}, mIoU in %")
+    return "\n".join([*lines, *(f"{name:16}     -   {reason}" for name, reason in missing.items())])
+
+
+class Panoptic:
+    """A COCO-panoptic json, its folder of PNGs and its folder of images.
+
+    names, is_thing: of each category, in the order of ids. class_of: its place there, by its id.
+    segments: of each image, the json's entries.
+    Raises UserError for entries that are not right, and for names outside the folders.
+    """
+
+    def __init__(self, path: str | Path, pngs: str | Path, images: str | Path):
+        coco = read_coco(find(path), {"segments"})
+        self.names = [category["name"] for category in coco.categories]
+        self.is_thing = [bool(category["isthing"]) for category in coco.categories]
+        self.class_of = {category["id"]: place for place, category in enumerate(coco.categories)}
+        self.segments = [annotation["segments_info"] for annotation in coco.annotations]
+        name_of = {image["id"]: image["file_name"] for image in coco.images}
+        of_images = [name_of[annotation["image_id"]] for annotation in coco.annotations]
+        self.images = files_below(coco.path, find(images), of_images, "IMAGES")
+        self.pngs = files_below(coco.path, find(pngs), [
+            annotation["file_name"] for annotation in coco.annotations], "PNGS")
+
+    def read(self, index: int) -> tuple[Tensor, np.ndarray]:
+        """The image of an annotation, uint8 (3, H, W), and the ids of its pixels' regions, (H, W).
+
+        Raises UserError for files that can't be read or are of two sizes.
+        """
+        image, rgb = read_image(self.images[index]), read_image(self.pngs[index]).int()
+        check_sizes(self.pngs[index], rgb.shape[1:], self.images[index], image.shape[1:])
+        return image, (rgb[0] + 256 * rgb[1] + 65536 * rgb[2]).numpy()
+
+
+def check_sizes(label: str | Path, of_label: Sequence[int], image: str | Path,
+                of_image: Sequence[int]) -> None:
+    """Raises UserError unless a label has its image's height and width."""
+    if tuple(of_label) != tuple(of_image):
+        turned = tuple(of_label) == tuple(of_image)[::-1] and orientation(image) > 4
+        advice = ("its EXIF entry turns the image, which is read as it is stored: store it upright"
+                  if turned else "they must be of one size")
+        raise UserError(f"{label} is {tuple(of_label)}, but its image {tuple(of_image)}; {advice}.")

@@ -27,7 +27,7 @@ from downstream.catseg.model import CATSeg, open_catseg
 from eval_seg import evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
-from util.labels import find_data
+from util.labels import find_data, overview
 from util.precision import autocast, check_precision
 
 SHARED = {"eval_region": ["The evaluation"]}
@@ -74,9 +74,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
                   f"{len(dataset)} images\n{table(result[name])}")
             write_result(cfg, "catseg", {"benchmarks": result} | segmenter.clip.describe())
     if ranks.is_main and (len(result) > 1 or missing):
-        lines = [f"{name:16}{figures['mIoU']:6.1f}" for name, figures in result.items()]
-        lines += [f"{name:16}     -   {reason}" for name, reason in missing.items()]
-        print("\n".join(["", *lines]))
+        print(overview(result, missing, tuple(TABLE_4)))
     return result
 
 

@@ -164,10 +164,10 @@ def open_catseg(path: str | Path) -> CATSeg:
     Raises UserError if there is no such file, or if it holds something else.
     """
     state, record = read_weights(path)
-    design = record.get("catseg")
-    if isinstance(design, dict):
-        design = {RENAMED.get(name, name): value for name, value in design.items()}
-    if not isinstance(design, dict) or set(design) != set(Design._fields):
+    found = record.get("catseg")
+    fields = found.items() if isinstance(found, dict) else ()
+    design = {RENAMED.get(name, name): value for name, value in fields}
+    if set(design) != set(Design._fields):
         raise UserError(f"{path} is no segmenter; give the catseg.safetensors that "
                         "downstream.catseg.train writes.")
     clip = DeCLIP(recorded_model(path, record), None, record["context"], record["scale"])
