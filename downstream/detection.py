@@ -372,14 +372,9 @@ def encode_detections(number: int, detections: Detections) -> list[dict]:
              for box, score, label in zip(boxes.tolist(), detections.scores.tolist(),
                                           detections.labels.tolist())]
     for result, mask in zip(found, detections.masks or ()):
-        result["segmentation"] = encode_mask(mask)
+        code = coco_masks.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+        result["segmentation"] = code | {"counts": code["counts"].decode()}     # json has no bytes
     return found
-
-
-def encode_mask(mask: Tensor) -> dict:
-    """A bool mask (H, W) as COCO's run-length code, which json can hold."""
-    code = coco_masks.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
-    return code | {"counts": code["counts"].decode()}
 
 
 def truth_of(annotations: Annotations) -> dict:

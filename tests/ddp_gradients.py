@@ -29,26 +29,28 @@ def gradients(cfg: SimpleNamespace, ranks: distributed.Ranks, bypass: bool = Fal
     class Stop(Exception):
         pass
 
-    def stop(run: train.Run) -> None:
+    def stop(run: train.Run, lr: float) -> None:
         found.update((name, parameter.grad.clone())
                      for name, parameter in run.model.visual.named_parameters()
                      if parameter.requires_grad)
         raise Stop
 
-    check, wrap, begin = train.Run.check_gradient, distributed.wrap, train.Run.begin
+    end_step, wrap, begin = train.Run.end_step, distributed.wrap, train.Run.begin
 
-    def begin_with_text_elsewhere(run: train.Run, model: train.DeCLIP, *given: object) -> None:
-        begin(run, model, *given)
+    def begin_with_text_elsewhere(run: train.Run, model: train.DeCLIP, *parts: object,
+                                  **named: object) -> torch.nn.Module:
+        student = begin(run, model, *parts, **named)
         model.text.to("meta")       # on another device than the rest, as beside a GPU
+        return student
 
-    train.Run.check_gradient, train.Run.begin = stop, begin_with_text_elsewhere
+    train.Run.end_step, train.Run.begin = stop, begin_with_text_elsewhere
     if bypass:
         distributed.wrap = lambda module, ranks: module
     try:
         with tempfile.TemporaryDirectory() as cfg.OUT, contextlib.suppress(Stop):
             train.train(cfg, ranks)
     finally:
-        train.Run.check_gradient, train.Run.begin, distributed.wrap = check, begin, wrap
+        train.Run.end_step, train.Run.begin, distributed.wrap = end_step, begin, wrap
     return found
 
 

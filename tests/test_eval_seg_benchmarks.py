@@ -207,22 +207,33 @@ def test_a_missing_set_says_where_it_was_looked_for(tmp_path, name):
         SegmentationImages(KNOWN_BENCHMARKS[name], tmp_path)
 
 
+# VOC's colours of background, aeroplane, television and the void border.
+VOC_COLOURS = {0: (0, 0, 0), 1: (128, 0, 0), 20: (0, 64, 128), 255: (224, 224, 192)}
+
+
 @pytest.mark.parametrize("name, expected",
                          [("voc20", [VOID, 0, 19, VOID]), ("voc21", [0, 1, 20, VOID])])
 def test_voc_labels(tmp_path, name, expected):
-    """Label values background, aeroplane, television and the void border, as the palette PNGs have
-    them."""
+    """Label values as the palette PNGs have them; in other colours they may mean other classes."""
     root = tmp_path / "VOCdevkit/VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
-    Image.new("RGB", (4, 1)).save(root / "JPEGImages/x.jpg")
-    label = Image.new("P", (4, 1))
-    label.putpalette(list(range(256)) * 3)
-    label.putdata([0, 1, 20, 255])
-    label.save(root / "SegmentationClass/x.png")
     (root / "ImageSets/Segmentation/val.txt").write_text("x\n")
-    assert SegmentationImages(KNOWN_BENCHMARKS[name],
-                                       tmp_path)[0][1].tolist() == [expected]
+    Image.new("RGB", (4, 1)).save(root / "JPEGImages/x.jpg")
+
+    def read(colours: dict[int, tuple]) -> list:
+        palette = np.zeros((256, 3), np.uint8)
+        for value, colour in colours.items():
+            palette[value] = colour
+        label = Image.new("P", (4, 1))
+        label.putpalette(palette.flatten().tolist())
+        label.putdata(list(VOC_COLOURS))
+        label.save(root / "SegmentationClass/x.png")
+        return SegmentationImages(KNOWN_BENCHMARKS[name], tmp_path)[0][1].tolist()
+
+    assert read(VOC_COLOURS) == [expected]
+    with pytest.raises(ValueError, match="has another palette than VOC's"):
+        read(VOC_COLOURS | {20: (128, 0, 0)})
 
 
 def test_class_files_have_a_line_for_each_class():

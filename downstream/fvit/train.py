@@ -105,7 +105,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         for step in run.steps():
             # 1. Losses and gradients, one micro batch after the other
             for batch in run.micro_batches(batches):
-                images, targets = make_views(cfg, batch.data, run.epoch, batch.indices)
+                images, targets = views(cfg, batch.data, run.epoch, batch.indices)
                 with run.forward():
                     losses = detector(images, targets)
                 run.backward(sum(losses.values()), losses, batch)
@@ -114,14 +114,14 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     run.say_end("python -m downstream.fvit.eval --ckpt")
 
 
-def make_views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[int]
-               ) -> tuple[list[Tensor], list[Target]]:
+def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[int]
+          ) -> tuple[list[Tensor], list[Target]]:
     """Images with their objects, resized, cropped and flipped as SEED, epoch and index say."""
     keys = [f"{cfg.SEED}-{epoch}-{index}" for index in indices]
-    views = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP)
+    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP)
              for objects, key in zip(data, keys)]
-    return [view.image for view in views], [Target(view.boxes, view.labels, view.masks, key)
-                                            for view, key in zip(views, keys)]
+    return [view.image for view in shown], [Target(view.boxes, view.labels, view.masks, key)
+                                            for view, key in zip(shown, keys)]
 
 
 # ---------------------------------------------------------------------------------- the set-up

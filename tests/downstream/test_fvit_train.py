@@ -130,7 +130,7 @@ def test_crops_change_with_the_epoch(scenes_json):
         patch.setattr(train, "augment", lambda objects, key, side, scales, flip:
                       detection.Objects((key, side, scales, flip), None, None, None))
         for epoch in range(2):
-            (seen,), (target,) = train.make_views(cfg, data, epoch, [4])
+            (seen,), (target,) = train.views(cfg, data, epoch, [4])
             assert seen == (f"3-{epoch}-4", 64, (0.1, 2.0), 0.5) and target.key == seen[0]
 
 

@@ -1,0 +1,89 @@
+"""util/text.py: what templates make of names, and embeddings that are computed once."""
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import DeCLIP
+from util.text import TEMPLATES, find_templates
+
+
+@pytest.fixture
+def encode(tmp_path, monkeypatch):
+    """Encodes names with a cache -> (embeddings, whether they were computed)."""
+    computed, compute = [], open_clip.build_zero_shot_classifier
+    monkeypatch.setattr(open_clip, "build_zero_shot_classifier", lambda *asked, **how:
+                        computed.append(asked) or compute(*asked, **how))
+
+    def run(clip: DeCLIP, names: list[str], template: str = "a {}.") -> tuple[torch.Tensor, bool]:
+        before = len(computed)
+        text = clip.encode_text(names, find_templates(template), tmp_path / "cache")
+        return text, len(computed) > before
+    return run
+
+
+def test_templates_by_name_or_one_of_ones_own():
+    assert find_templates("imagenet") is TEMPLATES["imagenet"] and len(TEMPLATES["imagenet"]) == 80
+    assert find_templates("a {}.") == ("a {}.",)
+    for wrong in ("a photo", "{} {}", "{0}"):
+        with pytest.raises(ValueError, match="it must be imagenet, simple or a template with {}"):
+            find_templates(wrong)
+
+
+def test_text_embeddings_are_means_over_templates():
+    clip = DeCLIP("tiny-eva")
+    both = clip.encode_text(["cat", "dog"], ["a {}.", "the {}."])
+    parts = [clip.encode_text(["cat", "dog"], [template]) for template in ("a {}.", "the {}.")]
+    assert both.shape == (2, 32)
+    torch.testing.assert_close(both, F.normalize(sum(parts), dim=-1))
+
+
+def test_embeddings_are_computed_once(encode):
+    clip = DeCLIP("tiny-eva")
+    first, was_computed = encode(clip, ["cat", "dog", "puppy"])
+    again, was_computed_again = encode(clip, ["cat", "dog", "puppy"])
+    assert was_computed and not was_computed_again
+    assert torch.equal(first, again)
+    assert torch.equal(first, clip.encode_text(["cat", "dog", "puppy"], ["a {}."]))
+
+
+def test_whatever_changes_is_computed_anew(encode):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat", "dog"])
+    for changed in (lambda: encode(clip, ["cat", "hound"]), lambda: encode(clip, ["dog", "cat"]),
+                    lambda: encode(clip, ["cat", "dog"], "the {}."),
+                    lambda: encode(clip, ["cat", "dog"], "simple")):
+        text, was_computed = changed()
+        assert was_computed and not torch.equal(text, first)
+    with torch.no_grad():
+        # a tower that differs in a single weight
+        clip.text.text.positional_embedding[3, 0] += 0.5
+    text, was_computed = encode(clip, ["cat", "dog"])
+    assert was_computed and not torch.equal(text, first)
+
+
+def test_the_activation_is_part_of_the_tower(encode):
+    """The same weights under a model name with another activation give other embeddings."""
+    exact, quick = DeCLIP("tiny-vit"), DeCLIP("tiny-vit-quickgelu")
+    quick.visual.load_state_dict(exact.visual.state_dict())
+    quick.text.load_state_dict(exact.text.state_dict())
+    text, _ = encode(exact, ["cat"])
+    other, was_computed = encode(quick, ["cat"])
+    assert was_computed and not torch.equal(text, other)
+
+
+def test_where_the_name_stands_is_part_of_the_sentence(encode):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat"], "{}the ")
+    other, was_computed = encode(clip, ["cat"], "the {}")
+    assert was_computed and not torch.equal(first, other)
+
+
+def test_two_models_share_what_their_text_towers_share(encode):
+    """Training leaves the text tower as it is, so a checkpoint's classes are those of its CLIP."""
+    clip = DeCLIP("tiny-eva")
+    encode(clip, ["cat"])
+    with torch.no_grad():
+        clip.visual.trunk.blocks[0].attn.q_proj.weight.add_(1)
+    assert not encode(clip, ["cat"])[1]
