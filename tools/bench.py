@@ -11,8 +11,6 @@ sizes are small, unless they are given. A step is that of one micro batch, witho
 """
 
 import copy
-import os
-import resource
 import statistics
 import sys
 import tarfile
@@ -42,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval_region
 import eval_seg
 import train
-from data import Grid, make_classes, num_workers
+from data import Grid, make_classes, num_workers, to_device
 from downstream.catseg import train as catseg_train
 from downstream.catseg.model import CATSeg, Design
 from downstream.detection import Objects
@@ -52,19 +50,16 @@ from tools import reference, reference_catseg
 from util import UserError, distributed, settings
 from util.precision import DTYPES, autocast, find_precision
 from util.samples import ImageFiles, ImageShards
-from util.shards import Shards
 
 SHARED = {"train": ["The model"], "eval_seg": ["The windows"],
           "downstream.fvit.train": ["The detector", "What it is trained with"]}
 
-# What is measured
+# What is measured, and how
 PARTS = ("input", "operations", "train", "segment")     # also: fvit, catseg, shards
 BASELINE = False                    # the plain forms too
 REPEATS: int | None = None          # measurements of a figure; None: 10 on a GPU, 3 on a CPU
 IMAGES: str | None = None           # folder of photographs to read; None: made-up ones of 640x480
 WORKER_COUNTS = (1, 2, 4, 8, 16)    # numbers of worker processes to try, up to the cores
-
-# How the models run
 PRETRAINED: str | None = None       # MODEL's weights; None: random ones, which are as fast
 VFM_PRETRAINED = False              # False: random weights of the VFM, too
 PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -92,7 +87,9 @@ def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
             raise UserError(f"torchrun started {ranks.world_size} processes, which would disturb "
                             "each other; start one, by python.")
         bench = Bench(cfg, ranks, ImageFiles(cfg.IMAGES or make_photos(Path(folder), 16)))
-        print(bench.describe())
+        is_gpu = ranks.device.type == "cuda"
+        place = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
+        print(f"{settings.show(bench.cfg)}\n{place}, torch {torch.__version__}")
         for part in cfg.PARTS:
             rows[part] = list(MEASURES[part](bench))
             print(table(MEASURES[part].__doc__.splitlines()[0], rows[part]), flush=True)
@@ -144,8 +141,7 @@ class Bench:
 
     def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, dataset: ImageFiles):
         settings.check_min(cfg, PROMPTS=1, CROPS=1, **dict.fromkeys(SIZES, 1))
-        known = set(cfg.PARTS) <= set(MEASURES)
-        settings.check(cfg, PARTS=(known, f"some of {', '.join(MEASURES)}"),
+        settings.check(cfg, PARTS=({*cfg.PARTS} <= {*MEASURES}, f"some of {', '.join(MEASURES)}"),
                        WORKER_COUNTS=(min(cfg.WORKER_COUNTS) >= 1, "from 1"))
         self.device, self.dataset = ranks.device, dataset
         sizes = {name: of_devices[self.device.type == "cpu"] for name, of_devices in SIZES.items()
@@ -160,15 +156,6 @@ class Bench:
         rows = max(n for n in range(1, isqrt(cfg.CROPS) + 1) if cfg.CROPS % n == 0)
         self.grid = Grid(rows, cfg.CROPS // rows, list(range(cfg.CROPS)))
 
-    def describe(self) -> str:
-        """What is measured, and on what."""
-        cfg, place = self.cfg, f"a CPU with {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            place = torch.cuda.get_device_name(self.device)
-        sizes = [f"{name.lower()} {getattr(cfg, name)}" for name in ("CROPS", "PROMPTS", *SIZES)]
-        return (f"{cfg.MODEL} and {cfg.VFM_MODEL}, {cfg.PRECISION} on {place}, "
-                f"torch {torch.__version__}\n{', '.join(sizes)}")
-
     def photos(self, count: int) -> list[Tensor]:
         """So many images on the device, uint8 (3, H, W) each; few ones in turn."""
         return [self.dataset.read(number % len(self.dataset)).to(self.device)
@@ -179,13 +166,11 @@ class Bench:
         return {"this code": own} | ({"plain": plain} if self.cfg.BASELINE else {})
 
     def rows(self, forms: dict[str, object], meter: Callable[[object], dict[str, float]],
-             repeats: int | None = None) -> list[Row]:
-        """The medians of what `meter` says of each form, by name, in `repeats` (REPEATS) turns.
-
-        A turn before them is a warm-up, which counts only if none follows.
-        """
+             is_steady: bool = False) -> list[Row]:
+        """The medians of what `meter` says of each form, by turns after a warm-up; of what is
+        steady, what it says once."""
         turns = {form: [] for form in forms}
-        for _ in range(1 + (self.cfg.REPEATS if repeats is None else repeats)):
+        for _ in range(1 if is_steady else 1 + self.cfg.REPEATS):
             for form, work in forms.items():
                 is_plain = form == "plain"
                 with reference.whole_attention(*self.models) if is_plain else nullcontext():
@@ -205,35 +190,29 @@ class Bench:
             peak = peak_bytes(partial(work, form), self.device)
             return {f"{name}peak memory beyond weights, MB": peak / 1e6}
 
-        return self.rows(forms, speed) + self.rows(forms, memory, repeats=0)
+        return self.rows(forms, speed) + self.rows(forms, memory, is_steady=True)
 
 
 class Clock:
     """Milliseconds by name, each until the device has finished what was sent to it."""
 
     def __init__(self, device: torch.device):
-        self.device, self.ms = device, {}
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.ms: dict[str, float] = {}
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         """Within it, time counts under a name. It also decorates functions."""
-        wait(self.device)
+        self.wait()
         start = time.perf_counter()
         yield
-        wait(self.device)
+        self.wait()
         self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
-
-
-def wait(device: torch.device) -> None:
-    """Waits until the device has finished all work that was sent to it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """The most memory that the tensors made by `work` take at once; earlier ones do not count."""
     if device.type == "cuda":
-        wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
@@ -251,19 +230,16 @@ class TensorMemory(TorchDispatchMode):
         self.sizes, self.peak = {}, 0       # of storages that live
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        # Inputs that no operation here has made are older, and count nothing.
-        self.note((args, kwargs), counts=False)
         out = operation(*args, **(kwargs or {}))
-        self.note(out, counts=True)
+        # Inputs that no operation here has made are older, and count nothing.
+        for values, counts in (((args, kwargs), False), (out, True)):
+            for tensor in filter(torch.is_tensor, tree_leaves(values)):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes() if counts else 0
+                    weakref.finalize(storage, self.sizes.pop, storage._cdata)
         self.peak = max(self.peak, sum(self.sizes.values()))
         return out
-
-    def note(self, values: object, counts: bool) -> None:
-        for tensor in filter(torch.is_tensor, tree_leaves(values)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes() if counts else 0
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
 
 
 # --------------------------------------------------------------------------------- reading images
@@ -278,9 +254,9 @@ def make_photos(folder: Path, count: int) -> Path:
 
 def measure_input(bench: Bench) -> Iterator[Row]:
     """Reading images"""
-    paths = bench.dataset.paths[:32]
-    samples = reference.Samples(paths, [bench.grid] * len(paths), bench.training, *bench.models[1:])
-    return reading_rows(bench, bench.forms(Subset(bench.dataset, range(len(paths))), samples))
+    samples = reference.Samples(bench.dataset.paths, [bench.grid] * len(bench.dataset),
+                                bench.training, *bench.models[1:])
+    return reading_rows(bench, bench.forms(bench.dataset, samples))
 
 
 def reading_rows(bench: Bench, forms: dict[str, Dataset]) -> Iterator[Row]:
@@ -291,8 +267,7 @@ def reading_rows(bench: Bench, forms: dict[str, Dataset]) -> Iterator[Row]:
 
 
 def reading(dataset: Dataset) -> dict[str, float]:
-    """What an item takes: CPU time in this process with one thread, as a worker has it, and bytes.
-    """
+    """CPU time of an item in this process, with one thread, as a worker has it; and its bytes."""
     threads, start = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(1)
     items = [dataset[index] for index in range(min(32, len(dataset)))]
@@ -308,91 +283,46 @@ def delivery(count: int, dataset: Dataset) -> dict[str, float]:
     ready, images = 3 * count, 64 + 16 * count
     repeated = Subset(dataset, [index % len(dataset) for index in range(ready + images)])
     delivered = iter(DataLoader(repeated, batch_size=None, num_workers=count))
-    for _ in islice(delivered, ready):
-        pass
+    list(islice(delivered, ready))
     start = time.perf_counter()
     for _ in delivered:
         pass
     return {f"images/s, workers: {count}": images / (time.perf_counter() - start)}
 
 
-SHARDS, IN_SHARD = 4, 256       # that are written for the measurement, of the photographs in turn
-
-
 def measure_shards(bench: Bench) -> Iterator[Row]:
-    """Reading images of shards, beside files
-
-    The same ones: CPU, images a second, the disk.
-    """
+    """Reading images from a shard and from files"""
     with tempfile.TemporaryDirectory() as folder:
-        photos = cycle(bench.dataset.paths)
-        for number in range(SHARDS):
-            with tarfile.open(f"{folder}/{number:02}.tar", "w") as tar:
-                for index in range(IN_SHARD):
-                    photo = Path(next(photos))
-                    tar.add(photo, f"{number:02}{index:06}{photo.suffix}")
-        shards = ImageShards(f"{folder}/*.tar")
-        yield from reading_rows(bench, {"this code": shards, "files": bench.dataset})
-        order = [index for step in shards.order(batch_size=16, epoch=0, seed=0) for index in step]
-        for name, value in read_from_disk(shards.paths, order).items():
-            yield Row(name, {"this code": value})
-
-
-def read_from_disk(shards: Shards, order: Sequence[int]) -> dict[str, float]:
-    """Reads images that no memory holds: what comes from the disk, and how many of them were not in
-    memory when they were asked for.
-
-    A millisecond passes between images, as when they are decoded. A file system in memory, such as
-    some machines' /tmp, gives 0.
-    """
-    def from_disk() -> int:
-        return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
-
-    os.sync()
-    for path in shards.paths:
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    begin, used, waits = from_disk(), 0, 0
-    for index in order:
-        number, place = shards.place(index)
-        shard = shards.open(number)
-        block, headers, size, _ = shard.entries[place].item()
-        try:
-            os.preadv(shard.file.handle, [bytearray(size)], (block + headers) * 512, os.RWF_NOWAIT)
-        except BlockingIOError:
-            waits += 1
-        used += len(shards.read(index))
-        time.sleep(1e-3)
-    return {"bytes from the disk for each byte used": (from_disk() - begin) / used,
-            "waits for the disk for each image": waits / len(order)}
+        with tarfile.open(f"{folder}/0.tar", "w") as tar:
+            for number, photo in zip(range(256), cycle(bench.dataset.paths)):
+                tar.add(photo, f"{number:08}{Path(photo).suffix}")
+        forms = {"this code": ImageShards(f"{folder}/0.tar"), "files": bench.dataset}
+        yield from reading_rows(bench, forms)
 
 
 # -------------------------------------------------------------------------------- training steps
 
-Losses = Callable[[], dict[str, Tensor]]
-
-
-def training_rows(bench: Bench, losses: dict[str, Losses], optimizer: torch.optim.Optimizer,
+def training_rows(bench: Bench, losses: dict[str, Callable], optimizer: torch.optim.Optimizer,
                   parts: dict[str, tuple[object, str]], modules: Sequence[nn.Module], images: int
                   ) -> Iterator[Row]:
     """Speed of a training step, where its time goes, and its memory.
 
-    losses: of each form. parts: methods (object, name) that have a row of their own. modules: those
-    that are in memory. images: of the step.
+    losses: each form's, which return scalars by name. parts: objects and those of their methods
+    that have a row of their own. modules: those in memory. images: of the step.
     """
     scaler = torch.amp.GradScaler(bench.device.type, init_scale=1.0)    # leaves no step out
 
-    def step(form: Losses, time: Callable = nullcontext) -> None:
-        with time("forward and losses, ms"), autocast(bench.cfg.PRECISION, bench.device):
+    def step(form: Callable, part: Callable = nullcontext) -> None:
+        with part("forward and losses, ms"), autocast(bench.cfg.PRECISION, bench.device):
             loss = sum(form().values())
-        with time("backward, ms"):      # costs the same whatever the weights of the losses are
+        with part("backward, ms"):      # costs the same whatever the weights of the losses are
             scaler.scale(loss).backward()
-        with time("optimiser, ms"):
+        with part("optimiser, ms"):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-    def times(form: Losses) -> dict[str, float]:
+    def times(form: Callable) -> dict[str, float]:
         clock = Clock(bench.device)
         with ExitStack() as stack:
             for name, (owner, method) in parts.items():
@@ -410,17 +340,13 @@ def training_rows(bench: Bench, losses: dict[str, Losses], optimizer: torch.opti
 
 
 def measure_training(bench: Bench) -> Iterator[Row]:
-    """Training step of train.py
-
-    Its operations are also shown as a share of what the device can do.
-    """
-    cfg, (student, teacher, vfm) = bench.training, bench.models
-    grids, samples = [bench.grid] * cfg.MICRO_BATCH, []
+    """Training step of train.py, and how near the device's limit it is"""
+    cfg, (student, teacher, vfm), samples = bench.training, bench.models, []
+    grids, photos = [bench.grid] * cfg.MICRO_BATCH, bench.photos(cfg.MICRO_BATCH)
     if cfg.BASELINE:
         paths = list(islice(cycle(bench.dataset.paths), cfg.MICRO_BATCH))
-        samples = [tuple(part.to(bench.device) for part in sample)
+        samples = [to_device(list(sample), bench.device)
                    for sample in reference.Samples(paths, grids, cfg, teacher, vfm)]
-    photos = bench.photos(cfg.MICRO_BATCH)
     losses = bench.forms(partial(train.distill, cfg, *bench.models, photos, grids),
                          partial(reference.distill, *bench.models, samples))
     parts = {"crops, by the teacher": (teacher, "encode_image"), "VFM": (vfm, "forward"),
@@ -428,25 +354,18 @@ def measure_training(bench: Bench) -> Iterator[Row]:
     speeds, *others = training_rows(bench, losses, train.build_optimizer(cfg, student), parts,
                                     bench.models, cfg.MICRO_BATCH)
     yield from (speeds, *others)
-    dtype = DTYPES[cfg.PRECISION] or torch.float32
-    # CPUs may be slow with halves
-    side = 8192 if bench.device.type == "cuda" else 2048 if dtype == torch.float32 else 512
-    a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
-    products, _ = bench.costs({"this code": a}, lambda matrix: matrix @ b, images=1)
-    rate = 2e-9 * side**3 * products.values["this code"]
-    yield Row(f"a large matrix product in {cfg.PRECISION}, GFLOP/s", {"this code": rate})
-    *_, together = measure_operations(bench)
+    side = 8192 if bench.device.type == "cuda" else 2048
+    square = torch.randn(side, side, device=bench.device, dtype=DTYPES[cfg.PRECISION])
+    products, _ = bench.costs({"this code": square}, lambda matrix: matrix @ matrix, images=1)
+    rate = 2e-12 * side**3 * products.values["this code"]
+    yield Row(f"a large matrix product in {cfg.PRECISION}, TFLOP/s", {"this code": rate})
+    *_, operations = (row.values["this code"] for row in measure_operations(bench))
     yield Row("the step's share of that rate, %", {
-        form: 100 * speed * together.values["this code"] / rate
-        for form, speed in speeds.values.items()})
+        form: speed * operations / 10 / rate for form, speed in speeds.values.items()})
 
 
 def measure_operations(bench: Bench) -> Iterator[Row]:
-    """Operations of the towers for an image
-
-    They are the same on every machine. A multiplication with its addition counts as two;
-    checkpointing is left out.
-    """
+    """Operations of an image, two for a multiplication with addition"""
     student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in bench.models)
     size, crop = bench.cfg.IMAGE_SIZE, bench.cfg.CROP_SIZE
     of_vfm, blank = train.vfm_size(size, student, vfm), partial(torch.empty, device="meta")
@@ -471,39 +390,31 @@ def counted(work: Callable, *inputs: Tensor) -> tuple[int, object]:
 
 
 def measure_fvit(bench: Bench) -> Iterator[Row]:
-    """Training step of F-ViT
-
-    With 48 seen classes of 65, and in every image 7 boxes, which is COCO's mean.
-    """
-    cfg, rng = settings_of(fvit_train, bench.cfg, IMAGE_SIZE=bench.cfg.FVIT_SIZE), torch.Generator()
+    """Training step of F-ViT"""
+    cfg = settings_of(fvit_train, bench.cfg, IMAGE_SIZE=bench.cfg.FVIT_SIZE)
     clip = copy.deepcopy(bench.clip)        # the other parts train this one
     clip.visual.checkpointing = False
     text = F.normalize(torch.randn(66, clip.visual.trunk.num_classes), dim=-1)
-    fvit = FViT(clip, class_names(65), [number < 48 for number in range(65)],
+    fvit = FViT(clip, [f"class {number}" for number in range(65)], [True] * 48 + [False] * 17,
                 fvit_train.design_of(cfg), text).to(bench.device).train()
-    data = []
+    data = []       # 7 objects in every image, which is COCO's mean
     for image in bench.photos(bench.cfg.FVIT_BATCH):
-        H, W = image.shape[-2:]
-        corners = torch.rand(7, 2, 2, generator=rng).sort(dim=1).values * torch.tensor([W, H])
-        labels = torch.randint(48, (7,), generator=rng)
-        masks = torch.zeros(7, *((H, W) if cfg.MASKS else (0, 0)), dtype=torch.bool)
-        data.append(Objects(image, *(part.to(bench.device)
-                                     for part in (corners.flatten(1), labels, masks))))
+        corners = torch.rand(7, 2, 2).sort(dim=1).values
+        boxes = (corners * torch.tensor([image.shape[2], image.shape[1]])).flatten(1)
+        masks = torch.zeros(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
+        labels = torch.randint(48, (7,))
+        data.append(to_device(Objects(image, boxes, labels, masks), bench.device))
     views = partial(fvit_train.make_views, cfg, data, 0, list(range(len(data))))
+    losses, optimizer = {"this code": lambda: fvit(*views())}, train.build_optimizer(cfg, fvit)
     parts = {"frozen backbone": (fvit, "look")}
-    return training_rows(bench, {"this code": lambda: fvit(*views())},
-                         train.build_optimizer(cfg, fvit), parts, [fvit], len(data))
-
-
-def class_names(count: int) -> list[str]:
-    return [f"class {number}" for number in range(count)]
+    return training_rows(bench, losses, optimizer, parts, [fvit], len(data))
 
 
 def measure_catseg(bench: Bench) -> Iterator[Row]:
     """Training step and test view of CAT-Seg"""
     cfg, size = settings_of(catseg_train, bench.cfg), bench.cfg.CATSEG_SIZE
     segmenter = CATSeg(copy.deepcopy(bench.clip), Design(size))     # other parts train this CLIP
-    segmenter.set_classes(class_names(bench.cfg.CATSEG_CLASSES))
+    segmenter.set_classes([f"class {number}" for number in range(bench.cfg.CATSEG_CLASSES)])
     segmenter.freeze()
     segmenter.to(bench.device).train()
     images = torch.randn(1, 3, size, size, device=bench.device)
@@ -521,9 +432,9 @@ def measure_catseg(bench: Bench) -> Iterator[Row]:
 
 def measure_segmentation(bench: Bench) -> Iterator[Row]:
     """Segmentation, from decoded images to each pixel's class"""
-    prompts, width = bench.cfg.PROMPTS, bench.clip.visual.trunk.num_classes
-    images, classes = bench.photos(bench.cfg.SEGMENT_BATCH), make_classes(class_names(prompts))
-    text = F.normalize(torch.randn(prompts, width, device=bench.device), dim=-1)
+    images, width = bench.photos(bench.cfg.SEGMENT_BATCH), bench.clip.visual.trunk.num_classes
+    text = F.normalize(torch.randn(bench.cfg.PROMPTS, width, device=bench.device), dim=-1)
+    classes = make_classes([f"class {number}" for number in range(len(text))])
     how = bench.protocol, bench.clip, classes, text
     forms = bench.forms(lambda: eval_seg.predict(*how, images),
                         lambda: [reference.predict(*how, image) for image in images])
