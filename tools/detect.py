@@ -1,4 +1,4 @@
-"""Finds what you name on your own photographs: boxes, and masks if the detector has them.
+"""Finds what you name on your own segment.photographs: boxes, and masks if the detector has them.
 
     python -m tools.detect photo.jpg --classes "person, red kite" --ckpt out/fvit/fvit.safetensors
     python -m tools.detect photos/ --classes names.txt --json --ckpt ...    # numbers, too
@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,12 +25,12 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
-from data import first_twice, fitted_size, read_classes, resize
+from data import fitted_size, resize
 from downstream.detection import Detections, encode_detections
 from downstream.fvit.eval import check_scores, detector_settings, score_rules
 from downstream.fvit.model import open_fvit
-from tools.segment import PALETTE, find_photos, outputs_of, read_photos
-from util import UserError, distributed, settings
+from tools import segment
+from util import distributed, settings
 from util.files import atomic_write, write_json
 from util.precision import autocast
 
@@ -45,11 +46,9 @@ LARGEST = 1280                      # longest side of the picture in pixels
 JSON = False                        # the numbers too
 OUT: str | None = None              # folder of all files; None: that of each photograph
 
-matplotlib.use("agg")       # writes files, on machines without a screen too
-
 
 def main(argv: list[str] | None = None) -> None:
-    """Looks at the photographs that the command line (or `argv`) names."""
+    """Looks at the segment.photographs that the command line (or `argv`) names."""
     cfg = settings.parse(argv, sys.modules[__name__], positional="PHOTOS")
     with distributed.session(__file__) as ranks:
         run(cfg, ranks.device)
@@ -58,36 +57,21 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
     check_scores(cfg)
-    names, paths = find_names(cfg.CLASSES), find_photos(cfg.PHOTOS)
+    names = segment.typed_classes(cfg.CLASSES).names
+    outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
-    outputs = outputs_of(paths, cfg.PHOTOS, cfg.OUT)
-    for path, photo in tqdm(read_photos(paths), total=len(paths), unit="photo",
-                            disable=len(paths) == 1):
+    for path, photo in segment.read_photos(outputs):
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
-        out = outputs[path].with_name(outputs[path].name.replace(".segmentation.png", SUFFIX))
+        out = outputs[path]
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
         tqdm.write(f"{out}: {describe(found, titles)}")
-
-
-SUFFIX = ".detection.png"
-
-
-def find_names(classes: str) -> list[str]:
-    """The names of CLASSES, none for a detector's own; UserError for one that is there twice."""
-    if classes.endswith(".txt"):
-        return read_classes(classes).names
-    names = [name.strip() for name in classes.split(",") if name.strip()]
-    twice = first_twice(names)
-    if twice:
-        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
-    return names
 
 
 # ------------------------------------------------------------------------------- the numbers
@@ -109,7 +93,6 @@ def describe(found: Detections, titles: Sequence[str]) -> str:
 
 INCHES = 9.0        # longest side of the photograph in the figure
 LETTER = 8.0        # size of a letter in points
-MAX_NAMED = 24      # classes in a legend
 
 
 def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, path: str) -> None:
@@ -120,7 +103,7 @@ def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, 
     H, W = photo.shape[-2:]
     shown = photo if max(H, W) <= largest else resize(photo, *fitted_size(photo, largest))
     counts = Counter(found.labels.tolist())
-    colour_of = {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(counts)}
+    colour_of = dict(zip(counts, cycle(segment.PALETTE)))
     inches = INCHES / max(H, W)
     figure = plt.figure(figsize=(W * inches, H * inches))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -169,19 +152,12 @@ def write_names(axis: plt.Axes, found: Detections, titles: Sequence[str],
         wide = (0.62 * len(text) + 0.8) * LETTER * points
         places = [(x, y) for y in (y0 - tall, y0, y1 - tall, y1) for x in (x0, x1 - wide)]
         places = [(min(max(x, 0), max(W - wide, 0)), min(max(y, 0), H - tall)) for x, y in places]
-        x, y = next((place for place in places if is_free(place, wide, tall, taken)), places[0])
-        taken.append((x, y, x + wide, y + tall))
+        boxes = [(x, y, x + wide, y + tall) for x, y in places]
+        taken.append(next((box for box in boxes if segment.is_free(box, taken)), boxes[0]))
+        x, y = taken[-1][:2]
         axis.text(x + 0.4 * LETTER * points, y + tall / 2, text, va="center", fontsize=LETTER,
                   color=letters_on(colour_of[label]), zorder=5,
                   bbox={"facecolor": colour_of[label], "edgecolor": "none", "pad": 2.5})
-
-
-def is_free(place: tuple[float, float], wide: float, tall: float,
-            taken: Sequence[tuple[float, float, float, float]]) -> bool:
-    """Whether a box of this size covers none of those that are taken."""
-    x, y = place
-    return not any(x < right and left < x + wide and y < bottom and top < y + tall
-                   for left, top, right, bottom in taken)
 
 
 def letters_on(colour: str) -> str:
@@ -193,18 +169,15 @@ def letters_on(colour: str) -> str:
 def add_legend(axis: plt.Axes, counts: dict[int, int], titles: Sequence[str],
                colour_of: dict[int, str]) -> None:
     """Below the photograph: colour, name and number of each class, and what an asterisk says."""
-    handles = [patches.Patch(color=colour_of[label], label=f"{titles[label]}  {count}")
-               for label, count in list(counts.items())[:MAX_NAMED]]
-    if len(counts) > MAX_NAMED:
-        handles.append(patches.Patch(color="none", label=f"{len(counts) - MAX_NAMED} more"))
-    title = None if handles else "nothing found"
+    entries = [patches.Patch(color=colour_of[label], label=f"{titles[label]}  {count}")
+               for label, count in list(counts.items())[:segment.MAX_NAMED]]
+    if len(counts) > segment.MAX_NAMED:
+        entries.append(patches.Patch(color="none", label=f"{len(counts) - segment.MAX_NAMED} more"))
+    title = None if entries else "nothing found"
     if any(titles[label].endswith("*") for label in counts):
         title = "* not seen in training"
-    longest = max((len(handle.get_label()) for handle in handles), default=1)
-    width = axis.figure.get_figwidth()
-    columns = max(1, min(len(handles), int(width / (0.085 * longest + 0.55))))
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns,
-                fontsize=LETTER, frameon=False, title=title, title_fontsize=LETTER)
+    columns = segment.legend_columns(entries, axis.figure.get_figwidth()) if entries else 1
+    axis.legend(handles=entries, ncols=columns, title=title, title_fontsize=LETTER, **segment.BELOW)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,14 +73,11 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     Protocol.of(cfg)        # UserError for a setting out of its range
     settings.check(cfg, LARGEST=(100 <= cfg.LARGEST <= 10_000, "from 100 to 10000, the longest "
                                  "side of each picture in the figure in pixels"))
-    classes, paths = find_classes(cfg), find_photos(cfg.PHOTOS)
-    photos = read_photos(paths)
-    first = next(photos)        # before a model is loaded
-    use_fonts([*classes.names, *(path.name for path in paths)])
-    panels = panels_of(cfg, classes, device)
-    outputs = outputs_of(paths, cfg.PHOTOS, cfg.OUT)
-    for path, photo in tqdm(chain([first], photos), total=len(paths), unit="photo",
-                            disable=len(paths) == 1):
+    classes, outputs, panels = find_classes(cfg), find_photos(cfg.PHOTOS, cfg.OUT), {}
+    use_fonts([*classes.names, *(path.name for path in outputs)])
+    for path, photo in read_photos(outputs):
+        if not panels:      # no model is loaded before a photograph is read
+            panels = panels_of(cfg, classes, device)
         found = {title: segment([photo.to(device)])[0].cpu() for title, segment in panels.items()}
         of_model, out = next(iter(found.values())), outputs[path]
         atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
@@ -91,20 +87,6 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
             write_json(out.with_suffix(".json"), {title: shares(prediction, classes)
                                                   for title, prediction in found.items()})
         tqdm.write(f"{out}: {describe(of_model, classes)}")
-
-
-def read_photos(paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor]]:
-    """Every photograph that can be read; at the end UserError names the others."""
-    failed = []
-    for path in paths:
-        try:
-            photo = read_image(path, upright=True)
-        except UserError as error:
-            failed.append(str(error))
-        else:
-            yield path, photo
-    if failed:
-        raise UserError(" ".join(failed))
 
 
 def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
@@ -173,40 +155,15 @@ def readable(name: str) -> str:
     return name.split(".")[0]
 
 
-def outputs_of(photos: Sequence[Path], asked: Sequence[str], out: str | None) -> dict[Path, Path]:
-    """Where each photograph's figure goes: beside it, or below `out` in the same subfolder.
-
-    asked: the files and folders that the command line names.
-    """
-    folders = [Path(path) for path in asked if Path(path).is_dir()]
-    places = {}
-    for path in photos:
-        root = next((folder for folder in folders if path.is_relative_to(folder)), path.parent)
-        place = Path(out) / path.parent.relative_to(root) if out else path.parent
-        figure = place / f"{path.stem}.segmentation.png"
-        if figure in places.values():       # a.jpg and a.png are two photographs
-            figure = place / f"{path.name}.segmentation.png"
-        places[path] = figure
-    return places
-
-
 def find_classes(cfg: SimpleNamespace) -> Classes:
     """CLASSES, and background in front of them.
 
-    Raises UserError if there is none, for a name twice, in capitals or not, and for settings of the
-    background without one.
+    Raises UserError if there is none, and for settings of the background without one.
     """
-    if cfg.CLASSES.endswith(".txt"):
-        classes = read_classes(cfg.CLASSES)
-    else:
-        classes = make_classes([entry.replace("|", ",") for entry in cfg.CLASSES.split(",")
-                                if entry.replace("|", " ").strip()])
+    classes = typed_classes(cfg.CLASSES)
     if not classes.names:
         raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
                         'wooden chair, grass", or give a class file.')
-    twice = first_twice(classes.prompts)
-    if twice:
-        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
     if cfg.THRESHOLD is not None and not cfg.BACKGROUND:
         raise UserError("THRESHOLD is for --background, which gets what no class is sure of; add "
                         "it, or leave --threshold out.")
@@ -214,6 +171,22 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
         raise UserError("LOGIT_SCALE makes the probability that --background gets its pixels by; "
                         "give --background and --threshold too, or leave --logit_scale out.")
     return with_background(classes) if cfg.BACKGROUND else classes
+
+
+def typed_classes(text: str) -> Classes:
+    """Names with commas between, their synonyms with |, or those of a .txt file.
+
+    Raises UserError for a name twice, in capitals or not.
+    """
+    if text.endswith(".txt"):
+        classes = read_classes(text)
+    else:
+        classes = make_classes([entry.replace("|", ",") for entry in text.split(",")
+                                if entry.replace("|", " ").strip()])
+    twice = first_twice(classes.prompts)
+    if twice:
+        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
+    return classes
 
 
 def with_background(classes: Classes) -> Classes:
@@ -226,25 +199,51 @@ def with_background(classes: Classes) -> Classes:
                    [0] * len(rest) + [k + 1 for k in classes.class_of_prompt])
 
 
-OWN_FILES = (".segmentation.png", ".labels.png", ".detection.png")      # also of tools.detect
+# ---------------------------------------------------------------------------- the photographs
+
+SUFFIX = ".segmentation.png"
+OWN_FILES = (SUFFIX, ".labels.png", ".detection.png")       # also of tools.detect
 
 
-def find_photos(asked: Sequence[str]) -> list[Path]:
-    """Files as they are named, folders with all images below them except figures.
+def find_photos(asked: Sequence[str], out: str | None = None, suffix: str = SUFFIX
+                ) -> dict[Path, Path]:
+    """Files as they are named, folders with all images below them except figures -> where the
+    figure of each goes: beside it, or below `out` in the same subfolder.
 
-    Raises UserError if there is none.
+    Raises UserError if there is no photograph.
     """
-    found = []
-    for path in map(Path, asked):
-        if not path.exists():
-            raise UserError(f"There is no photograph {path}; give an image file or a folder of "
+    figures: dict[Path, Path] = {}
+    for place in map(Path, asked):
+        if not place.exists():
+            raise UserError(f"There is no photograph {place}; give an image file or a folder of "
                             "them.")
-        found += [path] if path.is_file() else [
-            Path(file) for file in list_images(path)[0] if not file.endswith(OWN_FILES)]
-    if not found:
+        files = [place] if place.is_file() else [
+            Path(file) for file in list_images(place)[0] if not file.endswith(OWN_FILES)]
+        root = place.parent if place.is_file() else place
+        for path in (path for path in files if path not in figures):
+            folder = Path(out) / path.parent.relative_to(root) if out else path.parent
+            figure = folder / f"{path.stem}{suffix}"
+            if figure in figures.values():      # a.jpg and a.png are two photographs
+                figure = folder / f"{path.name}{suffix}"
+            figures[path] = figure
+    if not figures:
         raise UserError(f"{' '.join(asked)} holds no photograph but figures of an earlier run; "
                         "give an image file or a folder.")
-    return list(dict.fromkeys(found))
+    return figures
+
+
+def read_photos(paths: Collection[Path]) -> Iterator[tuple[Path, Tensor]]:
+    """Every photograph that can be read; at the end UserError names the others."""
+    failed = []
+    for path in tqdm(paths, unit="photo", disable=len(paths) == 1):
+        try:
+            photo = read_image(path, upright=True)
+        except UserError as error:
+            failed.append(str(error))
+        else:
+            yield path, photo
+    if failed:
+        raise UserError(" ".join(failed))
 
 
 # ------------------------------------------------------------------------------- the numbers
@@ -254,6 +253,13 @@ def shares(prediction: Tensor, classes: Classes) -> dict[str, float]:
     counts = prediction.flatten().bincount(minlength=len(classes)) / prediction.numel()
     return {classes.names[k]: counts[k].item() for k in counts.argsort(descending=True).tolist()
             if counts[k] > 0}
+
+
+def seen_classes(predictions: Iterable[Tensor], classes: Classes) -> list[str]:
+    """The names of those that cover enough of a prediction to be in a legend."""
+    return [*dict.fromkeys(name for prediction in predictions
+                           for name, share in shares(prediction, classes).items()
+                           if share >= MIN_NAMED)]
 
 
 def write_labels(prediction: Tensor, classes: Classes, path: Path) -> None:
@@ -329,14 +335,14 @@ def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, name: str, 
             axis.imshow(photo.permute(1, 2, 0), aspect="auto")
         else:
             paint(axis, photo, drawn[title], classes, colour_of, width)
-            axis.legend(handles=entries[title], loc="upper center", bbox_to_anchor=(0.5, 0),
-                        ncols=ncols[title], **LEGEND)
+            axis.legend(handles=entries[title], ncols=ncols[title], **BELOW)
     figure.savefig(path, format="png")
     plt.close(figure)
 
 
 LEGEND = {"fontsize": 8.5, "frameon": False, "handlelength": 1.3, "handletextpad": 0.5,
           "columnspacing": 1.2, "labelspacing": 0.35, "borderaxespad": 0.3, "borderpad": 0.2}
+BELOW = LEGEND | {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}        # a picture
 
 
 def resized(photo: Tensor, panels: dict, largest: int) -> tuple[Tensor, dict]:
@@ -374,20 +380,28 @@ def write_names(axis: plt.Axes, prediction: Tensor, classes: Classes, letter: fl
     letter: the height of a letter in pixels of the image; bold ones are about 0.7 of that wide.
     """
     H, W = prediction.shape
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Box] = []
     for name in shares(prediction, classes):
         x, y, depth = deepest(prediction == classes.names.index(name))
         half, tall = 0.37 * letter * len(name), 0.7 * letter
         # inside the image
         x, y = min(max(x, half), max(half, W - half)), min(max(y, tall), max(tall, H - tall))
         box = (x - half, y - tall, x + half, y + tall)
-        covers = any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3]
-                     for b in taken)
-        if depth > 0.6 * letter and not covers:
+        if depth > 0.6 * letter and is_free(box, taken):
             taken.append(box)
             axis.text(x, y, name, ha="center", va="center", fontsize=9, color="white",
                       weight="bold",
                       path_effects=[patheffects.withStroke(linewidth=2.5, foreground="black")])
+
+
+Box = tuple[float, float, float, float]     # left, top, right, bottom
+
+
+def is_free(box: Box, taken: Sequence[Box]) -> bool:
+    """Whether a box covers none of those that are taken."""
+    x0, y0, x1, y1 = box
+    return not any(x0 < right and left < x1 and y0 < bottom and top < y1
+                   for left, top, right, bottom in taken)
 
 
 def deepest(mask: Tensor) -> tuple[float, float, float]:
@@ -406,8 +420,7 @@ def deepest(mask: Tensor) -> tuple[float, float, float]:
 
 def named(prediction: Tensor, classes: Classes, colour_of: dict[str, str]) -> list[patches.Patch]:
     """Legend entries: colour, name and share of the classes that are seen, the largest first."""
-    found = shares(prediction, classes)
-    seen = [name for name, share in found.items() if share >= MIN_NAMED]
+    found, seen = shares(prediction, classes), seen_classes([prediction], classes)
     shown = seen if len(seen) <= MAX_NAMED else seen[:MAX_NAMED - 1]
     entries = [patches.Patch(color=colour_of[name], label=f"{name}  {100 * found[name]:.1f} %")
                for name in shown]

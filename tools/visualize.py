@@ -23,17 +23,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib import patches
 from matplotlib import pyplot as plt
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import fitted_size, normalize, resize
 from eval_region import open_model
 from eval_seg import Protocol
-from model import ATTENTIONS, DECOUPLED, VFM, VisionTower, load_vfm
+from model import DECOUPLED, VFM, VisionTower, load_vfm
 from tools import segment
 from util import UserError, distributed, settings
 from util.files import atomic_write, read_json
@@ -57,8 +56,6 @@ METHODS = ("clip", "maskclip", "sclip", "clearclip")            # shown beside t
 # What is written
 FIGURE: str | None = None           # file to write; None: OUT/KIND.png
 OUT: str | None = None              # folder of the figure; None: out
-
-matplotlib.use("agg")       # writes files, on machines without a screen too
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,35 +92,26 @@ def attention_maps(model: VisionTower | VFM, images: Tensor, attention: str | No
         raise UserError(f"{model.name} attends within windows, so it has no attention from one "
                         "token to all; choose another VFM_MODEL, such as "
                         "vit_base_patch14_dinov2.lvd142m, or none.")
-    trunk, maps = recording_copy(model.trunk)
-    if isinstance(model, VFM):
-        trunk(images)
-        return maps
-    attention, last = model.known(attention), trunk.blocks[-1]
-    x, extra, _ = model.embed(images)
-    for block in trunk.blocks[:-1]:
-        x = block(x, **extra)
-    last(x, **extra)
-    projections, normed = ATTENTIONS[attention].projections, last.norm1(x)
-    if projections == "":       # each token attends to itself
-        maps[-1] = torch.eye(x.shape[1], device=x.device).expand_as(maps[-1])
-    elif projections:
-        scale = model.attention_scale if attention in DECOUPLED else last.attn.scale
-        heads = [model.heads(name, normed) for name in projections]
-        maps[-1] = torch.stack([(a @ a.mT * scale).softmax(dim=-1) for a in heads]).mean(dim=(0, 2))
-    return maps
-
-
-def recording_copy(trunk: nn.Module) -> tuple[nn.Module, list[Tensor]]:
-    """A copy of a timm ViT, and a list to which each of its blocks adds its softmax(QKᵀ/√d), the
-    mean over heads, whenever it runs."""
-    trunk, maps = deepcopy(trunk), []
-    for block in trunk.blocks:
+    model, maps = deepcopy(model), []
+    for block in model.trunk.blocks:
         # Only the plain form has the matrix; it passes it to a dropout.
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_pre_hook(
             lambda _, inputs: maps.append(inputs[0].mean(dim=1)))
-    return trunk, maps
+    if isinstance(model, VFM):
+        model(images)
+        return maps
+
+    def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        scale = a.shape[-1] ** -0.5 if scale is None else scale
+        maps.append((a @ a.mT * scale).softmax(dim=-1).mean(dim=1))
+        return v        # what the block makes of it is not looked at
+
+    model.self_attention, last = self_attention, model.num_layers - 1
+    model.encode_layers(images, [last], attention)
+    # Without any projection each token attends to itself.
+    of_last = maps[last:] or [torch.eye(maps[0].shape[-1], device=images.device).expand_as(maps[0])]
+    return [*maps[:last], torch.stack(of_last).mean(dim=0)]
 
 
 # --------------------------------------------------------------------------- models and images
@@ -184,7 +172,7 @@ def one_photo(cfg: SimpleNamespace, files: list[str]) -> Subject:
 
     Raises UserError if there are several or none, and for an anchor that is not in it.
     """
-    photos = segment.find_photos(files)
+    photos = [*segment.find_photos(files)]
     if len(photos) > 1:
         raise UserError(f"{len(photos)} photographs were given, but this figure is of one; name "
                         "one.")
@@ -304,7 +292,7 @@ def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) ->
 def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
     """Photographs, each by several methods (Figure 10)."""
     Protocol.of(cfg)        # UserError for a setting out of its range
-    classes, photos = segment.find_classes(cfg), segment.find_photos(files)[:6]
+    classes, photos = segment.find_classes(cfg), [*segment.find_photos(files)][:6]
     segment.use_fonts([*classes.names, *(path.name for path in photos)])
     images = [read_image(path, upright=True) for path in photos]
     # 1. Every method's classes of pixels
@@ -335,14 +323,10 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     # 3. One legend
-    seen = dict.fromkeys(name for prediction in found.values()
-                         for name, share in segment.shares(prediction, classes).items()
-                         if share >= segment.MIN_NAMED)
-    handles = [patches.Patch(color=colour_of[name], label=name)
-               for name in list(seen)[:segment.MAX_NAMED]]
-    columns = segment.balanced(len(handles), 8)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns,
-                  **segment.LEGEND | {"fontsize": 9.5})
+    handles = [patches.Patch(color=colour_of[name], label=name) for name in
+               segment.seen_classes(found.values(), classes)[:segment.MAX_NAMED]]
+    figure.legend(handles=handles, loc="outside lower center",
+                  ncols=segment.balanced(len(handles), 8), **segment.LEGEND | {"fontsize": 9.5})
     return figure
 
 

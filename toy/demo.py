@@ -7,10 +7,11 @@
 import json
 import math
 import sys
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,11 @@ from torch import Tensor
 from data import Classes, student_image
 from eval_seg import find_set
 from model import DeCLIP
-from tools.segment import LEGEND, MIN_NAMED, OPACITY, PALETTE, balanced, deepest
-from tools.visualize import attention_maps, token_of
+from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
+from tools.visualize import Shown, token_of
 from toy.world import THINGS
-from util import UserError, settings
+from util import UserError, distributed, settings
+from util.files import atomic_write
 from util.text import find_templates
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
@@ -39,11 +41,9 @@ METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json",
 def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
-    try:
+    with distributed.session(__file__):
         print(table(read_results(cfg)))
         draw(cfg)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"demo.py: {error}") from None
     print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
           "README.md says, then\ntorchrun --nproc_per_node 8 train.py")
 
@@ -91,33 +91,22 @@ def draw(cfg: SimpleNamespace) -> None:
     before = DeCLIP(after.model_name, "own")
     scenes, classes = find_set("toy", "data")
     text = before.encode_text(classes.prompts, find_templates("imagenet"))
-    matplotlib.use("agg")
     shape = len(cfg.SCENES), len(TITLES)
     size = 2 * shape[1], 2.02 * shape[0] + 0.8
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
-    seen = set()
+    labels = []
     for row, number in zip(axes, cfg.SCENES):
         image, label = scenes[number]
-        found = [segment_scene(clip, image, attention, text)
-                 for clip, attention in ((before, "clip"), (after, None))]
-        anchor = find_anchor(label)
-        maps = [attention_of(clip, image, attention, anchor)
-                for clip, attention in ((before, "clip"), (after, None))]
-        draw_row(row, image, [label, *found], maps, anchor)
-        seen.update(*(classes_of.unique().tolist()
-                      for classes_of in (label, *map(visible, found))))
+        anchor, labels, maps = find_anchor(label), [*labels, label], []
+        for clip, attention in ((before, "clip"), (after, None)):
+            labels.append(segment_scene(clip, image, attention, text))
+            maps.append(attention_of(Shown("", clip.visual, attention), image, anchor))
+        draw_row(row, image, labels[-3:], maps, anchor)
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
-    add_legend(figure, classes, seen)
-    Path(cfg.FIGURE).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(cfg.FIGURE, dpi=110)
+    add_legend(figure, classes, seen_classes(labels, classes))
+    atomic_write(cfg.FIGURE, partial(figure.savefig, dpi=110, format="png"))
     plt.close(figure)
-
-
-def visible(label: Tensor) -> Tensor:
-    """The pixels of the classes that a legend names: those that cover enough to be seen."""
-    counts = label.flatten().bincount()
-    return label[counts[label] >= MIN_NAMED * label.numel()]
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],
@@ -136,10 +125,10 @@ def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Te
         axis.set_axis_off()
 
 
-def add_legend(figure: plt.Figure, classes: Classes, seen: set[int]) -> None:
+def add_legend(figure: plt.Figure, classes: Classes, seen: Collection[str]) -> None:
     """The colours of the classes that were seen, below all rows."""
-    handles = [patches.Patch(color=COLOURS[index], label=classes.names[index])
-               for index in sorted(seen)]
+    handles = [patches.Patch(color=colour, label=name)
+               for colour, name in zip(COLOURS, classes.names) if name in seen]
     columns = balanced(len(handles), 9)
     figure.legend(handles=handles, loc="lower center", ncols=columns, **LEGEND | {"fontsize": 10})
     band = 0.1 + 0.22 * math.ceil(len(handles) / columns)
@@ -154,18 +143,15 @@ def find_anchor(label: Tensor) -> tuple[int, int]:
 
 def segment_scene(clip: DeCLIP, image: Tensor, attention: str | None, text: Tensor) -> Tensor:
     """uint8 (3, H, W) and text (K, C) -> the nearest class of each pixel, (H, W)."""
-    inputs = student_image(image, 128, clip.mean, clip.std)[None]
-    content = clip.encode_dense(inputs, attention)[0][0]
-    scores = torch.einsum("chw,kc->khw", F.normalize(content, dim=0), text)
-    return F.interpolate(scores[None], image.shape[-2:], mode="bilinear")[0].argmax(dim=0)
+    content = clip.encode_dense(student_image(image, 128, clip.mean, clip.std)[None], attention)[0]
+    scores = torch.einsum("bchw,kc->bkhw", F.normalize(content, dim=1), text)
+    return F.interpolate(scores, image.shape[-2:], mode="bilinear")[0].argmax(dim=0)
 
 
-def attention_of(clip: DeCLIP, image: Tensor, attention: str | None, anchor: tuple[int, int]
-                 ) -> Tensor:
+def attention_of(shown: Shown, image: Tensor, anchor: tuple[int, int]) -> Tensor:
     """What the anchor's patch attends to in the last block, on the pixels of the scene, (H, W)."""
-    inputs = student_image(image, 128, clip.mean, clip.std)[None]
-    grid = tuple(side // clip.patch_size for side in inputs.shape[-2:])
-    rows = attention_maps(clip.visual, inputs, attention)[-1][0, 1:, 1:]
+    grid = (128 // shown.model.patch_size,) * 2
+    rows = shown.maps(image, grid)[-1][1:, 1:]
     values = rows[token_of(anchor, image, grid)].view(1, 1, *grid)
     return F.interpolate(values, image.shape[-2:], mode="nearest")[0, 0]
 

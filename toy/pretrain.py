@@ -8,13 +8,9 @@ imported to load them: open_clip knows the CLIP as local-dir:toy/clip, timm the 
 local-dir:toy/vfm, both as seen from the repository's folder.
 """
 
-import copy
-import gzip
 import json
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -34,7 +30,7 @@ from tqdm import tqdm
 
 from data import normalize
 from toy.world import FIRST_SCENE, NAMES, STUFF, THINGS, check_number, describe, draw_scene
-from util import UserError, settings
+from util import UserError, distributed, settings
 
 MODELS = "toy"                      # folder that clip/ or vfm/ is written into
 SCENES = 8000                       # scenes drawn to learn from, at 128 px
@@ -46,10 +42,8 @@ SEED = 0                            # of the first weights and of what is sample
 def main(argv: list[str] | None = None) -> None:
     """Trains the model that the command line (or `argv`) names."""
     cfg = settings.parse(argv, sys.modules[__name__], positional="KIND")
-    try:
+    with distributed.session(__file__):
         run(cfg)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"pretrain.py: {error}") from None
 
 
 def run(cfg: SimpleNamespace) -> None:
@@ -62,7 +56,7 @@ def run(cfg: SimpleNamespace) -> None:
     kind, = cfg.KIND
     torch.manual_seed(cfg.SEED)
     folder = Path(cfg.MODELS) / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    copy_configs(kind, folder)
     scenes = draw_scenes(FIRST_SCENE[kind], cfg.SCENES)
     model, file = PRETRAINERS[kind](cfg, folder, scenes)
     # Half precision halves what the repository holds; it is computed in float32.
@@ -74,70 +68,21 @@ def run(cfg: SimpleNamespace) -> None:
 
 # ----------------------------------------------------------------------------- the nano models
 
+HOME = Path(__file__).parent        # clip/ and vfm/ in it say what the models are
 STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-
-# timm's config.json. EVA02-CLIP's vision tower at width 128 ...
-CLIP_TOWER = {
-    "architecture": "eva02_base_patch16_clip_224",
-    "num_classes": 128,
-    "model_args": {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 5, "num_heads": 4,
-                   "mlp_ratio": 2, "ref_feat_shape": [8, 8], "dynamic_img_size": True},
-    "pretrained_cfg": {"input_size": [3, 64, 64], "fixed_input_size": False, **STATISTICS},
-}
-# ... and a plain ViT of width 96: the toy world's DINO or SAM.
-VFM_TOWER = {
-    "architecture": "vit_base_patch16_224",
-    "num_classes": 0,
-    "model_args": {"img_size": 128, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3,
-                   "class_token": False, "global_pool": "avg", "dynamic_img_size": True},
-    "pretrained_cfg": {"input_size": [3, 128, 128], "fixed_input_size": False, **STATISTICS},
-}
-# open_clip's open_clip_config.json, whose paths are completed by write_clip_config
-CLIP_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 128, "custom_text": True,
-        "vision_cfg": {"image_size": 64, "timm_model_name": "", "timm_model_pretrained": False,
-                       "timm_pool": "token", "timm_proj": None},
-        "text_cfg": {"context_length": 32, "vocab_size": 0, "width": 64, "heads": 2, "layers": 2,
-                     "tokenizer_kwargs": {"bpe_path": ""}}},
-    "preprocess_cfg": STATISTICS | {"interpolation": "bicubic", "resize_mode": "squash"},
-}
+CONFIGS = {"clip": ("config.json", "open_clip_config.json", "merges.txt.gz"),
+           "vfm": ("config.json",)}
 
 
-def write_clip_config(folder: Path) -> None:
-    """The CLIP's configurations, and merges of a tokenizer that knows ImageNet's templates and the
-    world's names."""
-    templates = [template("") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    words = re.findall("[a-z]+", " ".join([*templates, *NAMES, "and on"]).lower())
-    merges = byte_pairs(words)
+def copy_configs(kind: str, folder: Path) -> None:
+    """The files beside a model's weights, with paths into its new folder: timm's and open_clip's
+    configurations, and the merges of a tokenizer whose every word is one token."""
     folder.mkdir(parents=True, exist_ok=True)
-    with gzip.GzipFile(folder / "merges.txt.gz", "wb", mtime=0) as file:
-        file.write("\n".join(["#version: 0.2", *map(" ".join, merges)]).encode())
-    config = copy.deepcopy(CLIP_CONFIG)
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
-    config["model_cfg"]["text_cfg"] |= {
-        "vocab_size": 2 * 256 + len(merges) + 2,        # bytes, inside and at the end of words
-        "tokenizer_kwargs": {"bpe_path": str(folder / "merges.txt.gz")}}
-    write_config(folder / "open_clip_config.json", config)
-    write_config(folder / "config.json", CLIP_TOWER)
-
-
-def write_config(path: Path, config: dict) -> None:
-    """Writes a configuration as json."""
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding: the most frequent pair of neighbours is merged, until every word is one
-    token -> the merges."""
-    spelled, merges = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
-    while pairs := Counter(pair for parts in spelled.values() for pair in zip(parts, parts[1:])):
-        merges.append(max(sorted(pairs), key=pairs.get))
-        for parts in spelled.values():
-            for place in range(len(parts) - 1, 0, -1):
-                if tuple(parts[place - 1:place + 1]) == merges[-1]:
-                    parts[place - 1:place + 1] = ["".join(merges[-1])]
-    return merges
+    for name in CONFIGS[kind]:
+        content = (HOME / kind / name).read_bytes()
+        if name == "open_clip_config.json":
+            content = content.replace(b"toy/clip", str(folder).encode())
+        (folder / name).write_bytes(content)
 
 
 # ------------------------------------------------------------------------- what is learned from
@@ -239,12 +184,11 @@ def contrast(image: Tensor, text: Tensor, matched: Tensor, scale: Tensor) -> Ten
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks, AdamW for the rest: several times faster than AdamW."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters()
-               if parameter.requires_grad]
-    in_blocks = [parameter for name, parameter in trained
-                 if "blocks." in name and parameter.ndim == 2]
-    others = [parameter for name, parameter in trained
-              if "blocks." not in name or parameter.ndim != 2]
+    in_blocks, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = "blocks." in name and parameter.ndim == 2
+            (in_blocks if is_matrix else others).append(parameter)
     return [torch.optim.Muon(in_blocks, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=1.2e-3, weight_decay=0.01, betas=(0.9, 0.98))]
 
@@ -279,7 +223,6 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
 
     Logs the accuracy of naming what stands out in fresh crops.
     """
-    write_clip_config(folder)
     name = f"local-dir:{folder}"
     model = open_clip.create_model(name, load_weights=False)
     tokenizer = open_clip.get_tokenizer(name)
@@ -326,7 +269,6 @@ def pretrain_vfm(cfg: SimpleNamespace, folder: Path, source: SceneTensors) -> tu
 
     Cosines of patches are fitted to those of the regions that they cover.
     """
-    write_config(folder / "config.json", VFM_TOWER)
     model = timm.create_model(f"local-dir:{folder}")
     rng = torch.Generator().manual_seed(cfg.SEED)
 

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_masks
 from tqdm import tqdm
 
-from util import UserError, settings
+from util import UserError, distributed, settings
 
 OUT = "data/toy"                    # folder of the scenes
 TRAIN = 1024                        # scenes to train with
@@ -43,10 +43,8 @@ SIZE = 160                          # side of a scene in pixels
 def main(argv: list[str] | None = None) -> None:
     """Draws scenes as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
-    try:
+    with distributed.session(__file__):
         run(cfg)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"world.py: {error}") from None
 
 
 def run(cfg: SimpleNamespace) -> None:

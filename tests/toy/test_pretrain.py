@@ -71,13 +71,13 @@ def test_images_with_one_caption_are_no_negatives_of_it():
     torch.testing.assert_close(pretrain.contrast(image, text, matched, torch.tensor(7.0)), expected)
 
 
-def test_every_word_is_one_token(tmp_path):
-    pretrain.write_clip_config(tmp_path)
-    tokenizer = SimpleTokenizer(tmp_path / "merges.txt.gz", context_length=32)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+def test_every_word_is_one_token():
+    """Of the templates and captions, and every name of the world."""
+    tokenizer = SimpleTokenizer(ROOT / "toy/clip/merges.txt.gz", context_length=32)
+    config = json.loads((ROOT / "toy/clip/open_clip_config.json").read_text())
     assert tokenizer.vocab_size == config["model_cfg"]["text_cfg"]["vocab_size"]
     for template in open_clip.OPENAI_IMAGENET_TEMPLATES:
-        for word in re.findall("[a-z]+", template("star and a heart on stripes").lower()):
+        for word in re.findall("[a-z]+", template(f"{' and '.join(NAMES)} on").lower()):
             assert len(tokenizer.encode(word)) == 1, word
 
 
@@ -186,14 +186,19 @@ def test_both_models_load_without_this_repository_being_imported():
     assert succeeds(done).strip() == " ".join(f"torch.Size({shape})" for shape in shapes)
 
 
-def test_the_shipped_configurations_are_those_of_pretraining(tmp_path, monkeypatch):
-    for kind, tower in (("clip", pretrain.CLIP_TOWER), ("vfm", pretrain.VFM_TOWER)):
-        assert json.loads((ROOT / "toy" / kind / "config.json").read_text()) == tower
-    monkeypatch.chdir(tmp_path)         # paths in open_clip's file are those that were given
-    pretrain.write_clip_config(Path("toy/clip"))
-    for name in ("config.json", "open_clip_config.json", "merges.txt.gz"):
-        written = (tmp_path / "toy/clip" / name).read_bytes()
-        assert written == (ROOT / "toy/clip" / name).read_bytes(), name
+def test_a_model_elsewhere_finds_its_own_files(tmp_path):
+    """Paths in open_clip's configuration are those of the new folder; in toy/ all stays."""
+    pretrain.copy_configs("clip", tmp_path / "clip")
+    texts = [(folder / "open_clip_config.json").read_text()
+             for folder in (tmp_path / "clip", ROOT / "toy/clip")]
+    assert texts[0] == texts[1].replace("toy/clip", str(tmp_path / "clip")) != texts[1]
+    for name in ("config.json", "merges.txt.gz"):
+        copied, shipped = ((folder / name).read_bytes()
+                           for folder in (tmp_path / "clip", ROOT / "toy/clip"))
+        assert copied == shipped, name
+    for kind in ("clip", "vfm"):
+        config = json.loads((ROOT / "toy" / kind / "config.json").read_text())
+        assert pretrain.STATISTICS.items() <= config["pretrained_cfg"].items()
 
 
 @pytest.mark.parametrize("words, said", [(["dog"], "name one of clip, vfm"), ([], "required: kind"),
