@@ -403,7 +403,7 @@ def measure_fvit(bench: Bench) -> Iterator[Row]:
         masks = torch.zeros(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
         labels = torch.randint(48, (7,))
         data.append(to_device(Objects(image, boxes, labels, masks), bench.device))
-    views = partial(fvit_train.make_views, cfg, data, 0, list(range(len(data))))
+    views = partial(fvit_train.views, cfg, data, 0, list(range(len(data))))
     losses, optimizer = {"this code": lambda: fvit(*views())}, train.build_optimizer(cfg, fvit)
     parts = {"frozen backbone": (fvit, "look")}
     return training_rows(bench, losses, optimizer, parts, [fvit], len(data))
