@@ -60,11 +60,15 @@ def constants(module: ModuleType) -> dict[str, Constant]:
     """The settings of a script: its own, and those of the blocks that SHARED names.
 
     A setting is an upper-case constant above the script's first function or class; tables and
-    other objects are none.
+    other objects are none. Raises ValueError for a block that is not there.
     """
     found = own_constants(module)
     for source, blocks in getattr(module, "SHARED", {}).items():
         theirs = own_constants(importlib.import_module(source))
+        there = dict.fromkeys(setting.block for setting in theirs.values())
+        missing = [block for block in blocks if block not in there]
+        if missing:
+            raise ValueError(f"{source} has no block {missing[0]!r}; it has {', '.join(there)}.")
         found |= {name: setting for name, setting in theirs.items()
                   if setting.block in blocks and name not in found}
     return found
