@@ -142,6 +142,7 @@ def sample_grid(key: str, sides: tuple[int, int] = (1, 6), aspect: float | None 
     """
     rng = random.Random(key)
     lengths = range(sides[0], sides[1] + 1)
+    # Every pair of numbers is as likely as another.
     choices = [(m, n) for m in lengths for n in lengths
                if aspect is None or max(m, n) <= aspect * min(m, n)]
     rows, columns = rng.choice(choices)
@@ -158,15 +159,17 @@ def grid_crops(image: Tensor, grid: Grid, size: int, mean: Sequence[float], std:
     All cells have one shape, so this is one resize of the image and a reshape. keep_aspect: the
     longest side of a cell is resized to `size`, the other padded on both sides (published code).
     """
+    # 1. The size of a cell
     H, W = image.shape[-2:]
     cell = (size, size)
     if keep_aspect:
         sides = H / grid.rows, W / grid.columns
         cell = tuple(max(1, round(size * side / max(sides))) for side in sides)
+    # 2. One resize of the image, cut into rows and columns
     whole = resize(image, cell[0] * grid.rows, cell[1] * grid.columns)
     crops = whole.unflatten(2, (grid.columns, cell[1])).unflatten(1, (grid.rows, cell[0]))
     crops = crops.permute(1, 3, 0, 2, 4).flatten(0, 1)
-    # The published code pads both sides alike.
+    # 3. Padding, if aspects are kept; the published code pads both sides alike
     above, before = (size - cell[0]) // 2, (size - cell[1]) // 2
     crops = F.pad(crops, (before, size - cell[1] - before, above, size - cell[0] - above))
     if len(grid.cells) < len(crops):

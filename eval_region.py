@@ -266,15 +266,18 @@ def encode_regions(cfg: SimpleNamespace, clip: DeCLIP, teacher: DeCLIP | None,
                    samples: list[LabelledRegions], size: int, device: torch.device
                    ) -> dict[str, Tensor]:
     """Features of all regions by box, by mask, and their crops' [CLS] by `teacher`: (sum k, C)."""
+    # 1. Dense features of the padded images
     images = [sample.image.to(device, non_blocking=True) for sample in samples]
     inputs = torch.stack([student_image(image, size, clip.mean, clip.std) for image in images])
     with autocast(cfg.PRECISION, device):
         content = clip.encode_dense(inputs, cfg.ATTENTION)[0].float()
+    # 2. Their means over boxes and masks
     boxes = [box_in_frame(sample, size).to(device, non_blocking=True) for sample in samples]
     masks = [region_masks(sample.region_ids.to(device, non_blocking=True), len(sample.labels),
                           size, clip.patch_size) for sample in samples]
     masks = [mask > 0 for mask in masks] if cfg.BINARY_MASKS else masks
     features = {"box": region_features(content, boxes), "mask": mask_features(content, masks)}
+    # 3. The [CLS] of what is cut out
     if teacher:
         crops = [crop for image, sample in zip(images, samples)
                  for crop in box_crops(teacher, image, sample.boxes)]

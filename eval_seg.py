@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> dict:
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
+    # What can be wrong is looked at before a model is loaded.
     protocols, templates = find_protocols(cfg), find_templates(cfg.TEMPLATES)
     sets, missing = find_data(cfg.BENCHMARKS, PAPER_BENCHMARKS, cfg.DATA,
                               partial(find_set, class_file=cfg.CLASSES))

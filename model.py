@@ -189,6 +189,7 @@ class VisionTower(nn.Module):
             raise UserError(f"The image is {H}x{W}, but {self.name} needs sides divisible by its "
                             f"patch size, {self.patch_size}; resize or pad it.")
         trunk = self.trunk
+        # Patches behind [CLS], and where each of them is
         x = trunk.patch_embed.proj(images)
         grid = x.shape[-2:]
         tokens = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
@@ -434,6 +435,7 @@ class DeCLIP(nn.Module):
     def __init__(self, model_name: str | None = None, pretrained: str | None = None,
                  context: str | None = None, scale: float | None = None):
         super().__init__()
+        # 1. What the file says of itself, or what was asked for
         file = pretrained if pretrained and is_weights_file(pretrained) else None
         state, record = read_weights(file) if file else ({}, {})
         self.model_name = model_name or recorded_model(file, record)
@@ -441,6 +443,7 @@ class DeCLIP(nn.Module):
         scale = scale if scale is not None else record.get("scale")
         if context not in CONTEXTS:
             raise UserError(f"context is {context!r}; it must be one of {', '.join(CONTEXTS)}.")
+        # 2. open_clip's model; its vision tower becomes a timm trunk
         self.source = locate(self.model_name, file)     # as open_clip finds it
         self.text = create_open_clip(self.source, None if file else pretrained)
         self.preprocess = dict(self.text.visual.preprocess_cfg)     # as open_clip keeps it

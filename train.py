@@ -95,9 +95,11 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
+    # Images in an order that depends on SEED alone; a folder of the run that can be gone on with
     images = find_images(cfg.IMAGES, cfg.IMAGE_ROOT, cfg.OUTSIDE_ROOT, cfg.READ_TIMEOUT,
                          cfg.MAX_PIXELS, ranks)
     with Run(cfg, ranks, images, "declip.safetensors", MAY_CHANGE_ON_RESUME) as run:
+        # CLIP, whose vision tower is the student; its frozen first self; DINOv2 or another VFM
         clip, teacher, vfm = build(cfg, ranks)
         optimizer = build_optimizer(cfg, clip.visual)
         student = run.begin(clip, optimizer, trained=clip.visual, save=lambda path, about:
@@ -184,6 +186,7 @@ def build(cfg: SimpleNamespace, ranks: distributed.Ranks
 
     Training reads no text: the text tower stays on the CPU, for the checkpoints.
     """
+    # 1. CLIP, and its frozen copy
     torch.manual_seed(cfg.SEED)
     clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE).requires_grad_(False)
     for name in ("IMAGE_SIZE", "CROP_SIZE"):
@@ -194,9 +197,12 @@ def build(cfg: SimpleNamespace, ranks: distributed.Ranks
     teacher = copy.deepcopy(clip.visual)
     clip.visual.freeze(cfg.UNLOCKED_BLOCKS)
     clip.visual.checkpointing = cfg.CHECKPOINTING
+    # 2. The VFM: self-distillation alone needs none
     vfm = load_vfm(cfg.VFM_MODEL, cfg.VFM_PRETRAINED) if cfg.LAMBDA else None
+    # 3. To the device, or divided over all ranks' devices
     towers = [tower for tower in (clip.visual, teacher, vfm) if tower]
-    if cfg.FSDP:        # last blocks stay whole: a decoupled one is computed in parts
+    if cfg.FSDP:
+        # Last blocks stay whole, because a decoupled one is computed in parts.
         for tower in towers:
             parts = tower.value_blocks if tower is clip.visual else 1
             shard(tower, tower.trunk.blocks[:-parts], ranks,

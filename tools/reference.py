@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import Classes, Grid, fitted_size, grid_boxes, normalize, pad_to, resize
-from eval_seg import DILATIONS, resized_size, window_scores, window_starts
+from eval_seg import Protocol, resized_size, window_scores, window_starts
 from model import VFM, DeCLIP, VisionTower, content_loss
 from train import vfm_size
-from util import UserError
+from util.images import unreadable
+from util.pamr import DILATIONS
 
 # ----------------------------------------------------------------------------------- the input
 
@@ -63,23 +64,20 @@ class Samples(Dataset):
 
     def __init__(self, paths: Sequence[str], grids: Sequence[Grid], cfg: SimpleNamespace,
                  clip: VisionTower, vfm: VFM):
-        self.paths, self.grids = paths, grids
+        self.paths, self.grids, self.cfg = paths, grids, cfg
         # No models go to the workers.
-        about = (SimpleNamespace(mean=model.mean, std=model.std, patch_size=model.patch_size)
-                 for model in (clip, vfm))
-        self.given = cfg, *about
+        self.clip, self.vfm = (
+            SimpleNamespace(mean=model.mean, std=model.std, patch_size=model.patch_size)
+            for model in (clip, vfm))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        try:
-            with Image.open(self.paths[index]) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise UserError(f"{self.paths[index]} can't be read as an image ({error}); replace or "
-                            "remove it.") from None
-        return sample(image, self.grids[index], *self.given)
+        path = self.paths[index]
+        with unreadable(path, "an image"), Image.open(path) as file:
+            image = file.convert("RGB")
+        return sample(image, self.grids[index], self.cfg, self.clip, self.vfm)
 
 
 # --------------------------------------------------------------------------- the training step
@@ -130,49 +128,50 @@ def distill(student: VisionTower, teacher: VisionTower, vfm: VFM,
     with torch.no_grad():
         cls = teacher.encode_image(torch.cat(crops))
         tokens = vfm(torch.stack(vfm_inputs))
-    return {"content": content_loss(regions, cls, [len(each) for each in boxes]),
+    return {"content": content_loss(regions, cls, [len(of_image) for of_image in boxes]),
             "context": context_loss(context, tokens)}
 
 
 # -------------------------------------------------------------------------------- segmentation
 
 @torch.inference_mode()
-def score_image(cfg: SimpleNamespace, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
+def score_image(protocol: Protocol, clip: DeCLIP, image: Tensor, text: Tensor) -> Tensor:
     """uint8 (3, H, W) and text (P, C) -> scores of all pixels (P, H, W), one window at a time.
 
     They are summed at the size that the model sees.
     """
-    h, w = resized_size(image, cfg.SHORT_SIDE, cfg.LONG_SIDE)
-    resized = pad_to(resize(image, h, w), max(h, cfg.WINDOW), max(w, cfg.WINDOW))
+    window, stride = protocol.window, protocol.stride
+    h, w = resized_size(image, protocol.short_side, protocol.long_side)
+    resized = pad_to(resize(image, h, w), max(h, window), max(w, window))
     resized = normalize(resized, clip.mean, clip.std)
     total = resized.new_zeros(len(text), *resized.shape[1:])
     count = resized.new_zeros(resized.shape[1:])
-    for y in window_starts(resized.shape[1], cfg.WINDOW, cfg.STRIDE):
-        for x in window_starts(resized.shape[2], cfg.WINDOW, cfg.STRIDE):
-            place = (..., slice(y, y + cfg.WINDOW), slice(x, x + cfg.WINDOW))
-            scores = window_scores(cfg, clip, resized[place][None], text)
-            total[place] += F.interpolate(scores, cfg.WINDOW, mode="bilinear")[0]
+    for y in window_starts(resized.shape[1], window, stride):
+        for x in window_starts(resized.shape[2], window, stride):
+            place = (..., slice(y, y + window), slice(x, x + window))
+            scores = window_scores(protocol, clip, resized[place][None], text)
+            total[place] += F.interpolate(scores, window, mode="bilinear")[0]
             count[place] += 1
     scores = (total / count)[None, :, :h, :w]
     return F.interpolate(scores, image.shape[-2:], mode="bilinear")[0]
 
 
 @torch.inference_mode()
-def predict(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, text: Tensor, image: Tensor
+def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor, image: Tensor
             ) -> Tensor:
     """uint8 (3, H, W) -> class of each pixel (H, W), by probabilities of all prompts and pixels."""
-    scores = score_image(cfg, clip, image, text)
-    for _ in range(cfg.PAMR):
+    scores = score_image(protocol, clip, image, text)
+    for _ in range(protocol.pamr):
         scores = pamr_step(scores, image)
-    probabilities = (scores * cfg.LOGIT_SCALE).softmax(dim=0)
+    probabilities = (scores * protocol.logit_scale).softmax(dim=0)
     probability, prediction = classes.best(probabilities).max(dim=0)
-    if cfg.THRESHOLD is None:
+    if protocol.threshold is None:
         return prediction
-    return prediction.masked_fill(probability < cfg.THRESHOLD, 0)
+    return prediction.masked_fill(probability < protocol.threshold, 0)
 
 
 def pamr_step(scores: Tensor, image: Tensor) -> Tensor:
-    """One step of eval_seg.refined, pixel by pixel: (P, H, W), uint8 (3, H, W) -> (P, H, W)."""
+    """One step of util.pamr.refine, pixel by pixel: (P, H, W), uint8 (3, H, W) -> (P, H, W)."""
     H, W = image.shape[-2:]
     colours, found = image / 255, torch.empty_like(scores)
     for y in range(H):

@@ -40,8 +40,8 @@ def logits(segmenter: CATSeg, images: Tensor, text: Tensor) -> Tensor:
     taps = clip.encode_layers(images, segmenter.taps, attention)
     taps = [up(tap) for up, tap in zip(segmenter.upsample, taps)]
     content = normalized if segmenter.design.normalize else content
-    return torch.cat([aggregate(segmenter.aggregator, *each)
-                      for each in zip(cost, content, zip(*taps), [text] * len(cost))])
+    return torch.cat([aggregate(segmenter.aggregator, *of_image, text)
+                      for of_image in zip(cost, content, zip(*taps))])
 
 
 def aggregate(aggregator: Aggregator, cost: Tensor, content: Tensor, taps: tuple[Tensor, Tensor],

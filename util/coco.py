@@ -206,7 +206,7 @@ def four_numbers(column: Column) -> np.ndarray:
             {*map(type, chain.from_iterable(column.values))} - NUMBERS):
         column.must(lambda box: len(box) == 4 and {*map(type, box)} <= NUMBERS, what)
     boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
-    is_right = np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] >= 0).all(axis=1)
+    is_right = np.isfinite(boxes).all(axis=1)
     if not is_right.all():
         column.refuse(int(np.flatnonzero(~is_right)[0]), what)
     return boxes

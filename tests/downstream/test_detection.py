@@ -184,7 +184,7 @@ def test_objects_are_as_they_are_labelled(coco):
     ((70, 10, 20, 30), {}, None),                       # outside the image
     ((10, 10, 0, 30), {}, None),                        # of zero width
     ((10, 10, 20, -4), {}, None), ((10, 10, 20, 0.5), {}, None),
-    ((10, 10, 20, 30), {"area": 0}, None)])             # without an area
+    ((10, 10, 20, 30), {"area": 0}, [10, 10, 30, 40])])     # an area of 0 is no answer
 def test_only_boxes_inside_the_image_are_trained_with(coco, bbox, more, expected):
     path = coco / "coco/annotations/instances_train2017.json"
     change(path, lambda content: content.update(annotations=[
@@ -387,17 +387,20 @@ def put(field: str, value: object, of: str = "annotations"):
 
 
 @pytest.mark.parametrize("changed, words", [
-    (put("category_id", 5000), "an annotation with the category_id 5000"),
-    (put("image_id", 5000), "an annotation with the image_id 5000"),
-    (put("bbox", [1, 2, 3]), "an entry of another form"),
-    (put("bbox", [1, 2, "x", 4]), "an entry of another form"),
-    (put("bbox", [1, 2, math.nan, 4]), "an annotation with the bbox"),
-    (without("bbox"), "an entry without the field 'bbox'"),
-    (without("height", "images"), "an entry without the field 'height'"),
+    (put("category_id", 5000), "5000 as 'category_id'; it must be the id of one of 'categories'"),
+    (put("image_id", 5000), "5000 as 'image_id'; it must be the id of one of 'images'"),
+    (put("bbox", [1, 2, 3]), "four finite numbers"),
+    (put("bbox", [1, 2, "x", 4]), "four finite numbers"),
+    (put("bbox", [1, 2, math.nan, 4]), "four finite numbers"),
+    (without("bbox"), "has no 'bbox'"),
+    (without("height", "images"), "has no 'height'"),
     (put("file_name", "../../x.png", "images"), "which is not below"),
     (put("file_name", "x.png", "images"), "x.png, which is not there"),
     (lambda content: content.update(annotations=[]), "has no object of a class that training may"),
-    (lambda content: content["categories"].pop(0), "has no category 'person'"),
+    (lambda content: content["categories"][0].update(name="persons"), "has no category 'person'"),
+    (put("iscrowd", "0"), '"0" as \'iscrowd\'; it must be 0 or 1'),
+    (lambda content: [entry.update(bbox=[0.1, 0.2, 0.5, 0.5]) for entry in content["annotations"]],
+     "they seem to be shares of their images"),
     (lambda content: content.pop("images"), "has no field 'images'")])
 def test_a_wrong_json_is_one_sentence(coco, changed, words):
     change(coco / "coco/annotations/instances_train2017.json", changed)
@@ -438,10 +441,27 @@ def test_an_image_of_another_size_is_left_out_and_named(coco):
         EvaluationImages(train)[0]
 
 
-def test_a_mask_that_is_none_leaves_its_image_out(coco):
-    change(coco / "coco/annotations/instances_train2017.json", put("segmentation", [[1, 2]]))
+@pytest.mark.parametrize("shape", [[[1, 2]], [[1, 2, 3, 4]], [], None])
+def test_an_empty_mask_leaves_its_object_out(coco, capsys, shape):
+    """The other objects of its image stay, and it is said how many have none."""
+    path = coco / "coco/annotations/instances_train2017.json"
+    more = annotation(40, "car", 1, 2, 10, 10, segmentation=[[1, 2, 11, 2, 11, 12]])
+    change(path, lambda content: content["annotations"].append(more))
+    whole = DetectionData(find_annotations("ovcoco", "train", coco), masks=True)
+    change(path, put("segmentation", shape))
     data = DetectionData(find_annotations("ovcoco", "train", coco), masks=True)
-    assert "an entry of another form" in data[0].skipped[0][1]
-    change(coco / "coco/annotations/instances_train2017.json", without("segmentation"))
-    with pytest.raises(UserError, match="an entry without the field 'segmentation'"):
-        DetectionData(find_annotations("ovcoco", "train", coco), masks=True)
+    assert len(data.boxes) == len(whole.boxes) - 1
+    assert "left out: 1 masks of less than three points" in capsys.readouterr().out
+    # Without masks it is an object like others.
+    assert len(DetectionData(find_annotations("ovcoco", "train", coco), False).boxes) == len(
+        whole.boxes)
+
+
+@pytest.mark.parametrize("shape", [
+    [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, math.nan, 6]], [[1, 2, 3, 4, 2e8, 6]], [[1, 2, "x", 4, 5, 6]],
+    {"size": [9, 9], "counts": [81]}, {"size": [64, 64], "counts": [1, 2]}, "polygon"])
+def test_a_mask_that_is_none_is_refused(coco, shape):
+    change(coco / "coco/annotations/instances_train2017.json", put("segmentation", shape))
+    train = find_annotations("ovcoco", "train", coco)
+    with pytest.raises(UserError, match="as 'segmentation'; it must be"):
+        DetectionData(train, masks=True)

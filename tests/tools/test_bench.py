@@ -6,27 +6,26 @@ from conftest import options
 
 from tools import bench, reference
 from util import settings
+from util.distributed import Ranks
 
 CPU = torch.device("cpu")
+TINY = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_size": 32,
+        "micro_batch": 2, "repeats": 1, "short_side": 48, "window": 32, "stride": 16,
+        "worker_counts": 1, "prompts": 5, "fvit_size": 64, "fvit_batch": 2, "catseg_size": 32,
+        "catseg_classes": 3, "channels": 8, "regions": 16}
 
 
-def measured(*more: str, **given) -> dict[str, dict[str, bench.Row]]:
+def measured(*more: str, **changed) -> dict[str, dict[str, bench.Row]]:
     """The rows of a tiny bench, by part and name."""
-    small = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_size": 32,
-             "micro_batch": 2, "repeats": 1, "short_side": 48, "window": 32, "stride": 16,
-             "worker_counts": 1, "prompts": 5, "fvit_size": 64, "fvit_batch": 2,
-             "catseg_size": 32, "catseg_classes": 3,
-             "channels": 8, "regions": 16}
-    rows = bench.main([*options(**small | given), *more])
-    return {part: {row.name: row for row in each} for part, each in rows.items()}
+    found = bench.main([*options(**TINY | changed), *more])
+    return {part: {row.name: row for row in rows} for part, rows in found.items()}
 
 
 def test_bench_prints_every_part_beside_the_plain_version(capsys):
     parts = [*bench.PARTS, "fvit", "catseg"]
     rows = measured("--baseline", parts=parts)
     printed = capsys.readouterr().out
-    assert list(rows) == ["input", "operations", "train", "context", "segment", "fvit",
-                          "catseg"] == parts
+    assert list(rows) == ["input", "operations", "train", "segment", "fvit", "catseg"] == parts
     assert all(row.name in printed for part in rows.values() for row in part.values())
     ours, plains = rows["input"]["to the device, MB"].values.values()
     assert ours == pytest.approx(3 * 480 * 640 / 1e6)
@@ -34,17 +33,27 @@ def test_bench_prints_every_part_beside_the_plain_version(capsys):
     assert plains == pytest.approx(4 * (3 * 64**2 + 3 * 56**2 + crops + 12 * 4) / 1e6)
     assert rows["input"]["to the device, MB"].ratio == pytest.approx(plains / ours)
     assert rows["input"]["CPU time, ms"].values["plain"] > 0
-    assert rows["train"]["images/s"].values["this code"] > 0
-    assert rows["fvit"]["images/s"].values["this code"] > 0
-    assert 0 < rows["fvit"]["the frozen backbone's share, %"].values["this code"] < 100
+    times = {name: row.values["this code"] for name, row in rows["train"].items()
+             if name.endswith("ms")}
+    assert list(times) == ["crops, by the teacher, ms", "VFM, ms", "student forward, ms",
+                           "forward and losses, ms", "backward, ms", "optimiser, ms"]
+    *parts, together, _, _ = times.values()
+    assert 0 < sum(parts) < together
+    for part in ("train", "fvit", "catseg"):
+        assert rows[part]["images/s"].values["this code"] > 0
+    fvit = rows["fvit"]
+    assert (0 < fvit["frozen backbone, ms"].values["this code"]
+            < fvit["forward and losses, ms"].values["this code"])
+    assert len(rows["catseg"]["test, a view: images/s"].values) == 2
 
 
 def test_the_plain_version_is_plain(monkeypatch):
     """Its attention is that of reference.py, and ours is not."""
     whole, own = [], reference.self_attention
-    monkeypatch.setattr(reference, "self_attention", lambda *given: whole.append(1) or own(*given))
-    # count_flops uses whole matrices in any case.
-    monkeypatch.setattr(bench, "count_flops", lambda world: {"all": 1.0})
+    monkeypatch.setattr(reference, "self_attention",
+                        lambda *inputs: whole.append(1) or own(*inputs))
+    # Operations are counted with whole matrices in any case.
+    monkeypatch.setattr(bench, "measure_operations", lambda _: [bench.Row("all", {"this code": 1})])
     measured("--checkpointing", parts="train")
     assert not whole
     measured("--baseline", "--checkpointing", parts="train")
@@ -58,21 +67,16 @@ def test_without_a_baseline_only_this_code_is_measured(capsys):
                for row in part.values())
 
 
-def test_shards_are_measured_beside_a_folder(monkeypatch):
-    """Of the same images; each byte comes from the disk about once."""
-    monkeypatch.setattr(bench, "SHARDS", 2)
-    monkeypatch.setattr(bench, "IN_SHARD", 8)
+def test_shards_are_measured_beside_files():
     rows = measured(parts="shards")["shards"]
-    values = {name: row.values["this code"] for name, row in rows.items()}
-    assert values["CPU time from shards, ms"] > 0 and values["CPU time from a folder, ms"] > 0
-    assert values["images/s from shards with 1 worker"] > 0
-    assert 0 <= values["bytes from the disk for each byte used"] < 1.5
-    assert 0 <= values["waits for the disk for each image"] <= 0.5
+    for name in ("CPU time, ms", "images/s, workers: 1"):
+        assert all(value > 0 for value in rows[name].values.values())
+        assert list(rows[name].values) == ["this code", "files"]
 
 
 def test_ratios_say_how_much_better_this_code_is():
-    assert bench.Row("ms", {"this code": 2.0, "plain": 10.0}).ratio == 5
-    assert bench.Row("images/s", {"this code": 10.0, "plain": 2.0}, more_is_better=True).ratio == 5
+    assert bench.Row("forward, ms", {"this code": 2.0, "plain": 10.0}).ratio == 5
+    assert bench.Row("images/s", {"this code": 10.0, "plain": 2.0}).ratio == 5
 
 
 def test_operations_are_those_of_the_formula():
@@ -80,16 +84,23 @@ def test_operations_are_those_of_the_formula():
 
     Patches and projection are added to these.
     """
-    cfg = settings.parse(options(model="tiny-vit", vfm_model="tiny_vfm", image_size=64,
-                                 crop_size=32, micro_batch=1, repeats=1, segment_batch=1), bench)
-    made = bench.Bench(cfg, CPU, None)
-    trunk = made.student.trunk
+    made = bench.Bench(settings.parse(options(**TINY), bench), Ranks(0, 1, CPU), None)
+    student = made.clip.visual
+    trunk = student.trunk
     depth, D, C = len(trunk.blocks), trunk.embed_dim, trunk.num_classes
-    N = 1 + (32 // made.student.patch_size) ** 2
+    N = 1 + (32 // student.patch_size) ** 2
     hidden = trunk.blocks[0].mlp.fc1.out_features
     of_blocks = depth * (2 * N * (4 * D * D + 2 * D * hidden) + 4 * N * N * D)
-    of_ends = 2 * (N - 1) * 3 * made.student.patch_size**2 * D + 2 * D * C
-    assert bench.count_flops(made)["crops"] == 12 * (of_blocks + of_ends)
+    of_ends = 2 * (N - 1) * 3 * student.patch_size**2 * D + 2 * D * C
+    crops, *_ = bench.measure_operations(made)
+    assert crops.values == {"this code": 12 * (of_blocks + of_ends) / 1e9}
+
+
+@pytest.mark.parametrize("crops, rows, columns", [(12, 3, 4), (36, 6, 6), (7, 1, 7)])
+def test_grids_have_the_wanted_number_of_crops(crops, rows, columns):
+    made = bench.Bench(settings.parse(options(**TINY | {"crops": crops}), bench),
+                       Ranks(0, 1, CPU), None)
+    assert made.grid == (rows, columns, list(range(crops)))
 
 
 def test_memory_counts_what_is_alive_at_once():
@@ -104,19 +115,18 @@ def test_memory_counts_what_is_alive_at_once():
     assert bench.peak_bytes(lambda: before.add_(1), CPU) == 0
 
 
-@pytest.mark.parametrize("given, sentence", [
-    ({"parts": "speed"}, "There is no part 'speed' to measure; choose among input, operations, "
-                         "train, context, segment"),
-    ({"crops": 7}, "CROPS is 7, but no grid of 1 to 6 rows and columns has as many cells"),
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"parts": "speed"}, "PARTS is ('speed',); it must be some of input, operations, train, seg"),
+    ({"crops": 0}, "CROPS is 0; it must be at least 1"),
     ({"precision": "int8"}, "PRECISION is 'int8'; it must be one of auto"),
     ({"repeats": 0}, "REPEATS is 0; it must be at least 1"),
     ({"window": 30}, "WINDOW 30 is no multiple"),
     ({"images": "nowhere"}, "nowhere does not exist"),
-    ({"worker_counts": 0}, "WORKER_COUNTS has 0; it must be numbers of processes"),
+    ({"worker_counts": 0}, "WORKER_COUNTS is (0,); it must be from 1"),
 ])
-def test_refusals_say_what_to_do(given, sentence):
+def test_refusals_say_what_to_do(wrong, sentence):
     with pytest.raises(SystemExit) as error:
-        measured(**given)
+        measured(**wrong)
     found = str(error.value)
     assert found.startswith("bench.py: ") and sentence in found and "\n" not in found
 
@@ -132,19 +142,10 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     (torch.OutOfMemoryError("Tried to allocate 9 GiB. Of"),
      "bench.py: the GPU's memory ran out (Tried to allocate 9 GiB); lower")])
 def test_interruption_and_full_memory_end_without_a_traceback(error, status, monkeypatch):
-    def fail(made):
+    def fail(_):
         raise error
 
-    monkeypatch.setitem(bench.MEASURES, "input", ("", fail))
+    monkeypatch.setitem(bench.MEASURES, "input", fail)
     with pytest.raises(SystemExit) as ended:
         measured(parts="input")
     assert str(ended.value).startswith(status)
-
-
-def test_more_images_than_grids_of_that_size_take_turns():
-    cfg = settings.parse(options(model="tiny-vit", vfm_model="tiny_vfm", image_size=64,
-                                 crop_size=32, micro_batch=20_000, repeats=1,
-                                 segment_batch=1, crops=36), bench)
-    made = bench.Bench(cfg, CPU, None)
-    assert len(made.grids) == 20_000 and {len(grid.cells) for grid in made.grids} == {36}
-

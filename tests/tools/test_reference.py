@@ -19,12 +19,13 @@ import data
 import eval_seg
 import train
 from data import make_classes
-from eval_seg import VOID
+from eval_seg import Protocol
 from model import DeCLIP, VisionTower, context_loss
 from tools import bench, reference
 from toy import world
 from util import run, settings
 from util.distributed import Ranks
+from util.labels import VOID
 from util.precision import grad_scaler
 from util.weights import read_weights
 
@@ -33,10 +34,10 @@ TINY = {"model": "tiny-eva", "pretrained": "none", "vfm_model": "tiny_vfm",
         "vfm_pretrained": "false", "image_size": 64, "crop_size": 32}
 
 
-def training(**given):
+def training(**changed):
     """Settings of train.py and its student, teacher and VFM, tiny."""
-    cfg = settings.parse(options(**TINY | given), train)
-    clip, teacher, vfm = train.build(cfg, CPU)
+    cfg = settings.parse(options(**TINY | changed), train)
+    clip, teacher, vfm = train.build(cfg, Ranks(0, 1, CPU))
     return cfg, clip.visual, teacher, vfm
 
 
@@ -78,7 +79,7 @@ def test_a_step_has_the_losses_and_gradients_of_the_plain_one(name, context, mon
 
 def test_models_are_as_before_after_their_plain_time():
     _, student, teacher, vfm = training(checkpointing="true")
-    modules = [module for each in (student, teacher, vfm) for module in each.modules()
+    modules = [module for model in (student, teacher, vfm) for module in model.modules()
                if hasattr(module, "fused_attn")]
     assert modules and all(module.fused_attn for module in modules)
     with reference.whole_attention(student, teacher, vfm):
@@ -156,7 +157,8 @@ def test_compiled_blocks_serve_any_number_of_crops(backend, checkpointing, monke
     cfg, student, teacher, vfm = training(grid=(2, 4), checkpointing=checkpointing)
     images, calls = [torch.randint(0, 256, (3, *size)).byte() for size in SIZES[:2]], 4
     grids = [train.sample_grids(cfg, 0, [call, call + 9]) for call in range(calls)]
-    expected = [train.distill(cfg, student, teacher, vfm, images, each) for each in grids]
+    expected = [train.distill(cfg, student, teacher, vfm, images, of_call)
+                for of_call in grids]
     train.compile_blocks(student, teacher, vfm)
     found = []
     for call in range(calls):
@@ -250,7 +252,7 @@ def test_a_training_step_does_not_wait_for_the_device(on_meta, tmp_path, monkeyp
     """Once the constants are there. That the test can fail is seen in the first step, which sends
     them."""
     cfg, *models = training(max_crops=3, out=tmp_path)
-    student, teacher, vfm = (each.to("meta") for each in models)
+    student, teacher, vfm = (model.to("meta") for model in models)
     ranks, optimizer = Ranks(0, 1, torch.device("meta")), train.build_optimizer(cfg, student)
     images = [torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in SIZES[:2]]
     data.constant.cache_clear()
@@ -274,8 +276,7 @@ def test_a_training_step_does_not_wait_for_the_device(on_meta, tmp_path, monkeyp
 
 def test_segmentation_does_not_wait_for_the_device(on_meta):
     """From the image on the device to the confusion matrix, once the constants are there."""
-    cfg = settings.parse(options(short_side=48, window=32, stride=16, logit_scale=40,
-                                 threshold=0.4), eval_seg)
+    protocol = Protocol(48, window=32, stride=16, threshold=0.4)
     clip, classes = DeCLIP("tiny-eva").to("meta"), make_classes(["a, b", "c"])
     text = torch.empty(3, 32, device="meta")
     images = [torch.empty(3, *size, dtype=torch.uint8, device="meta") for size in SIZES[:3]]
@@ -283,7 +284,7 @@ def test_segmentation_does_not_wait_for_the_device(on_meta):
     for turn in range(2):
         images = [image[:, turn:] for image in images]      # of other shapes
         with Waits() as seen:
-            for prediction in eval_seg.predict(cfg, clip, classes, text, images):
+            for prediction in eval_seg.predict(protocol, clip, classes, text, images):
                 eval_seg.confusion_matrix(torch.empty_like(prediction, dtype=torch.uint8),
                                           prediction, 2)
         waits.append(seen.found)
@@ -298,17 +299,16 @@ def test_segmentation_does_not_wait_for_the_device(on_meta):
 def test_segmentation_is_that_of_the_plain_form(threshold, lines):
     """Images of several shapes together, one smaller than a window: every pixel's class, but for
     ties of rounding."""
-    cfg = settings.parse(options(short_side=40, window=32, stride=16, window_batch=5,
-                                 logit_scale=8), eval_seg)
-    cfg.THRESHOLD = threshold
+    protocol = Protocol(40, window=32, stride=16, logit_scale=8, threshold=threshold,
+                        window_batch=5)
     clip, classes = DeCLIP("tiny-eva"), make_classes(lines)
     text = F.normalize(torch.randn(len(classes.prompts), 32), dim=-1)
     images = [F.interpolate(torch.rand(1, 3, 6, 7), size,
                             mode="bicubic").mul(255).clamp(0, 255).byte()[0]
               for size in [*SIZES, (300, 200)]]
     same, seen = [], set()
-    for image, prediction in zip(images, eval_seg.predict(cfg, clip, classes, text, images)):
-        expected = reference.predict(cfg, clip, classes, text, image)
+    for image, prediction in zip(images, eval_seg.predict(protocol, clip, classes, text, images)):
+        expected = reference.predict(protocol, clip, classes, text, image)
         assert prediction.shape == image.shape[1:]
         same.append((prediction == expected).flatten())
         seen |= set(prediction.unique().tolist())
@@ -348,6 +348,6 @@ def test_training_is_as_good_as_the_plain_form(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "distill", distill)
     same, other = curve(tmp_path / "plain", 0), curve(tmp_path / "other", 1)
-    difference, noise = (np.abs(np.subtract(each, same)) for each in (fast, other))
+    difference, noise = (np.abs(np.subtract(losses, same)) for losses in (fast, other))
     print("fast", fast, "plain", same, "other seed", other, sep="\n")
     assert difference.mean() < noise.mean() and difference.max() < noise.max(), (difference, noise)

@@ -26,14 +26,15 @@ from PIL import Image
 from test_images import FORMATS, mutants
 from test_train import TINY, run
 
-import data
 import eval_seg
 import train
 from model import DeCLIP
 from util import UserError
 from util.distributed import Ranks
-from util.precision import DTYPES, grad_scaler
+from util.images import list_images
+from util.order import epoch_order
 from util.run import LOG_FIELDS, Run, read_state, resume_files
+from util.samples import Batch
 from util.weights import read_record
 
 # 120 steps, a checkpoint every 2 and every 7
@@ -628,8 +629,8 @@ def test_a_step_that_is_no_number_is_left_out(images, tmp_path, monkeypatch):
     assert lines[5]["loss"] is None
     assert all(line["loss"] < 10 for line in lines if line["step"] != 6)
     event, = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
-    order = data.epoch_order(5, 2, 2, 0)[1].tolist()
-    assert event == {"step": 6, "files": [data.list_images(images)[index] for index in order]}
+    order, (paths, _) = epoch_order(5, 2, 2, 0)[1].tolist(), list_images(images)
+    assert event == {"step": 6, "files": [paths[index] for index in order]}
 
 
 def test_too_many_such_steps_stop_the_run(images, tmp_path, monkeypatch):
@@ -686,39 +687,43 @@ class Line(torch.nn.Module):
         torch.save({"weight": self.weight.detach(), "step": about["step"]}, path)
 
 
-def train_line(out: Path, steps: int, precision: str = "fp32", bad=(), left_out=(), fails_at=None
+# A task of its own has these settings and no more: none says where its images are.
+OF_LINE = {"RESUME": False, "EPOCHS": 1, "STEPS": None, "BATCH_SIZE": 1, "MICRO_BATCH": 1,
+           "PRECISION": "fp32", "LOG_EVERY": 100, "SAVE_EVERY": 100, "KEEP": 1,
+           "MAX_BAD_FILES": 0.0, "MAX_BAD_STEPS": 20, "TIMEOUT": 600}
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def line_run(out: Path, steps: int, **changes) -> Run:
+    """A run on `steps` images that are no files; changes: settings other than those of OF_LINE."""
+    images = SimpleNamespace(paths=["x"] * steps, fingerprint=f"{steps} images")
+    return Run(SimpleNamespace(OUT=str(out), **OF_LINE | changes), ALONE, images, "line.pt")
+
+
+def train_line(out: Path, steps: int, bad=(), left_out=(), fails_at=None, **changes
                ) -> tuple[torch.Tensor, int]:
     """Fits a line by util/run.py -> its weights and the number of bad steps.
 
     bad: steps whose loss is made NaN. left_out: steps that the optimiser does not make. fails_at: a
     step that ends after its forward.
     """
-    cfg = SimpleNamespace(OUT=str(out), RESUME=False, EPOCHS=1, STEPS=None, BATCH_SIZE=1,
-                          LOG_EVERY=100, SAVE_EVERY=100, KEEP=1, MAX_BAD_FILES=0.0,
-                          MAX_BAD_STEPS=20, TIMEOUT=600)
-    cpu, images = torch.device("cpu"), SimpleNamespace(paths=["x"] * steps, fingerprint="x")
-    model, scaler = Line(), grad_scaler(precision, cpu)
+    model = Line()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    dtype = DTYPES[precision] or torch.float32
-    with Run(cfg, Ranks(0, 1, cpu), images, steps, "line.pt") as run:
-        run.begin(model, optimizer, scaler, model.save)
-        for step in range(run.step, run.last):
+    step_of_optimizer = optimizer.step
+    with line_run(out, steps, **changes) as run:
+        run.begin(model, optimizer, model.save)
+        for step in run.steps():
             x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-            guess = x.to(dtype) @ model.weight.to(dtype)
-            error = (guess.float() - x.sum(dim=1)).square().mean()
-            model.norm(x)
-            if step == fails_at:
-                raise RuntimeError("a kernel failed")
-            loss = error * (float("nan") if step in bad else 1)
-            scaler.scale(loss).backward()
-            run.record({"loss": loss, "error": error}, [step], [[]])
-            run.check_gradient()
-            if step not in left_out:
-                scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            for batch in run.micro_batches(iter([Batch([x], [step], [[]])])):
+                with run.forward():
+                    guess = batch.data[0] @ model.weight
+                    error = (guess.float() - x.sum(dim=1)).square().mean()
+                    model.norm(x)
+                if step == fails_at:
+                    raise RuntimeError("a kernel failed")
+                run.backward(error * (float("nan") if step in bad else 1), {"error": error}, batch)
+            optimizer.step = (lambda: None) if step in left_out else step_of_optimizer
             run.end_step(0.01)
-        run.finish()
     return model.weight.detach(), run.guard.bad_steps
 
 
@@ -745,11 +750,43 @@ def test_200_bad_steps_are_as_if_they_had_been_left_out(tmp_path):
     assert torch.equal(torch.load(tmp_path / "bad/line.pt", weights_only=True)["weight"], weights)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("clip_norm, expected", [(None, (-1.5, -0.2)), (10.0, (-1.5, -0.2)),
+                                                 (1.0, (-0.3, -0.04))])
+def test_groups_learn_at_their_share_and_long_gradients_are_cut(tmp_path, precision, clip_norm,
+                                                                expected):
+    """Gradients of 3 and 4, 5 long, at a rate of 0.5 of which one group has a tenth; then a step
+    without a finite gradient, which changes nothing."""
+    weights = torch.nn.ParameterDict({name: torch.zeros(1) for name in ("one", "other")})
+    optimizer = torch.optim.SGD([{"params": [weights["one"]]},
+                                 {"params": [weights["other"]], "share": 0.1}])
+    with line_run(tmp_path, 2, PRECISION=precision, LOG_EVERY=1) as run:
+        run.begin(weights, optimizer, save=lambda path, about: None)
+        for step in run.steps():
+            for batch in run.micro_batches(iter([Batch([], [step], [[]])])):
+                loss = (3 * weights["one"] + 4 * weights["other"]).sum()
+                run.backward(loss * (float("nan") if step == 1 else 1), {}, batch)
+            run.end_step(0.5, clip_norm)
+    assert (weights["one"].item(), weights["other"].item()) == pytest.approx(expected, rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["lr"], line["bad_steps"]) for line in lines] == [(0.5, 0), (0.5, 1)]
+
+
+def test_other_images_are_refused_by_what_they_are(tmp_path):
+    """No setting of the run names them."""
+    train_line(tmp_path, 9, STEPS=4)
+    with pytest.raises(UserError, match="was begun with 9 images .number, checksum of names., but "
+                                        "now there are 10 images; resume with the same images"):
+        train_line(tmp_path, 10, RESUME=True)
+    weights, _ = train_line(tmp_path, 9, RESUME=True)
+    assert torch.equal(weights, train_line(tmp_path / "whole", 9)[0])
+
+
 def test_fp16_lowers_its_scale_without_bad_steps(tmp_path):
     """Scaled gradients overflow at first; the losses are finite, so no step counts as bad."""
-    weights, count = train_line(tmp_path, 60, precision="fp16")
+    weights, count = train_line(tmp_path, 60, PRECISION="fp16")
     assert count == 0 and weights.abs().max() > 0.1
-    _, count = train_line(tmp_path / "nan", 60, precision="fp16", bad={3, 30})
+    _, count = train_line(tmp_path / "nan", 60, PRECISION="fp16", bad={3, 30})
     assert count == 2
 
 

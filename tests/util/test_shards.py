@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-import data
 from tools import index
 from util import UserError, shards
 from util.distributed import Ranks
 from util.files import atomic_write
+from util.images import list_images
 from util.order import WindowOrder
+from util.samples import ImageShards
 from util.shards import ShardChanged, Shards, expand, make_index
 
 SUFFIXES = (".jpg", ".png")
@@ -77,7 +79,7 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path):
     assert len(found) == 1 and found.ignored == Counter({
         ".json": 1, ".txt": 1, ".gif": 1, "hidden": 1, "no suffix": 1,
         "folders, links and such": 3})
-    assert data.TrainingShards(str(path)).others == {".gif": 1}
+    assert ImageShards(str(path)).others == {".gif": 1}
 
 
 def test_of_two_members_of_a_name_the_last_counts(tmp_path):
@@ -161,13 +163,13 @@ def test_a_shard_that_changed_is_refused(tmp_path, capsys):
         Shards([str(path)], SUFFIXES)
     index.main([str(path)])
     assert "2 images in 1 shards; left out: nothing" in capsys.readouterr().out
-    assert data.TrainingShards(str(path)).paths[1].endswith("3.jpg")
+    assert ImageShards(str(path)).paths[1].endswith("3.jpg")
 
 
 def test_a_changed_shard_is_no_bad_file(tmp_path):
     """It ends the training; an image that can't be decoded is passed over."""
     path = write_tar(tmp_path / "x.tar", {"0.jpg": b"no image", "1.png": png(7)})
-    dataset = data.TrainingShards(str(path))
+    dataset = ImageShards(str(path))
     image, _, ((name, reason),) = dataset[0]
     assert image.unique().tolist() == [7] and name.endswith("x.tar/0.jpg") and name in reason
     with open(path, "r+b") as file:
@@ -220,7 +222,7 @@ def test_patterns(tmp_path):
 def test_a_folder_of_shards_says_how_to_name_them(tmp_path):
     write_tar(tmp_path / "0.tar", {"0.jpg": b""})
     with pytest.raises(UserError, match=r"for its shards, set IMAGES to .*/\*.tar"):
-        data.list_images(tmp_path)
+        list_images(tmp_path)
 
 
 def test_an_object_store(tmp_path):
@@ -232,14 +234,14 @@ def test_an_object_store(tmp_path):
         store.pipe(f"/bucket/{number}.tar",
                    write_tar(tmp_path / "x.tar", files).read_bytes())
     for pattern in ("memory://bucket/{0..1}.tar", "memory://bucket/*.tar"):
-        dataset = data.TrainingShards(pattern)
+        dataset = ImageShards(pattern)
         assert len(dataset) == 2 and int(dataset[1].data[0, 0, 0]) == 1
         assert dataset.paths[1].endswith("bucket/1.tar/1.png")
     store.pipe("/bucket/1.tar", b"x")
     with pytest.raises(UserError, match="1.tar has changed since it was indexed"):
-        data.TrainingShards("memory://bucket/{0..1}.tar")
+        ImageShards("memory://bucket/{0..1}.tar")
     with pytest.raises(UserError, match="can't be opened .*install fsspec and its library"):
-        data.TrainingShards("nosuchstore://bucket/0.tar")
+        ImageShards("nosuchstore://bucket/0.tar")
 
 
 # --------------------------------------------------------------------------------------- memory
@@ -247,7 +249,7 @@ def test_an_object_store(tmp_path):
 def png(value: int) -> bytes:
     """An image of one value."""
     file = io.BytesIO()
-    data.Image.new("RGB", (4, 3), (value,) * 3).save(file, "PNG")
+    Image.new("RGB", (4, 3), (value,) * 3).save(file, "PNG")
     return file.getvalue()
 
 
