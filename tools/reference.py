@@ -20,7 +20,6 @@ from eval_seg import Protocol, resized_size, window_scores, window_starts
 from model import VFM, DeCLIP, VisionTower, content_loss
 from train import vfm_size
 from util.images import unreadable
-from util.pamr import DILATIONS
 
 # ----------------------------------------------------------------------------------- the input
 
@@ -159,29 +158,13 @@ def score_image(protocol: Protocol, clip: DeCLIP, image: Tensor, text: Tensor) -
 @torch.inference_mode()
 def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor, image: Tensor
             ) -> Tensor:
-    """uint8 (3, H, W) -> class of each pixel (H, W), by probabilities of all prompts and pixels."""
+    """uint8 (3, H, W) -> class of each pixel (H, W), by probabilities of all prompts and pixels.
+
+    Without PAMR, whose plain form tests/util/test_pamr.py has.
+    """
     scores = score_image(protocol, clip, image, text)
-    for _ in range(protocol.pamr):
-        scores = pamr_step(scores, image)
     probabilities = (scores * protocol.logit_scale).softmax(dim=0)
     probability, prediction = classes.best(probabilities).max(dim=0)
     if protocol.threshold is None:
         return prediction
     return prediction.masked_fill(probability < protocol.threshold, 0)
-
-
-def pamr_step(scores: Tensor, image: Tensor) -> Tensor:
-    """One step of util.pamr.refine, pixel by pixel: (P, H, W), uint8 (3, H, W) -> (P, H, W)."""
-    H, W = image.shape[-2:]
-    colours, found = image / 255, torch.empty_like(scores)
-    for y in range(H):
-        for x in range(W):
-            places = [(min(max(y + dy * d, 0), H - 1), min(max(x + dx * d, 0), W - 1))
-                      for d in DILATIONS for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
-            near = torch.stack([colours[:, j, i] for j, i in places], dim=1)        # (3, 8 * d)
-            own = colours[:, y, x, None].expand(-1, len(DILATIONS))
-            spread = torch.cat([near, own], dim=1).std(dim=1, keepdim=True)
-            likeness = -((near - own[:, :1]).abs() / (0.1 * spread + 1e-8)).mean(dim=0)
-            others = torch.stack([scores[:, j, i] for j, i in places], dim=1)
-            found[:, y, x] = others @ likeness.softmax(dim=0)
-    return found

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import reference_catseg as reference
 import torch
 import warm
 from conftest import options, succeeds
@@ -17,7 +18,6 @@ from downstream.catseg import eval as catseg_eval
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.eval import Protocol
 from downstream.catseg.model import open_catseg
-from tools import reference_catseg as reference
 from util.labels import VOID
 
 OPTIONS = {"num_workers": 0, "window_batch": 3}

@@ -1,6 +1,7 @@
 """CAT-Seg's model against slow direct computations, what trains inside CLIP, files."""
 
 import pytest
+import reference_catseg as reference
 import torch
 from torch import nn
 
@@ -8,7 +9,6 @@ from downstream.catseg import model
 from downstream.catseg.model import CATSeg, Design, linear_attention, open_catseg
 from eval_region import open_model
 from model import DeCLIP
-from tools import reference_catseg as reference
 from util.weights import read_record, write_checkpoint
 
 NAMES = ["cat", "dog", "tall grass", "sea", "old wooden chair"]

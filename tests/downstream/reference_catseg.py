@@ -1,8 +1,7 @@
 """CAT-Seg as one would first write it: every class and place repeated, concatenated and padded.
 
-Nothing trains or is evaluated by this. downstream/catseg is held against it: by the tests in what
-it returns, by `tools.bench --parts catseg --baseline` in what it costs. All functions take the
-weights of a `CATSeg` and its layers.
+Tests hold what downstream/catseg returns against it. All functions take the weights of a `CATSeg`
+and its layers.
 """
 
 from collections.abc import Sequence
