@@ -23,6 +23,7 @@ import torch
 import warm
 from conftest import options, succeeds
 from PIL import Image
+from safetensors.torch import load_file
 from test_images import FORMATS, mutants
 from test_train import TINY, run
 
@@ -867,3 +868,42 @@ def test_a_disk_that_fills_up(images, tmp_path):
     assert "ended by: train.py: The last checkpoint could not be written" in printed
     steps = [json.loads(line)["step"] for line in Path(f"{out}.log").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 60
+
+
+def test_the_model_is_that_of_the_last_step(images, tmp_path):
+    """A kill between the resume file and the model leaves an older model, or none; --resume writes
+    the right one, also where no step is left."""
+    run(images, tmp_path / "run", epochs=2)
+    path = tmp_path / "run/declip.safetensors"
+    last, steps = load_file(path), read_record(path)["settings"]["step"]
+    run(images, tmp_path / "older", epochs=2, steps=1)
+    for left in (None, tmp_path / "older/declip.safetensors"):
+        path.unlink()
+        if left:
+            shutil.copy(left, path)
+        run(images, tmp_path / "run", epochs=2, resume="true")
+        assert read_record(path)["settings"]["step"] == steps > 1
+        assert all(torch.equal(value, last[name]) for name, value in load_file(path).items())
+
+
+def test_only_its_own_half_written_files_are_removed(images, tmp_path):
+    run(images, tmp_path, epochs=2, steps=1)
+    own = [tmp_path / f"{name}.{32 * 'a'}.tmp" for name in (
+        "declip.safetensors", "resume-00000007.pt", "log.jsonl")]
+    mine = [tmp_path / "notes.tmp", tmp_path / "declip.safetensors.tmp"]
+    for path in (*own, *mine):
+        path.touch()
+    run(images, tmp_path, epochs=2, resume="true")
+    assert not any(path.exists() for path in own) and all(path.exists() for path in mine)
+
+
+def test_a_process_that_stood_still_goes_on(images, tmp_path):
+    """SIGSTOP for longer than TIMEOUT, then SIGCONT."""
+    process = start(tmp_path / "run", images, 1, timeout=4)
+    assert wait_for_steps(process, tmp_path / "run/log.jsonl", 3)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(6)
+    os.kill(process.pid, signal.SIGCONT)
+    before = len((tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert wait_for_steps(process, tmp_path / "run/log.jsonl", before + 3)
+    kill_tree(process)

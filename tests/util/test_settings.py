@@ -222,3 +222,19 @@ def test_presets_name_options_that_exist(preset):
     first = preset.read_text().partition("\n")[0]
     script = re.search(rf"([\w.]+) (?:@\S+ )?@presets/{preset.name}", first)[1]
     settings.parse([f"@{preset}"], importlib.import_module(script.removesuffix(".py")))
+
+
+def test_argument_files_of_any_folder_and_a_number_sign_in_a_word(script, tmp_path, monkeypatch):
+    """A file may name others of the repository, from any folder; # begins a comment only where a
+    word begins; a word that is a file is no argument file."""
+    monkeypatch.chdir(tmp_path)
+    chosen = settings.parse(["@presets/fvit_train_ovlvis_l14.txt"],
+                            importlib.import_module("downstream.fvit.train"))
+    assert (chosen.IMAGE_SIZE, chosen.EPOCHS, chosen.DATASET) == (896, 48, "ovlvis")
+    (tmp_path / "x.txt").write_text("--name my#photos   # a comment\n--lr 2 #another\n")
+    assert settings.parse(["@x.txt"], script).NAME == "my#photos"
+    (tmp_path / "y.txt").write_text("--name 'a # b'\n")
+    assert settings.parse(["@y.txt"], script).NAME == "a # b"
+    (tmp_path / "@x.png").touch()
+    (tmp_path / "x.png").write_text("--lr 5")
+    assert settings.parse(["@x.png"], script, positional="PHOTOS").PHOTOS == ("@x.png",)
