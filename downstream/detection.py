@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,9 +228,10 @@ class DetectionData(TrainingData):
         # Arrays: a million dictionaries would be copied into every worker, little by little.
         image = np.array([place[entry["image_id"]] for entry in objects], dtype=np.int64)
         boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
-        boxes = inside(boxes, np.array(self.sizes, dtype=np.float32)[image])
-        has_area = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
-        order = np.flatnonzero(has_area)
+        boxes[:, 2:] += boxes[:, :2]        # x0 y0 x1 y1, cut at the borders
+        sizes = np.array(self.sizes, dtype=np.float32)[image]
+        boxes = boxes.clip(0, np.tile(sizes[:, ::-1], 2))
+        order = np.flatnonzero(is_shown(boxes))
         if not len(order):
             raise UserError(f"{self.path} has no object to train with that is no crowd and at "
                             "least a pixel large; give another json.")
@@ -284,12 +286,6 @@ def read_sized(path: str, size: tuple[int, int]) -> Tensor:
     return image
 
 
-def inside(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """x y width height (k, 4) -> x0 y0 x1 y1, cut at the borders of images of `sizes` (k, 2)."""
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    return np.clip(corners, 0, np.tile(sizes[:, ::-1], 2))
-
-
 # ----------------------------------------------------------------------------------- augmentation
 
 MAX_DRAWS = 50     # of crops, until one shows an object
@@ -298,18 +294,16 @@ MAX_DRAWS = 50     # of crops, until one shows an object
 class View(NamedTuple):
     """A part of a resized image."""
     size: tuple[int, int]       # height and width of the whole, resized image
-    top: int
-    left: int
-    height: int
-    width: int
+    rows: slice
+    columns: slice
     is_flipped: bool
 
     def place(self, boxes: Tensor, of_image: tuple[int, int]) -> Tensor:
         """Boxes (k, 4) of an image of this height and width -> in the view, cut at its borders."""
-        (H, W), (h, w) = of_image, self.size
-        x = (boxes[:, 0::2] * (w / W) - self.left).clamp(0, self.width)
-        y = (boxes[:, 1::2] * (h / H) - self.top).clamp(0, self.height)
-        x = self.width - x.flip(-1) if self.is_flipped else x
+        y, x = ((boxes[:, axis::2] * (resized / side) - part.start).clamp(0, part.stop - part.start)
+                for axis, resized, side, part in zip((1, 0), self.size, of_image,
+                                                     (self.rows, self.columns)))
+        x = self.columns.stop - self.columns.start - x.flip(-1) if self.is_flipped else x
         return torch.stack([x, y], dim=-1).flatten(1)
 
 
@@ -324,9 +318,7 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
     """
     of_image = tuple(objects.image.shape[-2:])
     view = draw_view(objects, key, side, scales, flip)
-    rows = slice(view.top, view.top + view.height)
-    columns = slice(view.left, view.left + view.width)
-    image = resize(objects.image, *view.size)[:, rows, columns]
+    image = resize(objects.image, *view.size)[:, view.rows, view.columns]
     image = image.flip(-1) if view.is_flipped else image
     boxes = view.place(objects.boxes, of_image)
     is_left = is_shown(boxes)
@@ -334,14 +326,14 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
     if masks.shape[-1]:
         # The nearest pixel of the middle of each
         y, x = (((torch.arange(resized, device=masks.device) + 0.5) * (side / resized)).long()[part]
-                for resized, side, part in zip(view.size, of_image, (rows, columns)))
+                for resized, side, part in zip(view.size, of_image, view[1:3]))
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
     return Objects(image, boxes[is_left], objects.labels[is_left], masks)
 
 
-def is_shown(boxes: Tensor) -> Tensor:
+def is_shown(boxes: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """Which boxes (k, 4) are at least a pixel high and wide: bool (k,)."""
-    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
 
 
 def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float], flip: float
@@ -351,9 +343,9 @@ def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float]
     boxes = objects.boxes.cpu()     # once an image; the draws would each wait for a GPU
     for _ in range(MAX_DRAWS):
         size = fitted_size(objects.image, max(1, round(side * rng.uniform(*scales))))
-        height, width = (min(whole, side) for whole in size)
-        view = View(size, rng.randint(0, size[0] - height), rng.randint(0, size[1] - width),
-                    height, width, rng.random() < flip)
+        starts = [rng.randint(0, max(0, whole - side)) for whole in size]
+        parts = [slice(start, min(start + side, whole)) for start, whole in zip(starts, size)]
+        view = View(size, *parts, rng.random() < flip)
         if not len(boxes) or is_shown(view.place(boxes, of_image)).any():
             break
     return view
@@ -380,25 +372,20 @@ def encode_detections(number: int, detections: Detections) -> list[dict]:
 def truth_of(annotations: Annotations) -> dict:
     """The annotations as a COCO json under the numbers of encode_detections.
 
-    An object without an area gets its box's. Numbers of objects begin with 1: COCO's evaluation
-    takes 0 for none.
+    Numbers of objects begin with 1: COCO's evaluation takes 0 for none.
     """
     place = {image["id"]: number for number, image in enumerate(annotations.images)}
-    class_of = {id: number for number, id in enumerate(annotations.ids)}
-    lvis = {id: number + 1 for id, number in class_of.items()}
-    images = [{"id": number, "height": image["height"], "width": image["width"]} | {
-        field: [lvis[id] for id in image[field] if id in lvis]
+    class_of = {id: number for number, id in enumerate(annotations.ids, 1)}
+    images = [image | {"id": number} | {
+        field: [class_of[id] for id in image[field] if id in class_of]
         for field in ("neg_category_ids", "not_exhaustive_category_ids") if field in image}
         for number, image in enumerate(annotations.images)]
-    objects = [{"id": number + 1, "image_id": place[entry["image_id"]],
-                "category_id": class_of[entry["category_id"]] + 1, "bbox": entry["bbox"],
-                "area": entry.get("area", entry["bbox"][2] * entry["bbox"][3]),
-                "iscrowd": entry.get("iscrowd", 0)}
-               | ({"segmentation": entry["segmentation"]} if entry.get("segmentation") else {})
-               for number, entry in enumerate(annotations.objects)]
-    categories = [{"id": number + 1, "name": name, "frequency": frequency or "f"}
-                  for number, (name, frequency) in enumerate(zip(annotations.classes,
-                                                                 annotations.frequencies))]
+    objects = [{"iscrowd": 0} | entry | {"id": number, "image_id": place[entry["image_id"]],
+                                         "category_id": class_of[entry["category_id"]]}
+               for number, entry in enumerate(annotations.objects, 1)]
+    categories = [{"id": number, "name": name, "frequency": frequency or "f"}
+                  for number, name, frequency in zip(count(1), annotations.classes,
+                                                     annotations.frequencies)]
     return {"images": images, "annotations": objects, "categories": categories}
 
 

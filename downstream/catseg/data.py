@@ -6,9 +6,7 @@ key. Sets are read in their original layouts (docs/data.md).
 
 import random
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import adjust_hue
 
-from data import Classes, read_classes, resize
+from data import Classes, make_classes, read_classes, resize
 from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
 from util import UserError
 from util.files import find
@@ -169,15 +167,9 @@ def read_ade(path: Path) -> np.ndarray:
 
 def read_mat(path: Path) -> np.ndarray:
     """PASCAL-Context's .mat file -> its label map, values 0 to 65535 (H, W)."""
-    try:
-        label = scipy.io.loadmat(path, variable_names=["LabelMap"])["LabelMap"]
-    except OSError:
-        raise
-    except KeyError:
-        raise UserError(f"{path} has no LabelMap; take trainval/*.mat of PASCAL-Context.") from None
-    except Exception as error:      # scipy raises anything on damaged files
-        raise UserError(f"{path} can't be read as a .mat file ({error}); download it again."
-                        ) from None
+    label = scipy.io.loadmat(path, variable_names=["LabelMap"]).get("LabelMap")
+    if label is None:
+        raise UserError(f"{path} has no LabelMap; take trainval/*.mat of PASCAL-Context.")
     if (label.ndim != 2 or label.dtype.kind not in "uif" or not label.size
             or (label != np.floor(label)).any() or label.min() < 0 or label.max() > 65535):
         raise UserError(f"{path} has a LabelMap of {label.dtype} {label.shape}, but it must be a "
@@ -194,7 +186,7 @@ def ade847(data: str | Path) -> LabelledSet:
     benchmark = SegmentationBenchmark(
         "ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
         "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
-    return Reduced(SegmentationImages(benchmark, data), 512), classes_of(names)
+    return Reduced(SegmentationImages(benchmark, data), 512), make_classes(names)
 
 
 def context459(data: str | Path) -> LabelledSet:
@@ -204,7 +196,7 @@ def context459(data: str | Path) -> LabelledSet:
         "PASCAL-Context's page has it beside trainval.tar.gz")
     benchmark = replace(KNOWN_BENCHMARKS["context59"], label="trainval/{}.mat", values=values,
                         void=(0, CONTEXT_OBJECTS + 1), read=read_mat)
-    return SegmentationImages(benchmark, data), classes_of(names)
+    return SegmentationImages(benchmark, data), make_classes(names)
 
 
 def voc20b(data: str | Path) -> LabelledSet:
@@ -219,30 +211,19 @@ def voc20b(data: str | Path) -> LabelledSet:
     return SegmentationImages(benchmark, data), classes
 
 
-def known(name: str, data: str | Path) -> LabelledSet:
-    """A set of eval_seg.py, or of a user's json, with the first name of each class alone."""
-    images, classes = find_set(name, data)
-    return images, classes_of(classes.names)
-
-
-def classes_of(names: list[str]) -> Classes:
-    """Classes of one name each; two of A-847's may have the same."""
-    return Classes(names, names, [*range(len(names))])
-
-
-# The six of Table 4: name -> a function from DATA to images and classes.
-BENCHMARKS: dict[str, Callable[[str | Path], LabelledSet]] = {
-    "ade847": ade847, "context459": context459, "ade150": partial(known, "ade150"),
-    "context59": partial(known, "context59"), "voc20": partial(known, "voc20"), "voc20b": voc20b,
-}
+BENCHMARKS = ("ade847", "context459", "ade150", "context59", "voc20", "voc20b")     # Table 4's
+OWN = {"ade847": ade847, "context459": context459, "voc20b": voc20b}    # not eval_seg.py's
 
 
 def find_evaluation(name: str, data: str | Path) -> LabelledSet:
-    """The images and classes of a set of BENCHMARKS or of eval_seg.py; UserError if it is missing.
+    """The images and classes of a set of BENCHMARKS, of eval_seg.py or of a user's json.
 
-    A class is called by its first name alone, as published.
+    A class is called by its first name alone, as published. UserError if files are missing.
     """
-    return BENCHMARKS.get(name, partial(known, name))(data)
+    if name in OWN:
+        return OWN[name](data)
+    images, classes = find_set(name, data)
+    return images, make_classes(classes.names)
 
 
 class Reduced(Dataset):

@@ -32,7 +32,7 @@ from downstream.detection import (
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
-from util.files import write_json
+from util.files import write_result
 from util.precision import autocast, check_precision
 from util.weights import read_record
 
@@ -91,10 +91,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     figures = score(annotations, results, fvit)
     print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
           f"{table(figures)}")
-    folder = Path(cfg.OUT or Path(cfg.CKPT).parent)
-    path = folder / f"{Path(cfg.DATASET).stem}.json"
-    write_json(path, figures | {"settings": vars(cfg)})
-    print(f"written to {path}")
+    write_result(cfg, Path(cfg.DATASET).stem, figures)
     return figures
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image, roi_align
+from torchvision import ops
 
 from data import constant, fitted_size, normalize, pad_to, resize
 from downstream.detection import Detections
@@ -39,7 +39,7 @@ from util import UserError, distributed
 from util.files import find
 from util.text import find_templates
 from util.towers import recorded_model
-from util.weights import check_fit, read_record, read_weights, state_checksum, write_checkpoint
+from util.weights import check_fit, read_weights, state_checksum, write_checkpoint
 
 
 class Design(NamedTuple):
@@ -103,15 +103,11 @@ def make_anchors(stride: float, grid: tuple[int, int], device: torch.device) -> 
     return torch.cat([centres - sides / 2, centres + sides / 2], dim=-1).flatten(0, 1)
 
 
-def centre_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 4) -> their centres and their widths and heights, (n, 2) each."""
-    return (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-
-
 def encode_boxes(boxes: Tensor, anchors: Tensor, stds: tuple[float, ...] = (1,) * 4) -> Tensor:
     """The deltas (n, 4) that turn anchors into boxes: shift in anchor sides, log of growth."""
-    (centre, size), (of_anchor, anchor_size) = centre_size(boxes), centre_size(anchors)
-    deltas = torch.cat([(centre - of_anchor) / anchor_size, (size / anchor_size).log()], dim=-1)
+    box, anchor = (ops.box_convert(some, "xyxy", "cxcywh") for some in (boxes, anchors))
+    sides = anchor[:, 2:]
+    deltas = torch.cat([(box[:, :2] - anchor[:, :2]) / sides, (box[:, 2:] / sides).log()], dim=-1)
     return deltas / constant(stds, torch.float, boxes.device)
 
 
@@ -119,15 +115,16 @@ def decode_boxes(deltas: Tensor, anchors: Tensor, size: tuple[int, int],
                  stds: tuple[float, ...] = (1,) * 4) -> Tensor:
     """The reverse of encode_boxes; boxes are clipped to an image of `size`, height and width."""
     deltas = deltas.float() * constant(stds, torch.float, deltas.device)
-    centre, sides = centre_size(anchors)
+    centre, sides = ops.box_convert(anchors, "xyxy", "cxcywh").split(2, dim=-1)
     centre = centre + deltas[:, :2] * sides
     sides = sides * deltas[:, 2:].clamp(-MAX_GROWTH, MAX_GROWTH).exp()
-    return clip_boxes_to_image(torch.cat([centre - sides / 2, centre + sides / 2], dim=-1), size)
+    boxes = ops.box_convert(torch.cat([centre, sides], dim=-1), "cxcywh", "xyxy")
+    return ops.clip_boxes_to_image(boxes, size)
 
 
 def region_levels(boxes: Tensor) -> Tensor:
     """The level of the pyramid, 0 to 3, that each region (n, 4) is pooled from, by its area."""
-    level = (box_area(boxes).sqrt() / 56).clamp(min=1e-6).log2().floor()
+    level = (ops.box_area(boxes).sqrt() / 56).clamp(min=1e-6).log2().floor()
     return level.clamp(0, 3).long()
 
 
@@ -140,7 +137,7 @@ def pool_regions(levels: Sequence[Tensor], strides: Sequence[float], boxes: list
     places, pooled = [], []
     for number, (features, stride) in enumerate(zip(levels[:4], strides)):
         places.append((level == number).nonzero().flatten())
-        pooled.append(roi_align(features, rois[places[-1]], size, 1 / stride, aligned=True))
+        pooled.append(ops.roi_align(features, rois[places[-1]], size, 1 / stride, aligned=True))
     # The levels' regions one after the other, back in the order of the boxes
     return torch.cat(pooled)[torch.cat(places).argsort()]
 
@@ -210,13 +207,9 @@ class SampledRegions(NamedTuple):
 
 # ------------------------------------------------------------------------ the parts of the detector
 
-def group_norm(channels: int) -> nn.Module:
-    """Statistics of each image or region alone."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
 # Batch norm's statistics are those of all images; train.py makes them those of all GPUs'.
-NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+NORMS = {"batch": nn.BatchNorm2d,
+         "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)}
 
 
 def conv(channels: int, out: int, side: int, norm: Callable | None, relu: bool = True
@@ -322,18 +315,17 @@ def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
 class FViT(nn.Module):
     """The detector. backbone: any CLIP, which stays as it is, in eval mode.
 
-    classes: their names. seen: which of them training may see. design: None for the defaults.
-    text: embeddings of the classes and of background (K + 1, C), None to compute them.
+    classes: their names. seen: which of them training may see. text: embeddings of the classes and
+    of background (K + 1, C), None to compute them.
     Raises UserError for a setting out of its range, and for a side that the pyramid does not
     divide.
     """
 
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
-                 design: Design | None = None, text: Tensor | None = None):
+                 design: Design, text: Tensor | None = None):
         super().__init__()
-        visual, design = backbone.visual, design or Design()
-        check_design(design)
-        check_side(design.image_size, visual.patch_size)
+        visual = backbone.visual
+        check_design(design, visual.patch_size)
         self.backbone, self.design = backbone.requires_grad_(False), design
         self.layers = tapped_layers(visual.num_layers)
         self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
@@ -430,7 +422,7 @@ class FViT(nn.Module):
         class_loss, box_loss, count = 0.0, 0.0, 0
         for score, delta, (target, generator) in zip(torch.cat(scores, 1), torch.cat(deltas, 1),
                                                      targets):
-            matched = assign(box_iou(anchors, target.boxes), 0.7, 0.3, best=0.3)
+            matched = assign(ops.box_iou(anchors, target.boxes), 0.7, 0.3, best=0.3)
             positive, negative = sample(matched, self.design.anchors, 0.5, generator)
             wanted = encode_boxes(target.boxes[matched[positive]], anchors[positive])
             class_loss += F.softplus(-score[positive]).sum() + F.softplus(score[negative]).sum()
@@ -454,7 +446,7 @@ class FViT(nn.Module):
             boxes, kept, level = torch.cat(boxes), torch.cat(kept), torch.cat(level)
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
             boxes, kept, level = boxes[has_area], kept[has_area], level[has_area]
-            proposals.append(boxes[batched_nms(boxes, kept, level, 0.7)[:design.proposals]])
+            proposals.append(boxes[ops.batched_nms(boxes, kept, level, 0.7)[:design.proposals]])
         return proposals
 
     @torch.no_grad()
@@ -462,7 +454,7 @@ class FViT(nn.Module):
                        ) -> SampledRegions:
         """Proposals and true boxes -> the regions that are trained with, a quarter of objects."""
         best = 0.5 if self.design.keep_best else None
-        matched = assign(box_iou(proposals, target.boxes), 0.5, 0.5, best)
+        matched = assign(ops.box_iou(proposals, target.boxes), 0.5, 0.5, best)
         boxes = torch.cat([target.boxes, proposals])
         matched = torch.cat([torch.arange(len(target.boxes), device=matched.device), matched])
         positive, negative = sample(matched, self.design.regions, 0.25, generator)
@@ -531,7 +523,9 @@ class FViT(nn.Module):
         chosen = [choose(regions, score, rules) for regions, score in zip(boxes, scores)]
         masks = [None] * len(images)
         if rules.masks and self.mask_head:
-            masks = self.find_masks(levels, [regions for regions, _, _ in chosen])
+            logits = self.mask_head(pool_regions(levels, self.strides, [box for box, *_ in chosen],
+                                                 MASK_SIDE))
+            masks = logits.sigmoid().split([len(box) for box, *_ in chosen])
         return [to_pixels(found, size, image.shape[-2:], mask)
                 for found, size, image, mask in zip(chosen, sizes, images, masks)]
 
@@ -545,11 +539,6 @@ class FViT(nn.Module):
         p_vlm = (rules.temperature * cosines(vlm, self.text)).softmax(dim=-1)
         share = torch.where(self.is_seen, rules.a, rules.b)
         return (p_det ** (1 - share) * p_vlm ** share)[:, :-1]
-
-    def find_masks(self, levels: list[Tensor], boxes: list[Tensor]) -> Sequence[Tensor]:
-        """The probabilities of the boxes' masks, (n, 28, 28) for each image."""
-        logits = self.mask_head(pool_regions(levels, self.strides, boxes, MASK_SIDE))
-        return logits.sigmoid().split(list(map(len, boxes)))
 
     # ------------------------------------------------------------------------------ the file
 
@@ -569,18 +558,15 @@ class FViT(nn.Module):
             "settings": settings or {}})
 
 
-def check_design(design: Design) -> None:
-    """Raises UserError on a setting out of its range."""
+def check_design(design: Design, patch_size: int | None = None) -> None:
+    """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
+    if a level of the pyramid would not have a whole number of places."""
     for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
         if getattr(design, name) not in known:
             raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
                             f"{', '.join(known)}.")
-
-
-def check_side(side: int, patch_size: int) -> None:
-    """Raises UserError if a level of the pyramid would not have a whole number of places."""
-    coarsest = 2 * patch_size
-    if side % coarsest:
+    side, coarsest = design.image_size, 2 * (patch_size or 0)
+    if coarsest and side % coarsest:
         raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
                         f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
 
@@ -600,7 +586,7 @@ def cosines(regions: Tensor, text: Tensor) -> Tensor:
 def cut_masks(masks: Tensor, matched: Tensor, boxes: Tensor) -> Tensor:
     """Masks (k, h, w) of objects -> those of regions (p, 4), cut out as 0 or 1 (p, 28, 28)."""
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-    return (roi_align(masks[:, None].float(), rois, 2 * MASK_SIDE, aligned=True)[:, 0] >= 0.5
+    return (ops.roi_align(masks[:, None].float(), rois, 2 * MASK_SIDE, aligned=True)[:, 0] >= 0.5
             ).float()
 
 
@@ -608,7 +594,7 @@ def choose(boxes: Tensor, scores: Tensor, rules: ScoreRules) -> tuple[Tensor, Te
     """Boxes (n, 4) and scores (n, K) -> the detections' boxes, scores, labels, the best first."""
     region, label = (scores > rules.least).nonzero(as_tuple=True)
     boxes, scores = boxes[region], scores[region, label]
-    kept = batched_nms(boxes, scores, label, rules.nms)[:rules.most]
+    kept = ops.batched_nms(boxes, scores, label, rules.nms)[:rules.most]
     return boxes[kept], scores[kept], label[kept]
 
 
@@ -618,7 +604,7 @@ def to_pixels(found: tuple[Tensor, Tensor, Tensor], size: tuple[int, int],
     boxes, scores, labels = found
     (h, w), (H, W) = size, of_image
     boxes = boxes * constant((W / w, H / h) * 2, torch.float, boxes.device)
-    boxes = clip_boxes_to_image(boxes, of_image)        # the factors are rounded
+    boxes = ops.clip_boxes_to_image(boxes, of_image)        # the factors are rounded
     if masks is not None:
         masks = [paste_mask(mask, box, of_image) for mask, box in zip(masks, boxes.tolist())]
     return Detections(boxes, scores, labels, masks)
@@ -641,33 +627,16 @@ def paste_mask(mask: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
 # ------------------------------------------------------------------------------ names as text
 
 def vild_sentences() -> list[Callable[[str], str]]:
-    """The 63 sentences of ViLD, functions of a name.
-
-    (X) stands for the name, and a(X) for it with its article.
-    """
-    pairs = ["There is {} in the scene", "a photo of {} in the scene", "itap of {}",
-             "a photo of {}"]
-    pairs += [f"a {kind} photo of {{}}" for kind in (
-        "good", "bad", "bright", "dark", "low resolution", "cropped", "close-up",
-        "jpeg corrupted", "blurry", "pixelated", "black and white")]
-    of_name = [sentence.format(noun) for sentence in pairs for noun in ("a(X)", "the X")]
-    of_name += ["a photo of one X in the scene", "itap of my X", "a photo of my X",
-                "a photo of one X", "a photo of many X"]
-    of_name += [f"a photo of {article} {kind} X" for article in ("a", "the") for kind in (
-        "nice", "cool", "weird", "small", "large", "clean", "dirty", "hard to see")]
-    of_name += [f"{article} {kind} X" for kind in ("plastic", "toy", "plushie", "cartoon")
-                for article in ("a", "the")]
-    of_name += ["an embroidered X", "the embroidered X"]
-    of_name += ["a painting of a X", "a painting of the X"]         # "a" before vowels, too
-    return [partial(fill_sentence, sentence) for sentence in of_name]
+    """The 63 sentences of ViLD, functions of a name."""
+    lines = Path(__file__).with_name("vild.txt").read_text().splitlines()
+    return [partial(fill_sentence, line) for line in lines]
 
 
 def fill_sentence(sentence: str, name: str) -> str:
-    """A sentence about a name; those without a verb begin with "This is"."""
+    """A sentence about a name: {} stands for it, {a} for its article."""
     name = clean_name(name)
-    article = "an" if name[:1] in tuple("aeiou") else "a"
-    text = sentence.replace("a(X)", f"{article} {name}").replace("X", name)
-    return ("This is " if text.startswith(("a", "the ")) else "") + text + "."
+    article = "an" if name.startswith(tuple("aeiou")) else "a"
+    return sentence.replace("{a}", article).replace("{}", name)
 
 
 def clean_name(name: str) -> str:
@@ -693,14 +662,15 @@ def backbone_checksum(clip: DeCLIP) -> str:
     return state_checksum(clip.visual.trunk.state_dict(), json.dumps([clip.context, clip.scale]))
 
 
-# The settings of train.py that say how the backbone is opened.
-OF_BACKBONE = ("BACKBONE", "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION")
-
-
 def open_backbone(settings: dict) -> DeCLIP:
-    """The CLIP of the settings OF_BACKBONE. Raises UserError as eval_region.open_model does."""
-    values = {name: settings.get(name) for name in OF_BACKBONE}
-    return open_model(SimpleNamespace(CKPT=values.pop("BACKBONE"), **values))
+    """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
+    file = settings.get("BACKBONE")
+    if file and not Path(file).is_file():
+        raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
+                        "detector needs that of its training; --backbone none --attention clip is "
+                        "plain CLIP.")
+    return open_model(SimpleNamespace(CKPT=file, **{name: settings.get(name) for name in (
+        "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION")}))
 
 
 def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
@@ -730,20 +700,13 @@ def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
     Raises UserError if the file is another one, if its backbone is not there, and if a backbone is
     not the one that it was trained on.
     """
-    if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint {path}; downstream/fvit/train.py writes "
-                        "fvit.safetensors into its OUT folder.")
-    record = read_record(path)
+    state, record = read_weights(path)
     if "fvit" not in record:
         raise UserError(f"{path} is no detector; give a fvit.safetensors of "
                         "downstream/fvit/train.py.")
-    state, _ = read_weights(path)
     try:
         about, settings = record["fvit"], record["settings"]
         if isinstance(backbone, str):
-            if not Path(backbone).is_file():
-                raise UserError(f"There is no backbone {backbone}; give the file that the detector "
-                                "was trained on.")
             backbone = open_backbone(settings | {"BACKBONE": backbone})
         backbone = backbone or recorded_backbone(path, settings)
         if backbone_checksum(backbone) != about["backbone"]:

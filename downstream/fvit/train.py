@@ -13,7 +13,6 @@ B/16. Every constant below is an option.
 """
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -23,7 +22,7 @@ from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
 from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
 from train import build_optimizer
-from util import UserError, distributed, settings
+from util import distributed, settings
 from util.run import Run, check_training
 
 SHARED = {"util.run": ["The machinery"]}
@@ -150,9 +149,6 @@ def design_of(cfg: SimpleNamespace) -> Design:
 def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks) -> FViT:
     """The detector on its frozen backbone, in training mode; with several GPUs its norms share
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
-    if cfg.BACKBONE and not Path(cfg.BACKBONE).is_file():
-        raise UserError(f"There is no backbone {cfg.BACKBONE}; train.py writes declip.safetensors, "
-                        "or say --backbone none --attention clip for plain CLIP.")
     clip = open_backbone(vars(cfg)).to(ranks.device)
     text = encode_names(clip, dataset.classes, cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights

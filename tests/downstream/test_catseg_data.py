@@ -149,7 +149,7 @@ def test_tables_of_another_form(tmp_path, text, sentence):
     ({"LabelMap": np.full((4, 6), 1.5)}, "must be a class number for each pixel"),
     ({"LabelMap": np.full((4, 6), -1)}, "must be a class number"),
     ({"LabelMap": np.array(["a"], dtype=object)}, "must be a class number"),
-    ({"Other": np.zeros((4, 6))}, "has no LabelMap"), (b"no mat", "can't be read as a .mat file"),
+    ({"Other": np.zeros((4, 6))}, "has no LabelMap"), (b"no mat", "can't be read as a label image"),
     (None, "can't be read as a label image|There is no")])
 def test_mat_files_that_are_no_label_maps(tmp_path, content, sentence):
     write(tmp_path, "context459")

@@ -17,6 +17,7 @@ from downstream.fvit import model
 from downstream.fvit.model import BACKGROUND, IGNORE, Design, FViT, ScoreRules, Target, open_fvit
 from model import DeCLIP
 from util import UserError
+from util.weights import read_record
 
 SMALL = Design(image_size=64, channels=16, anchors=32, regions=16, candidates=100, proposals=50,
                templates="{}")
@@ -565,7 +566,7 @@ def test_a_file_describes_itself(saved):
         assert torch.equal(one.boxes, other.boxes) and torch.equal(one.scores, other.scores)
     opened.set_classes(["disc", "cat"])
     assert opened.seen == [True, False]
-    about = model.read_record(path)
+    about = read_record(path)
     assert about["fvit"]["tau"] == 50 and about["fvit"]["classes"] == NAMES
     assert path.stat().st_size < declip.stat().st_size       # without the backbone
 
@@ -587,7 +588,7 @@ def test_a_wrong_backbone_is_refused(saved):
 def test_files_that_are_no_detector(saved, tmp_path, clip):
     fvit, path, declip = saved
     for name, sentence in ((declip, "is no detector; give a fvit.safetensors"),
-                           (tmp_path / "none", "There is no checkpoint")):
+                           (tmp_path / "none", "There is no weights file")):
         with pytest.raises(UserError, match=sentence):
             open_fvit(name)
     state, record = model.read_weights(path)
@@ -607,7 +608,7 @@ def test_files_do_not_decide_about_downloads(clip, tmp_path):
         FViT(clip, NAMES, SEEN, SMALL).save(path, given)
         with pytest.raises(UserError, match="asks a hub for|does not list"):
             open_fvit(path)
-    assert json.dumps(model.read_record(path))
+    assert json.dumps(read_record(path))
 
 
 @pytest.mark.parametrize("given, sentence", [
