@@ -62,7 +62,7 @@ def read_benchmark(path: str | Path) -> SegmentationBenchmark:
     if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
         classes = CLASS_FILES / content["classes"]
     return SegmentationBenchmark(**{"names": "*", "values": None} | content | {
-        "folder": str(folder / content.get("folder", "")), "classes": str(classes)})
+        "folder": os.path.normpath(folder / content.get("folder", "")), "classes": str(classes)})
 
 
 def is_field(key: str, value: object) -> bool:
