@@ -191,8 +191,8 @@ def ade847(data: str | Path) -> LabelledSet:
         Path(data) / "ADE20K_2021_17_01/ade847.txt", ADE_OBJECTS, "the data set's own index is a "
         "pickle, which is never read, so docs/data.md makes it from a list of MaskFormer's")
     if len(values) != ADE_CLASSES:
-        raise UserError(f"ade847.txt names {len(values)} classes, but A-847 has {ADE_CLASSES}; make "
-                        "it as docs/data.md says, since an entry may run over two lines.")
+        raise UserError(f"ade847.txt names {len(values)} classes, but A-847 has {ADE_CLASSES}; "
+                        "make it as docs/data.md says, since an entry may run over two lines.")
     void = sorted({*range(ADE_OBJECTS + 1)} - {*values})
     benchmark = SegmentationBenchmark(
         "ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
