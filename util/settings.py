@@ -152,7 +152,8 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
         add_option(groups[setting.block], name, setting)
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
-    argv = [in_repository(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = [f"@{find(word[1:])}" if word.startswith("@") else word
+            for word in (sys.argv[1:] if argv is None else argv)]
     try:
         chosen = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
     except RecursionError:
@@ -162,11 +163,6 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
                      "line")
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
                               for name, value in vars(chosen).items()})
-
-
-def in_repository(word: str) -> str:
-    """A word of the command line; `@file` as util.files.find finds the file."""
-    return f"@{find(word[1:])}" if word.startswith("@") else word
 
 
 def add_option(group: argparse._ArgumentGroup, name: str, setting: Constant) -> None:
