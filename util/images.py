@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from util import UserError
-from util.coco import first_outside, read_coco
+from util.coco import files_below, read_coco
 from util.files import find
 
 MAX_DECODED = 100_000_000   # pixels; larger images are not decoded: a small file could fill memory
@@ -140,12 +140,9 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
 
 def images_of_json(path: Path, root: Path, outside: bool) -> list[str]:
     """The files that a COCO-style json names, below `root` unless they may be `outside`."""
-    paths = [str(root / image["file_name"]) for image in read_coco(path, ()).images]
-    alien = first_outside(paths, root)
-    if alien and not outside:
-        raise UserError(f"{path} names {alien}, which is not below {root.absolute()}; set "
-                        "IMAGE_ROOT to the folder of its images, or OUTSIDE_ROOT if you trust "
-                        "the json.")
+    names = [image["file_name"] for image in read_coco(path, ()).images]
+    paths = [str(root / name) for name in names] if outside else files_below(
+        path, root, names, "IMAGE_ROOT", ", or OUTSIDE_ROOT if you trust the json")
     if paths and not Path(paths[0]).is_file():
         raise UserError(f"{path} names {paths[0]}, which is not there; set IMAGE_ROOT to the "
                         "folder of its images.")

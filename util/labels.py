@@ -21,6 +21,9 @@ from util.images import orientation, read_image, unreadable
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
 UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
+# VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first.
+VOC_PALETTE = np.stack([sum((np.arange(256) >> 3 * place + channel & 1) << 7 - place
+                            for place in range(8)) for channel in range(3)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -137,11 +140,8 @@ class SegmentationImages(Dataset):
         image = read_image(file)
         path = self.root / self.benchmark.label.format(self.names[index])
         with unreadable(path, "a label image"):
-            if self.instances:
-                file_name = Path(self.benchmark.image.format(self.names[index])).name
-                values = self.instances.render(file_name, *image.shape[1:])
-            else:
-                values = self.read_label(path)
+            values = (self.instances.render(file.name, *image.shape[1:]) if self.instances
+                      else self.read_label(path))
         label = self.lookup[values]
         unknown = values[label == UNKNOWN]
         if unknown.size:
@@ -171,16 +171,6 @@ def read_label(path: Path, palette: str = "") -> np.ndarray:
             raise UserError(f"{path} has another palette than VOC's, so its values may be other "
                             "classes; take the labels as they are downloaded.")
     return values
-
-
-def voc_palette() -> np.ndarray:
-    """VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first."""
-    values = np.arange(256)
-    return np.stack([sum((values >> 3 * place + channel & 1) << 7 - place for place in range(8))
-                     for channel in range(3)], axis=1)
-
-
-VOC_PALETTE = voc_palette()
 
 
 def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set: Callable

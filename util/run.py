@@ -47,7 +47,6 @@ from tqdm import tqdm
 from util import UserError, distributed, settings
 from util.distributed import Ranks
 from util.files import atomic_write
-from util.order import check_batch
 from util.precision import autocast, check_precision, grad_scaler
 from util.samples import Batch, TrainingData
 from util.sharding import own_part, read_about, read_parts, write_parts
@@ -103,8 +102,11 @@ class Run:
         self.cfg, self.ranks, self.images = cfg, ranks, images
         self.micro_batch, self.accumulate = distributed.divide_batch(
             cfg.BATCH_SIZE, cfg.MICRO_BATCH, ranks.world_size)
-        check_batch(len(images.paths), cfg.BATCH_SIZE)
         self.steps_per_epoch = len(images.paths) // cfg.BATCH_SIZE
+        if not self.steps_per_epoch:
+            count = len(images.paths)
+            raise UserError(f"There are {count} images, fewer than BATCH_SIZE, {cfg.BATCH_SIZE}; "
+                            f"add images, or set BATCH_SIZE to {count} or less.")
         self.total = total or cfg.EPOCHS * self.steps_per_epoch
         self.last = self.total if cfg.STEPS is None else min(cfg.STEPS, self.total)
         self.model_path = Path(cfg.OUT) / model_name
@@ -232,16 +234,13 @@ class Run:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Within it, models compute in PRECISION."""
-        with self.synchronized(), autocast(self.cfg.PRECISION, self.ranks.device):
+        with distributed.synchronized(self.student, self.is_last_batch), autocast(
+                self.cfg.PRECISION, self.ranks.device):
             yield
-
-    def synchronized(self) -> AbstractContextManager:
-        """Ranks average gradients only in the last micro batch of a step, forward and backward."""
-        return distributed.synchronized(self.student, self.is_last_batch)
 
     def backward(self, loss: Tensor, losses: dict[str, Tensor], batch: Batch) -> None:
         """Gradients of a micro batch; its losses, scalars by name, go to the log."""
-        with self.synchronized():
+        with distributed.synchronized(self.student, self.is_last_batch):
             self.scaler.scale(loss / self.accumulate).backward()
         self.losses.append({name: value.detach()
                             for name, value in ({"loss": loss} | losses).items()})

@@ -145,8 +145,6 @@ class ImageShards(TrainingData):
     def read(self, index: int) -> Tensor:
         try:
             return open_image(io.BytesIO(self.paths.read(index)), True, self.most_pixels)
-        except ShardChanged:
-            raise
         except Exception:       # its name takes a look into the shard, so it is not found before
             with unreadable(self.paths[index], "an image"):
                 raise
