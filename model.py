@@ -85,10 +85,11 @@ ATTENTIONS = {
     "values": Attention("", no_residual, value_blocks=3),   # DenseRC's (docs/beyond.md)
 }
 BASELINES = ("catseg", "sclip", "clearclip")    # never trained; every other row can be
-CONTEXTS = tuple(name for name in ATTENTIONS if name not in BASELINES)
-DECOUPLED = tuple(name for name in CONTEXTS if ATTENTIONS[name].projections)
+TRAINED = tuple(name for name in ATTENTIONS if name not in BASELINES)
+DECOUPLED = tuple(name for name in TRAINED if ATTENTIONS[name].projections)
 # One output learns from both teachers (Table 1)
-UNDECOUPLED = tuple(name for name in CONTEXTS if name not in DECOUPLED)
+UNDECOUPLED = tuple(name for name in TRAINED if name not in DECOUPLED)
+CONTEXTS = DECOUPLED + UNDECOUPLED
 
 
 # ---------------------------------------------------------------------------- the vision tower

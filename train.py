@@ -69,7 +69,7 @@ MICRO_BATCH = 4                     # most images of a forward pass; lower it if
 EPOCHS = 6                          # passes over the images
 STEPS: int | None = None            # stop here, to go on with --resume; None: after EPOCHS
 LR = 1e-5                           # peak learning rate
-WARMUP = 1000                       # steps of linear warm-up, at most a tenth; then cosine to 0
+WARMUP = 1000                       # steps of linear warm-up, at most a tenth; then cosine towards 0
 WEIGHT_DECAY = 0.1                  # of matrices; biases and norms have none
 BETAS = (0.9, 0.98)                 # of AdamW
 EPS = 1e-6                          # of AdamW
@@ -224,7 +224,7 @@ def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.Ada
 
 
 def learning_rate(cfg: SimpleNamespace, step: int, total: int) -> float:
-    """Linear warm-up to LR, then cosine to 0 at the last of `total` steps."""
+    """Linear warm-up to LR, then a cosine that would be 0 after the last of `total` steps."""
     warmup = min(cfg.WARMUP, total // 10)
     if step < warmup:
         return cfg.LR * (step + 1) / warmup

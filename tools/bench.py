@@ -167,8 +167,7 @@ class Bench:
 
     def rows(self, forms: dict[str, object], meter: Callable[[object], dict[str, float]],
              is_steady: bool = False) -> list[Row]:
-        """The medians of what `meter` says of each form, by turns after a warm-up; of what is
-        steady, what it says once."""
+        """Medians of what `meter` says of each form, by turns after a warm-up; once if steady."""
         turns = {form: [] for form in forms}
         for _ in range(1 if is_steady else 1 + self.cfg.REPEATS):
             for form, work in forms.items():
@@ -340,7 +339,7 @@ def training_rows(bench: Bench, losses: dict[str, Callable], optimizer: torch.op
 
 
 def measure_training(bench: Bench) -> Iterator[Row]:
-    """Training step of train.py, and how near the device's limit it is"""
+    """Training step of train.py"""
     cfg, (student, teacher, vfm), samples = bench.training, bench.models, []
     grids, photos = [bench.grid] * cfg.MICRO_BATCH, bench.photos(cfg.MICRO_BATCH)
     if cfg.BASELINE:
@@ -365,7 +364,7 @@ def measure_training(bench: Bench) -> Iterator[Row]:
 
 
 def measure_operations(bench: Bench) -> Iterator[Row]:
-    """Operations of an image, two for a multiplication with addition"""
+    """Operations of an image (a multiply-add is two)"""
     student, teacher, vfm = (copy.deepcopy(model).to("meta") for model in bench.models)
     size, crop = bench.cfg.IMAGE_SIZE, bench.cfg.CROP_SIZE
     of_vfm, blank = train.vfm_size(size, student, vfm), partial(torch.empty, device="meta")
@@ -404,7 +403,7 @@ def measure_fvit(bench: Bench) -> Iterator[Row]:
         masks = torch.zeros(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
         labels = torch.randint(48, (7,))
         data.append(to_device(Objects(image, boxes, labels, masks), bench.device))
-    views = partial(fvit_train.make_views, cfg, data, 0, list(range(len(data))))
+    views = partial(fvit_train.views, cfg, data, 0, list(range(len(data))))
     losses, optimizer = {"this code": lambda: fvit(*views())}, train.build_optimizer(cfg, fvit)
     parts = {"frozen backbone": (fvit, "look")}
     return training_rows(bench, losses, optimizer, parts, [fvit], len(data))
@@ -430,7 +429,7 @@ def measure_catseg(bench: Bench) -> Iterator[Row]:
 
 
 def measure_segmentation(bench: Bench) -> Iterator[Row]:
-    """Segmentation, from decoded images to each pixel's class"""
+    """Segmentation, from images to classes of pixels"""
     images, width = bench.photos(bench.cfg.SEGMENT_BATCH), bench.clip.visual.trunk.num_classes
     text = F.normalize(torch.randn(bench.cfg.PROMPTS, width, device=bench.device), dim=-1)
     classes = make_classes([f"class {number}" for number in range(len(text))])

@@ -44,6 +44,7 @@ from util import UserError, distributed, settings
 from util.files import atomic_write, write_json
 from util.images import list_images, read_image
 from util.text import find_templates
+from util.weights import read_record
 
 SHARED = {"eval_region": ["The model", "Names and numbers"], "eval_seg": ["The windows"]}
 
@@ -111,7 +112,9 @@ def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
     """The CLIP that CKPT was made from, on the same device; `clip` itself without a CKPT."""
     if not cfg.CKPT:
         return clip
-    return DeCLIP(clip.source, cfg.PRETRAINED).to(clip.visual.trunk.pos_embed.device)
+    trained = read_record(cfg.CKPT).get("settings", {})
+    pretrained = trained.get("PRETRAINED", cfg.PRETRAINED)
+    return DeCLIP(clip.source, pretrained).to(clip.visual.trunk.pos_embed.device)
 
 
 def by_clip(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, attention: str | None

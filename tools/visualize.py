@@ -71,7 +71,10 @@ def main(argv: list[str] | None = None) -> None:
         check_precision(cfg.PRECISION)
         figure = KINDS[kind](cfg, files, ranks.device)
         path = Path(cfg.FIGURE or Path(cfg.OUT or "out") / f"{kind}.png")
-        atomic_write(path, lambda file: figure.savefig(file, dpi=110, format="png",
+        form = path.suffix[1:].lower() or "png"
+        settings.check(cfg, FIGURE=(form in figure.canvas.get_supported_filetypes(),
+                                    "a file of a kind that can be drawn, such as .png or .pdf"))
+        atomic_write(path, lambda file: figure.savefig(file, dpi=110, format=form,
                                                        bbox_inches="tight"))
         plt.close(figure)
         print(f"the figure is {path}")

@@ -137,7 +137,8 @@ def cut(source: SceneTensors, scenes: Tensor, boxes: Tensor, size: int) -> Tenso
     """Crops as float [0, 1] (n, 3, size, size)."""
     images, places = scenes.unique(return_inverse=True)
     return roi_align(source.images[images].float() / 255,
-                     torch.cat([places[:, None], boxes], dim=1), size, sampling_ratio=2)
+                     torch.cat([places[:, None], boxes], dim=1), size, sampling_ratio=2,
+                     aligned=True)
 
 
 def region_shares(source: SceneTensors, scenes: Tensor, boxes: Tensor, points: int = 24) -> Tensor:

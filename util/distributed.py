@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from util import UserError
+from util import UserError, printable
 from util.precision import fp32_products
 
 
@@ -92,7 +92,7 @@ def session(script: str, tf32: bool = False) -> Iterator[Ranks]:
     except UserError as error:
         # An error in a worker of a DataLoader brings the worker's traceback along.
         sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
-        raise SystemExit(f"{name}: {sentence}") from None
+        raise SystemExit(printable(f"{name}: {sentence}")) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:

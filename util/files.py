@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,8 @@ def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # A process's number would not do: containers that share a disk count their own from 1.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode     # safetensors would make it readable by its owner only
@@ -36,6 +39,11 @@ def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_half_written(path: Path, names: str) -> bool:
+    """Whether a file is what a killed atomic_write left of one whose name matches `names`."""
+    return re.fullmatch(rf"({names})\.[0-9a-f]{{32}}\.tmp", path.name) is not None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Label images as files: the benchmarks that have them, and one's own, described in a json."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from util import UserError
 from util.coco import Instances, files_below, read_coco
 from util.files import ROOT, find, read_json
-from util.images import orientation, read_image, unreadable
+from util.images import MAX_DECODED, orientation, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
@@ -61,7 +62,7 @@ def read_benchmark(path: str | Path) -> SegmentationBenchmark:
     if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
         classes = CLASS_FILES / content["classes"]
     return SegmentationBenchmark(**{"names": "*", "values": None} | content | {
-        "folder": str(folder / content.get("folder", "")), "classes": str(classes)})
+        "folder": os.path.normpath(folder / content.get("folder", "")), "classes": str(classes)})
 
 
 def is_field(key: str, value: object) -> bool:
@@ -97,6 +98,9 @@ class SegmentationImages(Dataset):
         self.benchmark = benchmark
         self.names = self._list()
         for pattern in (benchmark.image, benchmark.label):
+            files_below(Path(benchmark.names), self.root, [
+                pattern.format(name) for name in self.names], "DATA")
+        for pattern in (benchmark.image, benchmark.label):
             first = self.root / pattern.format(self.names[0])
             if not first.is_file():
                 raise MissingData(f"There is no {first.absolute()}; unpack all of the data set, "
@@ -119,7 +123,7 @@ class SegmentationImages(Dataset):
             lines = place.read_text(encoding="utf-8-sig").splitlines()
             names = [line.strip() for line in lines if line.strip()]
         elif not is_listed:
-            before, after = self.benchmark.image.split("{}")
+            before, after = os.path.normpath(self.benchmark.image).split("{}")
             paths = sorted(path.relative_to(self.root).as_posix()
                            for path in self.root.glob(pattern))
             names = [path[len(before):len(path) - len(after)] for path in paths]
@@ -137,6 +141,8 @@ class SegmentationImages(Dataset):
         image = read_image(file)
         path = self.root / self.benchmark.label.format(self.names[index])
         with unreadable(path, "a label image"):
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
             if self.instances:
                 file_name = Path(self.benchmark.image.format(self.names[index])).name
                 values = self.instances.render(file_name, *image.shape[1:])
@@ -159,6 +165,9 @@ def read_label(path: Path, palette: str = "") -> np.ndarray:
     Raises UserError for colours, a mask of two, and another palette.
     """
     with Image.open(path, formats=("PNG",)) as file:
+        if file.width * file.height > MAX_DECODED:
+            raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} "
+                             "pixels are decoded")
         values, colours = np.array(file), file.getpalette("RGB")
     if values.ndim != 2 or values.dtype == bool or values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} is an image of mode {file.mode}, but a label image has one class "

@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -31,7 +32,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Protocol
@@ -44,13 +45,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from util import UserError, distributed, settings
+from util import UserError, distributed, printable, settings
 from util.distributed import Ranks
-from util.files import atomic_write
+from util.files import atomic_write, is_half_written
 from util.order import check_batch
 from util.precision import autocast, check_precision, grad_scaler
 from util.samples import Batch
 from util.sharding import own_part, read_about, read_parts, write_parts
+from util.weights import read_record
 
 # The machinery
 NUM_WORKERS = 4                     # processes that decode images, for each GPU
@@ -142,8 +144,10 @@ class Run:
 
     def prepare_folder(self) -> None:
         """Removes files that a killed run left half-written, and prints the settings."""
-        for half in Path(self.cfg.OUT).glob("*.tmp"):
-            remove(half)
+        own = rf"{re.escape(self.model_path.name)}|resume-\d{{8}}\.pt|log\.jsonl|bad_steps\.jsonl"
+        for path in Path(self.cfg.OUT).glob("*.tmp"):
+            if is_half_written(path, own) or re.fullmatch(r"resume-\d{8}\.tmp", path.name):
+                remove(path)
         print(settings.show(self.cfg))
         if self.cfg.RESUME:
             print(f"going on at step {self.resumed['step']}" if self.resumed else
@@ -163,6 +167,8 @@ class Run:
         if self.ranks.is_main:
             check_disk(self.cfg, model, self.model_path)
         self.step = self.restore() if self.resumed else 0
+        if self.resumed and (self.ranks.is_main or self.is_sharded):
+            self.renew_model()
         if not distributed.all_equal(self.step, self.ranks.device):
             raise UserError(f"The processes found different checkpoints in {self.cfg.OUT}; put OUT "
                             "on a disk that all machines share.")
@@ -185,6 +191,14 @@ class Run:
                              disable=not self.ranks.is_main)
         self.student = distributed.wrap(trained or model, self.ranks)
         return self.student
+
+    def renew_model(self) -> None:
+        """Writes the model, if a kill or a full disk has left that of another step, or none."""
+        about = {"settings": {}}
+        with suppress(UserError, FileNotFoundError):
+            about = read_record(self.model_path)
+        if about.get("settings", {}).get("step") != self.step:
+            self.save_model(self.model_path, vars(self.cfg) | {"step": self.step})
 
     def restore(self) -> int:
         """Puts the resumed state back and returns its step."""
@@ -434,6 +448,9 @@ def is_bad_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     return ~is_finite & ~overflows
 
 
+STOPPED = 1.0       # seconds between two looks after which the process has not run meanwhile
+
+
 class Watchdog:
     """Ends a process whose step does not end, from a thread: the main one waits for something.
 
@@ -468,8 +485,12 @@ class Watchdog:
         # model that is divided is saved by all together, after the step or not at all.
         alone = self.run.ranks.is_main and not self.run.is_sharded
         grace = self.GRACE if alone else 3 * self.GRACE
+        last_look = time.monotonic()
         while not self.resting.wait(0.2):
             now, number = time.monotonic(), self.run.guard.signal
+            if now - last_look > STOPPED:       # the process itself stood still (SIGSTOP)
+                self.last_beat += now - last_look
+            last_look = now
             self.signalled = min(self.signalled, now) if number else math.inf
             if now - self.signalled > grace:
                 self.end(128 + number, f"stopped by {signal.Signals(number).name} while step "
@@ -677,8 +698,8 @@ def step_of(line: str) -> float:
 
 
 def escaped(text: str) -> str:
-    """A file's name or a reason on one line, without tabs."""
-    return text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    """A file's name or a reason on one line, without control characters."""
+    return printable(text.replace("\n", "\\n"))
 
 
 def peak_memory(device: torch.device) -> int:

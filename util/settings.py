@@ -24,7 +24,7 @@ import re
 import shlex
 import sys
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -60,11 +60,15 @@ def constants(module: ModuleType) -> dict[str, Constant]:
     """The settings of a script: its own, and those of the blocks that SHARED names.
 
     A setting is an upper-case constant above the script's first function or class; tables and
-    other objects are none.
+    other objects are none. Raises ValueError for a block that is not there.
     """
     found = own_constants(module)
     for source, blocks in getattr(module, "SHARED", {}).items():
         theirs = own_constants(importlib.import_module(source))
+        there = dict.fromkeys(setting.block for setting in theirs.values())
+        missing = [block for block in blocks if block not in there]
+        if missing:
+            raise ValueError(f"{source} has no block {missing[0]!r}; it has {', '.join(there)}.")
         found |= {name: setting for name, setting in theirs.items()
                   if setting.block in blocks and name not in found}
     return found
@@ -119,11 +123,29 @@ def converter(kind: str, optional: bool) -> Callable[[str], object]:
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and argument files of any layout."""
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"an argument file has a line that can't be split ({error}): {line}")
+    def expand(self, words: Sequence[str]) -> list[str]:
+        """Words with those of the argument files that they name, which may name others.
+
+        A word such as `@x.png` is no argument file where there is a file of that name.
+        """
+        out = []
+        for word in words:
+            if not word.startswith("@") or Path(word).is_file():
+                out.append(word)
+                continue
+            try:
+                for line in find(word[1:]).read_text(encoding="utf-8").splitlines():
+                    out += self.expand(shlex.split(without_comment(line)))
+            except RecursionError:
+                self.error("an argument file includes itself; remove that line")
+            except UnicodeDecodeError as error:
+                self.error(f"an argument file is not text in UTF-8 ({error.reason}); write one "
+                           "option a line")
+            except ValueError as error:
+                self.error(f"an argument file has a line that can't be split ({error}): {line}")
+            except OSError as error:
+                self.error(str(error))
+        return out
 
     def error(self, message: str) -> None:
         unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
@@ -143,8 +165,7 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
     argument file.
     """
     parser = Parser(prog=Path(script.__file__).name, description=script.__doc__,
-                    fromfile_prefix_chars="@", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for name, setting in constants(script).items():
         if setting.block not in groups:
@@ -152,21 +173,24 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
         add_option(groups[setting.block], name, setting)
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
-    argv = [in_repository(word) for word in (sys.argv[1:] if argv is None else argv)]
-    try:
-        chosen = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
-    except RecursionError:
-        parser.error("an argument file includes itself; remove that line")
-    except UnicodeDecodeError as error:
-        parser.error(f"an argument file is not text in UTF-8 ({error.reason}); write one option a "
-                     "line")
+    argv = parser.expand(sys.argv[1:] if argv is None else argv)
+    chosen = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
     return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
                               for name, value in vars(chosen).items()})
 
 
-def in_repository(word: str) -> str:
-    """A word of the command line; `@file` as util.files.find finds the file."""
-    return f"@{find(word[1:])}" if word.startswith("@") else word
+def without_comment(line: str) -> str:
+    """A line up to a # that begins a word."""
+    quote, before = "", " "
+    for place, letter in enumerate(line):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter == "#" and before.isspace():
+            return line[:place]
+        before = letter
+    return line
 
 
 def add_option(group: argparse._ArgumentGroup, name: str, setting: Constant) -> None:

@@ -116,7 +116,12 @@ class LocalFile:
         return stat.st_size, str(stat.st_mtime_ns)
 
     def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self.handle, size, offset)
+        # One call reads at most 2**31 bytes less a page.
+        parts = []
+        while size and (part := os.pread(self.handle, size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
 
     def expect(self, offset: int, size: int) -> None:
         """Says that a range will be read soon, so that it is fetched at once."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import open_clip
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from util import UserError
 from util.files import atomic_write
-from util.weights import read_weights
+from util.weights import read_weights, state_checksum
 
 Template = str | Callable[[str], str]       # a text with {}, or a function of the name
 
@@ -66,10 +67,13 @@ def cached_embeddings(folder: str | Path, text: nn.Module, key: Sequence,
     that the embeddings depend on.
     """
     path = Path(folder) / f"text-{text_checksum(text, key)}.safetensors"
-    if path.is_file():
-        return read_weights(path)[0]["text"].to(next(text.parameters()).device)
+    with suppress(UserError):       # a damaged file is made anew
+        if path.is_file():
+            return read_weights(path)[0]["text"].to(next(text.parameters()).device)
     embeddings = compute()
-    atomic_write(path, lambda file: save_file({"text": embeddings.cpu().contiguous()}, file))
+    state = {"text": embeddings.cpu().contiguous()}
+    checked = {"checksum": state_checksum(state, "{}")}
+    atomic_write(path, lambda file: save_file(state, file, checked))
     return embeddings
 
 

@@ -78,6 +78,11 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
     schema = model_name.partition(":")[0]
     if schema == "local-dir":
         check_folder(model_name, "open_clip_config.json", "open_clip")
+        folder = Path(model_name.removeprefix("local-dir:"))
+        if tag and not any(path.suffix in (".safetensors", ".bin", ".pth")
+                           for path in folder.iterdir()):
+            raise UserError(f"{model_name} has no weights beside its configuration; put "
+                            "open_clip_model.safetensors there.")
     elif schema != "hf-hub":
         check_tag(model_name, tag)
     try:
@@ -222,12 +227,27 @@ def recorded_model(file: str | None, record: dict) -> str:
     """
     name = record.get("model", "EVA02-B-16")
     config = {} if ":" in name else open_clip.get_model_config(name) or {}
-    text = config.get("text_cfg", {})
+    if name.startswith("local-dir:"):
+        folder = Path(locate(name, file).removeprefix("local-dir:"))
+        config = read_json(folder / "open_clip_config.json", "model_cfg")["model_cfg"]
     is_remote = ":" in name and not name.startswith("local-dir:")
-    if is_remote or "hf_model_name" in text or "hf_tokenizer_name" in text:
-        raise UserError(f"{file} says that it is {name}, which open_clip asks a hub for; if you "
-                        f"trust it, say --model {name}.")
+    if is_remote or not is_plain(config):
+        raise UserError(f"{file} says that it is {name}, for which open_clip asks a hub or runs "
+                        f"code; if you trust it, say --model {name}.")
     return name
+
+
+def is_plain(config: dict) -> bool:
+    """Whether open_clip builds a configuration from itself alone: no hub, no code of others."""
+    if not isinstance(config, dict):
+        return False
+    vision, text = (config.get(name, {}) for name in ("vision_cfg", "text_cfg"))
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        return False
+    tower, options = str(vision.get("timm_model_name", "")), text.get("tokenizer_kwargs", {})
+    is_local = tower.startswith("local-dir:") or ":" not in tower
+    return (is_local and not any(name.startswith("hf_") for name in text)
+            and set(options or {}) <= {"bpe_path"} and not vision.get("timm_model_pretrained"))
 
 
 def create_vit(name: str, pretrained: bool) -> nn.Module:

@@ -1,6 +1,7 @@
 """util/labels.py: label images, and a user's own benchmark, described by a json (docs/data.md)."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -143,10 +144,15 @@ def mask(own) -> Path:
     return next((own.parent / "masks").glob("été 0*.png"))
 
 
+def images_of(own: Path, **changes) -> SegmentationImages:
+    """The benchmark with some fields changed."""
+    own.write_text(json.dumps(OWN | changes))
+    return SegmentationImages(find_benchmark(str(own)), "data")
+
+
 def first_of(own: Path, **changes) -> np.ndarray:
     """The first image's label."""
-    own.write_text(json.dumps(OWN | changes))
-    return SegmentationImages(find_benchmark(str(own)), "data")[0][1].numpy()
+    return images_of(own, **changes)[0][1].numpy()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "1", "LA"])
@@ -186,3 +192,29 @@ def test_a_label_that_cannot_be_read_is_one_sentence(own, mask):
     with pytest.raises(ValueError, match="can't be read as a label image") as error:
         first_of(own)
     assert "\n" not in str(error.value)
+
+
+def test_names_stay_in_the_folder(own):
+    (own.parent / "val.txt").write_text("../../secret\n")
+    with pytest.raises(ValueError, match="which is not below"):
+        images_of(own, names="val.txt")
+
+
+@pytest.mark.parametrize("image", ["./my photos/{}.jpg", "my photos//{}.jpg"])
+def test_paths_are_taken_as_they_are_meant(own, image):
+    assert images_of(own).names == images_of(own, image=image).names
+
+
+def test_a_label_that_is_no_file_does_not_hang(own):
+    images = images_of(own)
+    path = images.root / images.benchmark.label.format(images.names[0])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="it is no regular file"):
+        images[0]
+
+
+def test_a_label_that_would_fill_the_memory_is_refused(own, monkeypatch):
+    monkeypatch.setattr("util.labels.MAX_DECODED", 100)
+    with pytest.raises(ValueError, match="at most 100 pixels are decoded"):
+        images_of(own)[0]

@@ -3,7 +3,8 @@
 import importlib.util
 import re
 import sys
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from tiny import ROOT
@@ -24,14 +25,18 @@ LATER = 1
 '''
 
 
-@pytest.fixture
-def script(tmp_path) -> ModuleType:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    spec = importlib.util.spec_from_file_location("script", path)
+def load(path: Path, text: str) -> ModuleType:
+    """A module of that text, which need not be where imports are looked for."""
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script(tmp_path) -> ModuleType:
+    return load(tmp_path / "script.py", SCRIPT)
 
 
 def test_defaults_are_the_constants(script):
@@ -96,25 +101,97 @@ def test_argument_files_that_cannot_be_read(script, tmp_path, monkeypatch, capsy
     assert error.value.code == 2 and printed.startswith(sentence) and printed.count("\n") == 1
 
 
-OTHER = '''"""Uses a setting of the first script."""
-from script import GRID, LR, TABLE, main
-LR = 3.0    # its own
+HOME = '''"""Has settings that another script has, too."""
+# The model, and what it is used with
+NAME: str | None = None     # of the model
+SIZES = (1, 2)              # of its images
+# The machinery
+# that a comment explains
+WORKERS = 4                 # processes
+OUT = "out"                 # folder
+# The rest (of this script alone)
+SECRET = 1                  # for nobody else
+'''
+OTHER = '''"""Has settings of the first script."""
+# What is written
+OUT = "out/other"           # of its own
+# Settings of two blocks come from elsewhere
+SHARED = {"home": ["The model", "The machinery"]}
+LAST = 0.5                  # comes after them
 '''
 
 
-def test_an_imported_constant_is_a_setting_of_both_scripts(script, tmp_path, monkeypatch):
-    """Its default, type and comment are those of the script that says it; a script's own win."""
-    monkeypatch.setitem(sys.modules, "script", script)
-    monkeypatch.setattr(script, "GRID", (2, 5))
-    (tmp_path / "other.py").write_text(OTHER)
-    spec = importlib.util.spec_from_file_location("other", tmp_path / "other.py")
-    other = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(other)
-    assert vars(settings.parse([], other)) == {"LR": 3.0, "GRID": (2, 5)}
-    assert settings.parse(["--grid", "3", "4"], other).GRID == (3, 4)
-    assert settings.constants(other)["GRID"].comment == "range"
-    monkeypatch.delattr(script, "main")     # constants of modules that are no scripts stay out
-    assert vars(settings.parse([], other)) == {"LR": 3.0}
+@pytest.fixture
+def other(tmp_path, monkeypatch) -> ModuleType:
+    """A script that has two of the three blocks of another, which tests know as `home`."""
+    monkeypatch.setitem(sys.modules, "home", load(tmp_path / "home.py", HOME))
+    return load(tmp_path / "other.py", OTHER)
+
+
+def test_blocks_of_another_script_are_options_of_both(other):
+    """With its defaults, types and comments; a constant of the script's own comes before."""
+    assert vars(settings.parse([], other)) == {"OUT": "out/other", "LAST": 0.5, "NAME": None,
+                                               "SIZES": (1, 2), "WORKERS": 4}
+    words = "--name x --sizes 3 --workers 0 --out here --last 1".split()
+    assert vars(settings.parse(words, other)) == {"OUT": "here", "LAST": 1.0, "NAME": "x",
+                                                  "SIZES": (3,), "WORKERS": 0}
+    assert settings.parse(["--name", "none"], other).NAME is None
+    found, at_home = settings.constants(other), settings.constants(sys.modules["home"])
+    assert all(found[name] == at_home[name] for name in ("NAME", "SIZES", "WORKERS"))
+    assert (found["OUT"].comment, at_home["OUT"].comment) == ("of its own", "folder")
+
+
+def test_a_changed_constant_changes_the_option_of_both(other, monkeypatch):
+    monkeypatch.setattr(sys.modules["home"], "WORKERS", 7)
+    assert settings.parse([], other).WORKERS == 7
+
+
+def test_help_shows_blocks_by_their_headings(other, capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--help"], other)
+    shown = capsys.readouterr().out
+    headings = [line for line in shown.splitlines() if re.fullmatch(r"\S.*:", line)]
+    assert headings[-4:] == ["What is written:", "Settings of two blocks come from elsewhere:",
+                             "The model:", "The machinery:"]
+    assert "of the model [None]" in " ".join(shown.split()) and "for nobody else" not in shown
+
+
+@pytest.mark.parametrize("word", ["--secret", "--shared"])
+def test_other_blocks_stay_at_home(other, capsys, word):
+    with pytest.raises(SystemExit):
+        settings.parse([word, "2"], other)
+    assert f"no option {word}" in capsys.readouterr().err
+
+
+def test_a_block_that_is_nowhere_is_an_error(tmp_path, other):
+    """Of whoever writes the script: its settings would be missing where they are read."""
+    wrong = load(tmp_path / "wrong.py", OTHER.replace("The machinery", "The engine"))
+    with pytest.raises(ValueError, match="home has no block 'The engine'; it has The model, The "):
+        settings.parse([], wrong)
+
+
+@pytest.mark.parametrize("name", ["train", "eval_seg", "downstream.fvit.train",
+                                  "downstream.fvit.eval", "downstream.catseg.train",
+                                  "downstream.catseg.eval", "tools.segment", "tools.visualize"])
+def test_shared_blocks_of_the_repository_exist(name):
+    """And bring at least one setting each that the script does not say itself."""
+    script = importlib.import_module(name)
+    found = settings.constants(script)
+    for source, blocks in script.SHARED.items():
+        at_home = settings.own_constants(importlib.import_module(source))
+        for block in blocks:
+            names = [name for name, setting in at_home.items() if setting.block == block]
+            assert any(found[name] == at_home[name] for name in names), (source, block)
+
+
+def test_values_out_of_range_are_one_sentence():
+    cfg = SimpleNamespace(STEPS=0, SIZE=None, GRID=(3, 2))
+    settings.check_min(cfg, SIZE=1)     # None is no number
+    with pytest.raises(ValueError, match="STEPS is 0; it must be at least 1."):
+        settings.check_min(cfg, SIZE=1, STEPS=1)
+    settings.check(cfg, STEPS=(True, "anything"))
+    with pytest.raises(ValueError, match=r"GRID is \(3, 2\); it must be two numbers that grow."):
+        settings.check(cfg, STEPS=(True, "anything"), GRID=(False, "two numbers that grow"))
 
 
 SCRIPTS = ["train", "eval_region", "eval_seg", "tools.segment", "tools.visualize", "tools.export",
@@ -145,3 +222,19 @@ def test_presets_name_options_that_exist(preset):
     first = preset.read_text().partition("\n")[0]
     script = re.search(rf"([\w.]+) (?:@\S+ )?@presets/{preset.name}", first)[1]
     settings.parse([f"@{preset}"], importlib.import_module(script.removesuffix(".py")))
+
+
+def test_argument_files_of_any_folder_and_a_number_sign_in_a_word(script, tmp_path, monkeypatch):
+    """A file may name others of the repository, from any folder; # begins a comment only where a
+    word begins; a word that is a file is no argument file."""
+    monkeypatch.chdir(tmp_path)
+    chosen = settings.parse(["@presets/fvit_train_ovlvis_l14.txt"],
+                            importlib.import_module("downstream.fvit.train"))
+    assert (chosen.IMAGE_SIZE, chosen.EPOCHS, chosen.DATASET) == (896, 48, "ovlvis")
+    (tmp_path / "x.txt").write_text("--name my#photos   # a comment\n--lr 2 #another\n")
+    assert settings.parse(["@x.txt"], script).NAME == "my#photos"
+    (tmp_path / "y.txt").write_text("--name 'a # b'\n")
+    assert settings.parse(["@y.txt"], script).NAME == "a # b"
+    (tmp_path / "@x.png").touch()
+    (tmp_path / "x.png").write_text("--lr 5")
+    assert settings.parse(["@x.png"], script, positional="PHOTOS").PHOTOS == ("@x.png",)

@@ -2,6 +2,9 @@
 of ranks."""
 
 import errno
+import json
+import os
+import pickle
 import signal
 
 import numpy as np
@@ -73,3 +76,22 @@ def test_a_checkpoint_of_another_format_is_refused(images, tmp_path):
     run(images, tmp_path, epochs=2, steps=1)
     with pytest.raises(SystemExit, match="was begun with FSDP False, but now it is True; resume"):
         run(images, tmp_path, epochs=2, fsdp="true", resume="true")
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_checkpoint_starts_no_program(images, tmp_path, monkeypatch, capsys):
+    """A pickle that calls something, put in the place of .metadata with the sums refitted."""
+    monkeypatch.chdir(tmp_path)
+    run(images, tmp_path / "run", epochs=2, steps=1, fsdp="true")
+    folder, = resume_files(tmp_path / "run")
+    (folder / ".metadata").write_bytes(pickle.dumps(Command()))
+    sums = {path.name: sharding.file_checksum(path) for path in folder.iterdir()
+            if path.name != "sums.json"}
+    (folder / "sums.json").write_text(json.dumps(sums))
+    with pytest.raises(SystemExit, match="does not have the weights that are trained"):
+        run(images, tmp_path / "run", epochs=2, fsdp="true", resume="true")
+    assert not (tmp_path / "executed").exists()

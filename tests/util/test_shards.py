@@ -280,3 +280,12 @@ def test_ten_million_images_take_little_memory(tmp_path):
         for place in map(found.place, order[step]):
             found.open(place[0]).entries[place[1]].item()
     assert len(found) == 10**7 and resident() - before < 50
+
+
+def test_a_read_that_returns_less_goes_on(tmp_path, monkeypatch):
+    """As of members beyond 2 GB, which one call does not read whole."""
+    path = write_tar(tmp_path / "0.tar", {"a.png": bytes(range(256)) * 40})
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda handle, size, offset: read(handle, min(size, 999),
+                                                                       offset))
+    assert contents(path)["a.png"] == bytes(range(256)) * 40

@@ -87,3 +87,15 @@ def test_two_models_share_what_their_text_towers_share(encode):
     with torch.no_grad():
         clip.visual.trunk.blocks[0].attn.q_proj.weight.add_(1)
     assert not encode(clip, ["cat"])[1]
+
+
+def test_a_damaged_cache_is_made_anew(encode, tmp_path):
+    clip = DeCLIP("tiny-eva")
+    first, _ = encode(clip, ["cat", "dog"])
+    file, = (tmp_path / "cache").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.write_bytes(content)
+    text, was_computed = encode(clip, ["cat", "dog"])
+    assert was_computed and torch.equal(text, first)
+    assert not encode(clip, ["cat", "dog"])[1]
