@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -105,10 +106,7 @@ class LocalFile:
 
     def __init__(self, path: str):
         self.name, self.handle = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self):
-        if hasattr(self, "handle"):
-            os.close(self.handle)
+        weakref.finalize(self, os.close, self.handle)
 
     def stamp(self) -> tuple[int, str]:
         """Its size, and what changes when it is written to."""
