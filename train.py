@@ -224,7 +224,7 @@ def build_optimizer(cfg: SimpleNamespace, student: nn.Module) -> torch.optim.Ada
 
 
 def learning_rate(cfg: SimpleNamespace, step: int, total: int) -> float:
-    """Linear warm-up to LR, then cosine to 0 at the last of `total` steps."""
+    """Linear warm-up to LR, then a cosine that is 0 only after the last of `total` steps."""
     warmup = min(cfg.WARMUP, total // 10)
     if step < warmup:
         return cfg.LR * (step + 1) / warmup

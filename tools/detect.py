@@ -25,7 +25,6 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
-from data import fitted_size, resize
 from downstream.detection import Detections, encode_detections
 from downstream.fvit.eval import check_scores, detector_settings, score_rules
 from downstream.fvit.model import open_fvit
@@ -64,10 +63,9 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         fvit.set_classes(names, cache=cfg.CACHE)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
-    for path, photo in segment.read_photos(outputs):
+    for path, out, photo in segment.read_photos(outputs):
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
-        out = outputs[path]
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
@@ -101,7 +99,7 @@ def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, 
     titles: a class's name, with an asterisk if training has not seen it.
     """
     H, W = photo.shape[-2:]
-    shown = photo if max(H, W) <= largest else resize(photo, *fitted_size(photo, largest))
+    shown, _ = segment.resized(photo, {}, largest)
     counts = Counter(found.labels.tolist())
     colour_of = dict(zip(counts, cycle(segment.PALETTE)))
     inches = INCHES / max(H, W)

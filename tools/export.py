@@ -39,17 +39,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(cfg: SimpleNamespace) -> None:
     """Reads the checkpoint and writes it in another layout."""
-    settings.check(cfg, LAYOUT=(cfg.LAYOUT in ("eva", "open_clip"), "eva or open_clip"))
+    settings.check(cfg, LAYOUT=(cfg.LAYOUT in LAYOUTS, " or ".join(LAYOUTS)))
     if Path(cfg.CKPT).is_file() and not read_record(cfg.CKPT):
         raise UserError(f"{cfg.CKPT} does not say which model it is; give a declip.safetensors "
                         "that train.py wrote.")
     clip = DeCLIP(pretrained=cfg.CKPT)
-    if cfg.LAYOUT == "eva":
-        path = Path(cfg.OUT or Path(cfg.CKPT).with_name("declip_eva.pt"))
-        write_eva(clip, path)
-    else:
-        path = Path(cfg.OUT or Path(cfg.CKPT).with_name("open_clip"))
-        write_open_clip(clip, path)
+    write, name = LAYOUTS[cfg.LAYOUT]
+    path = Path(cfg.OUT or Path(cfg.CKPT).with_name(name))
+    write(clip, path)
     meaning = " (1/√d)" if clip.scale is None else ""
     print(f"written to {path}; it is {clip.model_name}, to be used with context {clip.context} and "
           f"scale {clip.visual.attention_scale:.10g}{meaning}")
@@ -88,6 +85,8 @@ def copy_into(folder: Path, file: Path) -> str:
     atomic_write(folder / file.name, lambda copy: shutil.copyfile(file, copy))
     return str(folder / file.name)
 
+
+LAYOUTS = {"eva": (write_eva, "declip_eva.pt"), "open_clip": (write_open_clip, "open_clip")}
 
 if __name__ == "__main__":
     main()

@@ -5,8 +5,9 @@ what they return, by `tools.bench --baseline` in what they cost.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -84,22 +85,16 @@ class Samples(Dataset):
 @contextmanager
 def whole_attention(*models: VisionTower | VFM) -> Iterator[None]:
     """Within it, the models compute attention by its matrix, keep it, and are not compiled."""
-    blocks = [module for model in models for module in model.modules()
-              if getattr(module, "fused_attn", False)]
-    towers = {model: model.checkpointing for model in models if isinstance(model, VisionTower)}
-    for module in blocks:
-        module.fused_attn = False
-    for tower in towers:
-        tower.self_attention, tower.checkpointing = self_attention, False
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module in blocks:
-            module.fused_attn = True
-        for tower, checkpoints in towers.items():
-            tower.checkpointing = checkpoints
-            del tower.self_attention
+    with ExitStack() as stack, torch.compiler.set_stance("force_eager"):
+        for model in models:
+            changes = [(module, "fused_attn", False) for module in model.modules()
+                       if getattr(module, "fused_attn", False)]
+            if isinstance(model, VisionTower):
+                changes += [(model, "self_attention", self_attention),
+                            (model, "checkpointing", False)]
+            for change in changes:
+                stack.enter_context(patch.object(*change))
+        yield
 
 
 def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:

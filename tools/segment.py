@@ -18,7 +18,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,11 +76,11 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
                                  "side of each picture in the figure in pixels"))
     classes, outputs, panels = find_classes(cfg), find_photos(cfg.PHOTOS, cfg.OUT), {}
     use_fonts([*classes.names, *(path.name for path in outputs)])
-    for path, photo in read_photos(outputs):
+    for path, out, photo in read_photos(outputs):
         if not panels:      # no model is loaded before a photograph is read
             panels = panels_of(cfg, classes, device)
         found = {title: segment([photo.to(device)])[0].cpu() for title, segment in panels.items()}
-        of_model, out = next(iter(found.values())), outputs[path]
+        of_model = next(iter(found.values()))
         atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
         if cfg.LABELS:
             write_labels(of_model, classes, out.with_suffix("").with_suffix(".labels.png"))
@@ -235,16 +235,17 @@ def find_photos(asked: Sequence[str], out: str | None = None, suffix: str = SUFF
     return figures
 
 
-def read_photos(paths: Collection[Path]) -> Iterator[tuple[Path, Tensor]]:
-    """Every photograph that can be read; at the end UserError names the others."""
+def read_photos(figures: dict[Path, Path]) -> Iterator[tuple[Path, Path, Tensor]]:
+    """Every photograph that can be read, with its figure's path; at the end UserError names others.
+    """
     failed = []
-    for path in tqdm(paths, unit="photo", disable=len(paths) == 1):
+    for path, figure in tqdm(figures.items(), unit="photo", disable=len(figures) == 1):
         try:
             photo = read_image(path, upright=True)
         except UserError as error:
             failed.append(str(error))
         else:
-            yield path, photo
+            yield path, figure, photo
     if failed:
         raise UserError(" ".join(failed))
 
@@ -383,7 +384,7 @@ def write_names(axis: plt.Axes, prediction: Tensor, classes: Classes, letter: fl
     letter: the height of a letter in pixels of the image; bold ones are about 0.7 of that wide.
     """
     H, W = prediction.shape
-    taken: list[Box] = []
+    taken: list[tuple[float, ...]] = []
     for name in shares(prediction, classes):
         x, y, depth = deepest(prediction == classes.names.index(name))
         half, tall = 0.37 * letter * len(name), 0.7 * letter
@@ -397,11 +398,8 @@ def write_names(axis: plt.Axes, prediction: Tensor, classes: Classes, letter: fl
                       path_effects=[patheffects.withStroke(linewidth=2.5, foreground="black")])
 
 
-Box = tuple[float, float, float, float]     # left, top, right, bottom
-
-
-def is_free(box: Box, taken: Sequence[Box]) -> bool:
-    """Whether a box covers none of those that are taken."""
+def is_free(box: Sequence[float], taken: Sequence[Sequence[float]]) -> bool:
+    """Whether a box (left, top, right, bottom) covers none of those that are taken."""
     x0, y0, x1, y1 = box
     return not any(x0 < right and left < x1 and y0 < bottom and top < y1
                    for left, top, right, bottom in taken)

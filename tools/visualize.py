@@ -212,19 +212,12 @@ def chosen_layers(depth: int, count: int) -> list[int]:
                    for place in range(min(count, depth))})
 
 
-class Scale(NamedTuple):
-    """The colour scale that all maps of a figure share."""
-    unit: str
-    limits: tuple[float, float]
-    cmap: str = "viridis"
-    extend: str = "max"     # the end of the colour bar beyond which values are cut
-
-
 def panels(subject: Subject, rows: list[tuple[str, list[tuple[int, Tensor]]]], title: str,
-           scale: Scale) -> plt.Figure:
+           unit: str, extend: str = "max", **scale: str | float) -> plt.Figure:
     """The photograph and, in a row for each model, maps (h, w) of its layers on one scale.
 
     Where a model has fewer layers than another, its last one stands under the other's last.
+    extend: the end of the colour bar beyond which values are cut. scale: arguments of imshow.
     """
     H, W = subject.photo.shape[-2:]
     columns = max(len(maps) for _, maps in rows)
@@ -237,14 +230,11 @@ def panels(subject: Subject, rows: list[tuple[str, list[tuple[int, Tensor]]]], t
     first = figure.add_subplot(places[:, 0])
     first.imshow(subject.photo.permute(1, 2, 0))
     first.set_title(subject.name, fontsize=10)
-    axes = [[figure.add_subplot(places[row, 1 + column]) for column in range(columns)]
-            for row in range(len(rows))]
-    for line, (name, maps) in zip(axes, rows):
+    for row, (name, maps) in enumerate(rows):
+        line = [figure.add_subplot(places[row, 1 + column]) for column in range(columns)]
         line[0].set_ylabel(name, fontsize=10)
         for axis, (layer, values) in zip(line[columns - len(maps):], maps):
-            drawn = axis.imshow(values, extent=(0, W, H, 0), cmap=scale.cmap,
-                                vmin=scale.limits[0], vmax=scale.limits[1],
-                                interpolation="nearest")
+            drawn = axis.imshow(values, extent=(0, W, H, 0), interpolation="nearest", **scale)
             axis.set_title(f"layer {layer + 1}", fontsize=9)
     for axis in figure.axes:
         axis.set(xticks=[], yticks=[])
@@ -252,8 +242,7 @@ def panels(subject: Subject, rows: list[tuple[str, list[tuple[int, Tensor]]]], t
         if subject.anchor and axis.images:
             axis.plot(*subject.anchor, "P", color="red", markeredgecolor="white", markersize=9)
     figure.suptitle(title, fontsize=12)
-    every = [axis for line in axes for axis in line]
-    figure.colorbar(drawn, ax=every, shrink=0.8, label=scale.unit, extend=scale.extend)
+    figure.colorbar(drawn, ax=figure.axes[1:], shrink=0.8, label=unit, extend=extend)
     return figure
 
 
@@ -275,8 +264,8 @@ def attention(cfg: SimpleNamespace, files: list[str], device: torch.device,
                                  for layer in chosen_layers(len(maps), cfg.LAYERS)]))
     values = torch.cat([values.flatten() for _, maps in rows for _, values in maps])
     title = f"Attention of {'[CLS]' if of_cls else 'the marked patch'}, mean over heads"
-    scale = Scale("times the mean over patches", (0, values.quantile(0.995).item()))
-    return panels(subject, rows, title, scale)
+    return panels(subject, rows, title, "times the mean over patches", vmin=0,
+                  vmax=values.quantile(0.995).item())
 
 
 def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
@@ -289,7 +278,7 @@ def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) ->
         rows.append((row.title, [(layer, (tokens[layer] @ tokens[layer][anchor]).view(grid).cpu())
                                  for layer in chosen_layers(len(tokens), cfg.LAYERS)]))
     title = "Cosine of the marked patch's token with all others"
-    return panels(subject, rows, title, Scale("cosine", (-0.2, 1), "magma", "min"))
+    return panels(subject, rows, title, "cosine", "min", cmap="magma", vmin=-0.2, vmax=1)
 
 
 def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:

@@ -91,13 +91,14 @@ def draw(cfg: SimpleNamespace) -> None:
     before = DeCLIP(after.model_name, "own")
     scenes, classes = find_set("toy", "data")
     text = before.encode_text(classes.prompts, find_templates("imagenet"))
-    shape = len(cfg.SCENES), len(TITLES)
-    size = 2 * shape[1], 2.02 * shape[0] + 0.8
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    figure, axes = plt.subplots(len(cfg.SCENES), len(TITLES), squeeze=False,
+                                figsize=(2 * len(TITLES), 2.02 * len(cfg.SCENES) + 0.8))
     labels = []
     for row, number in zip(axes, cfg.SCENES):
         image, label = scenes[number]
-        anchor, labels, maps = find_anchor(label), [*labels, label], []
+        # The anchor lies deepest inside a thing, or in the middle of a scene without one.
+        x, y, _ = deepest(label < len(THINGS))
+        anchor, labels, maps = (int(x), int(y)), [*labels, label], []
         for clip, attention in ((before, "clip"), (after, None)):
             labels.append(segment_scene(clip, image, attention, text))
             maps.append(attention_of(Shown("", clip.visual, attention), image, anchor))
@@ -133,12 +134,6 @@ def add_legend(figure: plt.Figure, classes: Classes, seen: Collection[str]) -> N
     figure.legend(handles=handles, loc="lower center", ncols=columns, **LEGEND | {"fontsize": 10})
     band = 0.1 + 0.22 * math.ceil(len(handles) / columns)
     figure.tight_layout(rect=(0, band / figure.get_figheight(), 1, 1), pad=0.4)
-
-
-def find_anchor(label: Tensor) -> tuple[int, int]:
-    """The pixel (x, y) that is deepest inside a thing, or the middle of a scene without one."""
-    x, y, _ = deepest(label < len(THINGS))
-    return int(x), int(y)
 
 
 def segment_scene(clip: DeCLIP, image: Tensor, attention: str | None, text: Tensor) -> Tensor:

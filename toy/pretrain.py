@@ -29,8 +29,8 @@ from torchvision.ops import roi_align
 from tqdm import tqdm
 
 from data import normalize
-from toy.world import FIRST_SCENE, NAMES, STUFF, THINGS, check_number, describe, draw_scene
-from util import UserError, distributed, settings
+from toy.world import FIRST_SCENE, MAX_SCENES, NAMES, STUFF, THINGS, describe, draw_scene
+from util import distributed, settings
 
 MODELS = "toy"                      # folder that clip/ or vfm/ is written into
 SCENES = 8000                       # scenes drawn to learn from, at 128 px
@@ -49,11 +49,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace) -> None:
     """Trains and writes one model."""
     settings.check_min(cfg, SCENES=1, STEPS=1, BATCH_SIZE=1, SEED=0)
-    check_number(cfg.SCENES)
-    if len(cfg.KIND) != 1 or cfg.KIND[0] not in PRETRAINERS:
-        raise UserError(f"{' '.join(cfg.KIND)!r} is no model to train; name one of "
-                        f"{', '.join(PRETRAINERS)}.")
-    kind, = cfg.KIND
+    kind = " ".join(cfg.KIND)
+    settings.check(cfg, KIND=(kind in PRETRAINERS, f"one of {', '.join(PRETRAINERS)}"),
+                   SCENES=(cfg.SCENES <= MAX_SCENES, f"at most {MAX_SCENES:,}"))
     torch.manual_seed(cfg.SEED)
     folder = Path(cfg.MODELS) / kind
     copy_configs(kind, folder)
@@ -70,19 +68,15 @@ def run(cfg: SimpleNamespace) -> None:
 
 HOME = Path(__file__).parent        # clip/ and vfm/ in it say what the models are
 STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-CONFIGS = {"clip": ("config.json", "open_clip_config.json", "merges.txt.gz"),
-           "vfm": ("config.json",)}
 
 
 def copy_configs(kind: str, folder: Path) -> None:
     """The files beside a model's weights, with paths into its new folder: timm's and open_clip's
     configurations, and the merges of a tokenizer whose every word is one token."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CONFIGS[kind]:
-        content = (HOME / kind / name).read_bytes()
-        if name == "open_clip_config.json":
-            content = content.replace(b"toy/clip", str(folder).encode())
-        (folder / name).write_bytes(content)
+    for file in (*(HOME / kind).glob("*.json"), *(HOME / kind).glob("merges*")):
+        content = file.read_bytes().replace(b"toy/clip", str(folder).encode())
+        (folder / file.name).write_bytes(content)
 
 
 # ------------------------------------------------------------------------- what is learned from
@@ -230,9 +224,6 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
     rng = torch.Generator().manual_seed(cfg.SEED)
     fresh = draw_scenes(FIRST_SCENE["clip"] + cfg.SCENES, 200)
 
-    def encode(captions: list[str]) -> Tensor:
-        return model.encode_text(tokenizer(captions))
-
     def sample(source: SceneTensors, count: int, only_first: bool) -> tuple[Tensor, list[str]]:
         scenes, boxes = sample_boxes(source, count, rng)
         shares = region_shares(source, scenes, boxes)
@@ -245,7 +236,7 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
         images, captions = sample(source, cfg.BATCH_SIZE or 128,
                                   torch.rand((), generator=rng) < 0.6)
         unique = list(dict.fromkeys(captions))
-        text = encode([template(caption) for caption in unique])
+        text = model.encode_text(tokenizer([template(caption) for caption in unique]))
         matched = torch.tensor([unique.index(caption) for caption in captions])
         scale = model.logit_scale.exp().clamp(max=100)
         return contrast(model.encode_image(images), text, matched, scale), figures
@@ -254,7 +245,8 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
     def figures() -> dict[str, float]:
         images, captions = sample(fresh, 400, True)
         model.eval()
-        text = F.normalize(encode([f"a photo of a {name}." for name in NAMES]), dim=-1)
+        sentences = tokenizer([f"a photo of a {name}." for name in NAMES])
+        text = F.normalize(model.encode_text(sentences), dim=-1)
         found = [NAMES[index] for index in (model.encode_image(images) @ text.T).argmax(dim=1)]
         model.train()
         right = {kind: [a == b for a, b in zip(found, captions) if b in kind]

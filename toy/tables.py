@@ -31,7 +31,7 @@ from downstream.catseg import train as catseg_train
 from downstream.fvit import eval as fvit_eval
 from downstream.fvit import train as fvit_train
 from toy.world import NAMES, SEEN, THINGS, UNSEEN
-from util import UserError, settings
+from util import distributed, settings
 
 OUT: str | None = None              # folder of the runs; None: what TABLES has for the table
 SEEDS = (0, 1, 2)                   # of the trainings; in detection each has its own split
@@ -45,10 +45,8 @@ LAMBDAS = (0.01, 0.03, 0.1)         # weights of the context loss, for rows that
 def main(argv: list[str] | None = None) -> None:
     """Makes the runs that the command line (or `argv`) asks for, and prints their table."""
     cfg = settings.parse(argv, sys.modules[__name__], positional="TABLE")
-    try:
+    with distributed.session(__file__):
         print(run(cfg))
-    except UserError as error:
-        raise SystemExit(f"tables.py: {error}") from None
 
 
 class Table(NamedTuple):

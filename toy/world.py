@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_masks
 from tqdm import tqdm
 
-from util import UserError, distributed, settings
+from util import distributed, settings
 
 OUT = "data/toy"                    # folder of the scenes
 TRAIN = 1024                        # scenes to train with
@@ -50,21 +50,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace) -> None:
     """Draws the training images and both labelled sets below OUT, in several processes."""
     settings.check_min(cfg, TRAIN=0, DEV=0, VAL=0, LABELLED=0, SIZE=32)
-    check_number(cfg.TRAIN, cfg.DEV, cfg.VAL, cfg.LABELLED)
+    counts = {kind: getattr(cfg, kind.upper()) for kind in ("train", "dev", "val", "labelled")}
+    settings.check(cfg, **{kind.upper(): (count <= MAX_SCENES, f"at most {MAX_SCENES:,}")
+                           for kind, count in counts.items()})
     with ProcessPoolExecutor() as pool:
-        for kind, count in (("train", cfg.TRAIN), ("dev", cfg.DEV), ("val", cfg.VAL),
-                            ("labelled", cfg.LABELLED)):
+        for kind, count in counts.items():
             if count:
                 draw_set(pool, Path(cfg.OUT) / kind, kind, count, cfg.SIZE)
     print(f"{cfg.TRAIN} scenes to train with, {cfg.DEV} to choose settings with and {cfg.VAL} to "
           f"report are in {cfg.OUT}")
-
-
-def check_number(*counts: int) -> None:
-    """Raises UserError if there are not as many scenes of a kind."""
-    if max(counts) > MAX_SCENES:
-        raise UserError(f"More than {MAX_SCENES:,} scenes of a kind were asked for, and there are "
-                        "no more; ask for fewer.")
 
 
 # ------------------------------------------------------------------------------------- drawing

@@ -4,7 +4,7 @@
     content.images, content.categories, content.annotations     # entries that can be trusted
     print(content.report())                                     # how many are used, and why not all
 
-A reader says what it needs: boxes, masks, sizes (of images), segments (of a panoptic json), lvis.
+A reader says what it needs: boxes, masks, segments (of a panoptic json), lvis.
 What is of a wrong type or refers to what is not there is refused, with the json, the entry's id and
 the field; an annotation that is only empty is left out and counted. Whole columns are looked at
 first, one by one only to name a wrong entry: COCO has 860,000 annotations.
@@ -16,6 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class Coco:
 def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
     """The content of a COCO-style json, all entries checked. Paths in it are only texts here.
 
-    needs: any of boxes, masks, sizes, segments, lvis; without one of them only images are read.
+    needs: any of boxes, masks, segments, lvis; without one of them only images are read.
     Raises UserError that names the json, the entry's id and the field.
     """
     needs, path = set(needs), Path(path)
@@ -143,9 +144,7 @@ def is_text(value: object) -> bool:
 
 def check_images(coco: Coco, needs: set[str]) -> None:
     """Ids, names and, if needed, sizes of images. One without a name has LVIS's address."""
-    def column(name: str, default: object = REQUIRED) -> Column:
-        return Column(coco.path, "images", coco.images, name, default)
-
+    column = partial(Column, coco.path, "images", coco.images)
     if needs:
         unique(column("id"))
     for place, image in enumerate(coco.images):
@@ -153,7 +152,7 @@ def check_images(coco: Coco, needs: set[str]) -> None:
         if "file_name" not in image and is_text(image.get("coco_url")):
             coco.images[place] = image | {"file_name": "/".join(image["coco_url"].split("/")[-2:])}
     column("file_name").must(is_text, "the name of a file")
-    if needs & {"sizes", "boxes", "masks", "lvis"}:
+    if needs & {"boxes", "masks"}:
         for side in ("height", "width"):
             column(side).must(lambda value: type(value) is int and 1 <= value < 2**20,
                               "a number of pixels")
@@ -165,9 +164,7 @@ def check_images(coco: Coco, needs: set[str]) -> None:
 
 def check_categories(path: Path, categories: list[dict], needs: set[str]) -> list[dict]:
     """The categories in the order of their ids."""
-    def column(name: str, default: object = REQUIRED) -> Column:
-        return Column(path, "categories", categories, name, default)
-
+    column = partial(Column, path, "categories", categories)
     column("id").of_types({int}, "a whole number")
     unique(column("id"))
     column("name").must(is_text, "the name of a class")
@@ -180,22 +177,24 @@ def check_categories(path: Path, categories: list[dict], needs: set[str]) -> lis
 
 def check_annotations(coco: Coco, needs: set[str]) -> None:
     """Annotations of instances: what they refer to, their boxes, areas and masks."""
-    def column(name: str, default: object = REQUIRED) -> Column:
-        return Column(coco.path, "annotations", coco.annotations, name, default)
-
+    column = partial(Column, coco.path, "annotations", coco.annotations)
     if any("id" in annotation for annotation in coco.annotations):
         unique(column("id"))
     if len(coco.annotations) > 200_000:
         print(f"checking the {len(coco.annotations):,} annotations of {coco.path}")
-    size_of = {image["id"]: (image.get("height"), image.get("width")) for image in coco.images}
-    known = {category["id"] for category in coco.categories}
-    column("image_id").one_of(size_of, "the id of one of 'images'")
-    column("category_id").one_of(known, "the id of one of 'categories'")
+    check_references(coco, column("image_id"), column("category_id"))
     column("iscrowd", 0).one_of({0, 1}, "0 or 1")
     if "boxes" in needs:
-        check_boxes(coco, column("bbox"), size_of)
+        check_boxes(coco, column("bbox"))
     if "masks" in needs:
         check_masks(coco)
+
+
+def check_references(coco: Coco, images: Column, categories: Column) -> None:
+    """Raises UserError on an id of an image or a category that the json does not have."""
+    images.one_of({image["id"] for image in coco.images}, "the id of one of 'images'")
+    categories.one_of({category["id"] for category in coco.categories},
+                      "the id of one of 'categories'")
 
 
 def four_numbers(column: Column) -> np.ndarray:
@@ -212,7 +211,7 @@ def four_numbers(column: Column) -> np.ndarray:
     return boxes
 
 
-def check_boxes(coco: Coco, column: Column, size_of: dict) -> None:
+def check_boxes(coco: Coco, column: Column) -> None:
     """Boxes in pixels. One without a pixel in its image is left out; an area that is none becomes
     the box's."""
     boxes = four_numbers(column)
@@ -224,29 +223,28 @@ def check_boxes(coco: Coco, column: Column, size_of: dict) -> None:
         area = annotation.get("area")
         if type(area) not in NUMBERS or not 0 < area < math.inf:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    sizes = sizes_of(coco, size_of)[:, ::-1]
-    is_shown = ((boxes[:, 2:] > 0) & (corners > 0) & (boxes[:, :2] < sizes)).all(axis=1)
+    ends = sizes_of(coco)[:, ::-1]
+    is_shown = ((boxes[:, 2:] > 0) & (corners > 0) & (boxes[:, :2] < ends)).all(axis=1)
     coco.leave_out(is_shown, "boxes without a pixel in their image")
 
 
-def sizes_of(coco: Coco, size_of: dict) -> np.ndarray:
+def sizes_of(coco: Coco) -> np.ndarray:
     """The height and width of each annotation's image, (n, 2)."""
-    place = {id: number for number, id in enumerate(size_of)}
-    sizes = np.array(list(size_of.values()), dtype=np.float64).reshape(-1, 2)
-    return sizes[[place[annotation["image_id"]] for annotation in coco.annotations]]
+    size_of = {image["id"]: (image["height"], image["width"]) for image in coco.images}
+    return np.array([size_of[annotation["image_id"]] for annotation in coco.annotations],
+                    dtype=np.int64).reshape(-1, 2)
 
 
 def check_masks(coco: Coco) -> None:
     """Polygons and run lengths; an annotation whose mask is empty is left out."""
-    size_of = {image["id"]: (image["height"], image["width"]) for image in coco.images}
+    sizes = sizes_of(coco)
     column = Column(coco.path, "annotations", coco.annotations, "segmentation", None)
     column.of_types({list, dict, type(None)}, "a list of polygons or a run-length code")
     for place, shape in enumerate(column.values):
-        if isinstance(shape, dict):
-            height, width = size_of[coco.annotations[place]["image_id"]]
-            if not is_run_length(shape, height, width):
-                column.refuse(place, f"a run-length code of {height} x {width} pixels")
-    check_polygons(column, sizes_of(coco, size_of).max(axis=1, initial=0))
+        if isinstance(shape, dict) and not is_run_length(shape, *sizes[place].tolist()):
+            height, width = sizes[place]
+            column.refuse(place, f"a run-length code of {height} x {width} pixels")
+    check_polygons(column, sizes.max(axis=1, initial=0))
     for annotation, shape in zip(coco.annotations, column.values):
         if isinstance(shape, list) and any(len(part) < 6 for part in shape):
             annotation["segmentation"] = [part for part in shape if len(part) >= 6]
@@ -264,7 +262,7 @@ def check_polygons(column: Column, longest: np.ndarray) -> None:
     if {type(part) for place in lists for part in column.values[place]} - {list}:
         column.must(lambda shape: not isinstance(shape, list)
                     or {*map(type, shape)} <= {list}, what)
-    parts = [part for place in lists for part in column.values[place]]
+    parts = list(chain.from_iterable(column.values[place] for place in lists))
     owner = np.repeat(np.array(lists, dtype=np.int64),
                       [len(column.values[place]) for place in lists])
     if {type(number) for number in chain.from_iterable(parts)} - NUMBERS:
@@ -311,28 +309,21 @@ def decodes(code: dict) -> bool:
 
 def check_segments(coco: Coco) -> None:
     """Annotations of a panoptic json: their image and PNG, and the segments in it."""
-    def column(name: str) -> Column:
-        return Column(coco.path, "annotations", coco.annotations, name)
-
     if not coco.annotations:
         raise UserError(f"{coco.path} has no annotations; give a COCO-panoptic json.")
     if "segments_info" not in coco.annotations[0]:
         raise UserError(f"{coco.path} has no field 'segments_info' in its annotations; give the "
                         "panoptic json, such as panoptic_val2017.json, not instances or captions.")
-    column("image_id").one_of({image["id"] for image in coco.images}, "the id of one of 'images'")
+    column = partial(Column, coco.path, "annotations", coco.annotations)
     column("file_name").must(is_text, "the name of a PNG")
     column("segments_info").must(lambda value: isinstance(value, list) and all(
         isinstance(segment, dict) for segment in value), "a list of segments")
     segments = list(chain.from_iterable(annotation["segments_info"]
                                         for annotation in coco.annotations))
-
-    def of_segments(name: str, default: object = REQUIRED) -> Column:
-        return Column(coco.path, "segments_info", segments, name, default)
-
+    of_segments = partial(Column, coco.path, "segments_info", segments)
     of_segments("id").must(lambda value: type(value) is int and 0 <= value < 2**24,
                            "a colour's number")
-    of_segments("category_id").one_of({category["id"] for category in coco.categories},
-                                      "the id of one of 'categories'")
+    check_references(coco, column("image_id"), of_segments("category_id"))
     four_numbers(of_segments("bbox"))
     of_segments("iscrowd", 0).one_of({0, 1}, "0 or 1")
 
@@ -380,23 +371,18 @@ def instance_mask(shape: list | dict, height: int, width: int) -> np.ndarray:
     return coco_masks.decode(codes).astype(bool)
 
 
-def files_below(path: Path, folder: Path, names: Sequence[str], setting: str) -> list[str]:
+def files_below(path: Path, folder: Path, names: Sequence[str], setting: str,
+                or_else: str = "") -> list[str]:
     """The files that a json names in a folder; UserError if one is not below it.
 
-    setting: what names the folder.
+    setting: what names the folder. or_else: what else can be done.
     """
-    files = [str(folder / name) for name in names]
-    alien = first_outside(files, folder)
+    files, base = [str(folder / name) for name in names], os.path.join(os.path.abspath(folder), "")
+    alien = next((file for file in files if not os.path.abspath(file).startswith(base)), None)
     if alien:
         raise UserError(f"{path} names {alien}, which is not below {folder.absolute()}; set "
-                        f"{setting} to the folder that holds its images.")
+                        f"{setting} to the folder that holds its images{or_else}.")
     return files
-
-
-def first_outside(paths: Sequence[str], folder: Path) -> str | None:
-    """The first path that is not below a folder once its `..` are resolved, None if all are."""
-    base = os.path.join(os.path.abspath(folder), "")
-    return next((path for path in paths if not os.path.abspath(path).startswith(base)), None)
 
 
 def is_inside(bbox: list[float], height: int, width: int) -> bool:

@@ -145,12 +145,6 @@ def synchronized(module: nn.Module, is_last: bool) -> AbstractContextManager:
     return module.no_sync() if waits else nullcontext()
 
 
-def all_equal(number: int, device: torch.device) -> bool:
-    """Whether every rank has the same number."""
-    extremes = max_over_ranks(torch.tensor([number, -number], device=device))
-    return bool(extremes[0] == -extremes[1])
-
-
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all ranks, in place."""
     if dist.is_initialized():

@@ -4,8 +4,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,19 +94,3 @@ def read_json(path: str | Path, *fields: str) -> dict:
         raise UserError(f"{path} has no field {missing[0]!r}; a COCO-style file with "
                         f"{', '.join(fields)} is expected.")
     return content
-
-
-@contextmanager
-def fields_of(path: str | Path) -> Iterator[None]:
-    """Within it, entries of the json `path` are read: UserError for one that lacks a field, or has
-    one of another type."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{path} has an entry without the field {error}; download it again."
-                        ) from None
-    except UserError:
-        raise
-    except (TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} has an entry of another form than COCO's ({error}); download it "
-                        "again.") from None

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from util import UserError
-from util.coco import first_outside, read_coco
+from util.coco import files_below, read_coco
 from util.files import find
 
 MAX_DECODED = 100_000_000   # pixels; larger images are not decoded: a small file could fill memory
@@ -86,7 +86,7 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndar
                          "are decoded")
     if upright:
         ImageOps.exif_transpose(file, in_place=True)
-    shift = 8 if file.mode.startswith("I") and file.getextrema()[1] > 255 else 0
+    shift = bits_to_drop(file)
     if factor == 1:
         return to_rgb(file, shift)
     # In strips: a copy of the whole image in RGB takes more memory than many files.
@@ -100,6 +100,16 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndar
 def reduction(file: Image.Image, most: int | None) -> int:
     """The least factor by which both sides are divided to have at most `most` pixels."""
     return math.ceil((file.width * file.height / most) ** 0.5) if most else 1
+
+
+def bits_to_drop(file: Image.Image) -> int:
+    """By how many bits values are scaled to have 8; ValueError for those beyond 16."""
+    if not file.mode.startswith("I"):
+        return 0
+    values = np.array(file)     # PIL's own extrema know no big-endian files
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"it has values from {values.min()} to {values.max()}, beyond 16 bits")
+    return 8 if values.max() > 255 else 0
 
 
 def to_rgb(file: Image.Image, shift: int) -> np.ndarray:
@@ -140,12 +150,9 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
 
 def images_of_json(path: Path, root: Path, outside: bool) -> list[str]:
     """The files that a COCO-style json names, below `root` unless they may be `outside`."""
-    paths = [str(root / image["file_name"]) for image in read_coco(path, ()).images]
-    alien = first_outside(paths, root)
-    if alien and not outside:
-        raise UserError(f"{path} names {alien}, which is not below {root.absolute()}; set "
-                        "IMAGE_ROOT to the folder of its images, or OUTSIDE_ROOT if you trust "
-                        "the json.")
+    names = [image["file_name"] for image in read_coco(path, ()).images]
+    paths = [str(root / name) for name in names] if outside else files_below(
+        path, root, names, "IMAGE_ROOT", ", or OUTSIDE_ROOT if you trust the json")
     if paths and not Path(paths[0]).is_file():
         raise UserError(f"{path} names {paths[0]}, which is not there; set IMAGE_ROOT to the "
                         "folder of its images.")

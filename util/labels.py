@@ -22,6 +22,9 @@ from util.images import MAX_DECODED, orientation, read_image, unreadable
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
 UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
+# VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first.
+VOC_PALETTE = np.stack([sum((np.arange(256) >> 3 * place + channel & 1) << 7 - place
+                            for place in range(8)) for channel in range(3)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def read_benchmark(path: str | Path) -> SegmentationBenchmark:
     if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
         classes = CLASS_FILES / content["classes"]
     return SegmentationBenchmark(**{"names": "*", "values": None} | content | {
-        "folder": str(folder / content.get("folder", "")), "classes": str(classes)})
+        "folder": os.path.normpath(folder / content.get("folder", "")), "classes": str(classes)})
 
 
 def is_field(key: str, value: object) -> bool:
@@ -143,11 +146,8 @@ class SegmentationImages(Dataset):
         with unreadable(path, "a label image"):
             if path.exists() and not path.is_file():
                 raise ValueError("it is no regular file")
-            if self.instances:
-                file_name = Path(self.benchmark.image.format(self.names[index])).name
-                values = self.instances.render(file_name, *image.shape[1:])
-            else:
-                values = self.read_label(path)
+            values = (self.instances.render(file.name, *image.shape[1:]) if self.instances
+                      else self.read_label(path))
         label = self.lookup[values]
         unknown = values[label == UNKNOWN]
         if unknown.size:
@@ -182,16 +182,6 @@ def read_label(path: Path, palette: str = "") -> np.ndarray:
     return values
 
 
-def voc_palette() -> np.ndarray:
-    """VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first."""
-    values = np.arange(256)
-    return np.stack([sum((values >> 3 * place + channel & 1) << 7 - place for place in range(8))
-                     for channel in range(3)], axis=1)
-
-
-VOC_PALETTE = voc_palette()
-
-
 def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set: Callable
               ) -> tuple[dict[str, tuple], dict[str, str]]:
     """The images and classes of each benchmark; of `all`, those missing and where they should be.
@@ -210,7 +200,7 @@ def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set
             missing[name] = str(error)
     if not sets:
         raise UserError(f"None of the benchmarks is in {Path(data).absolute()}; docs/data.md says "
-                        f"how each is unpacked: {' '.join(missing.values())}")
+                        f"how each is unpacked: {next(iter(missing.values()))}")
     return sets, missing
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import UserError
 from util.distributed import Ranks
 
 RUN = 8                 # neighbouring images that are read together
@@ -56,13 +55,11 @@ class WindowOrder:
     counts: the images of each shard; image indices count through all shards. The incomplete last
     batch is left out. The order depends on the arguments only. A step's indices are sorted, so
     that ranks that divide them read different runs.
-    Raises UserError if there are fewer images than a batch has.
     """
 
     def __init__(self, counts: np.ndarray, batch_size: int, epoch: int, seed: int):
         ends = np.cumsum(counts, dtype=np.int64)
         self.images, self.batch_size = int(ends[-1]), batch_size
-        check_batch(self.images, batch_size)
         self.key = f"{seed}-{epoch}"
         self.parts = shuffle(cut(np.stack([ends - counts, ends], axis=1), PART), self.key)
         self.starts = group_starts(self.parts, WINDOW)      # of windows
@@ -101,21 +98,12 @@ class WindowOrder:
         return shuffle(cut(runs, 1)[:, 0], f"{self.key}-{window}-{number}")
 
 
-def check_batch(images: int, batch_size: int) -> None:
-    """Raises UserError if there are fewer images than a batch has."""
-    if images < batch_size:
-        raise UserError(f"There are {images} images, fewer than BATCH_SIZE, {batch_size}; add "
-                        f"images, or set BATCH_SIZE to {images} or less.")
-
-
 def epoch_order(images: int, batch_size: int, epoch: int, seed: int) -> Tensor:
     """The image indices of every step of an epoch, (steps, batch_size), shuffled.
 
     The incomplete last batch is left out. The order depends on the arguments only, so a run can
     resume in the middle of an epoch, on another number of GPUs too.
-    Raises UserError if there are fewer images than a batch has.
     """
-    check_batch(images, batch_size)
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(images, generator=rng)
     return order[:images // batch_size * batch_size].view(-1, batch_size)

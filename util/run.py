@@ -32,10 +32,10 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Protocol
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,8 @@ from tqdm import tqdm
 from util import UserError, distributed, printable, settings
 from util.distributed import Ranks
 from util.files import atomic_write, is_half_written
-from util.order import check_batch
 from util.precision import autocast, check_precision, grad_scaler
-from util.samples import Batch
+from util.samples import Batch, TrainingData
 from util.sharding import own_part, read_about, read_parts, write_parts
 from util.weights import read_record
 
@@ -79,12 +78,6 @@ LOG_FIELDS = ("step", "epoch", "lr", "images_per_second", "memory_mb", "bad_step
 SIGNALS = (signal.SIGTERM, signal.SIGINT)      # a scheduler's before it takes a machine; Ctrl-C
 
 
-class Images(Protocol):
-    """What a run must know of its data."""
-    paths: Sequence[str]        # the image files
-    fingerprint: str            # the same for the same images in the same order
-
-
 def check_training(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting that is out of its range, of those that every training has."""
     settings.check_min(cfg, **{name: least for name, least in MIN_OF_TRAINING.items()
@@ -106,13 +99,16 @@ class Run:
     settings or images; and if ranks can't share a batch, or images don't fill one.
     """
 
-    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, images: Images, model_name: str,
+    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, images: TrainingData, model_name: str,
                  may_change: Sequence[str] = (), total: int | None = None):
         self.cfg, self.ranks, self.images = cfg, ranks, images
         self.micro_batch, self.accumulate = distributed.divide_batch(
             cfg.BATCH_SIZE, cfg.MICRO_BATCH, ranks.world_size)
-        check_batch(len(images.paths), cfg.BATCH_SIZE)
         self.steps_per_epoch = len(images.paths) // cfg.BATCH_SIZE
+        if not self.steps_per_epoch:
+            count = len(images.paths)
+            raise UserError(f"There are {count} images, fewer than BATCH_SIZE, {cfg.BATCH_SIZE}; "
+                            f"add images, or set BATCH_SIZE to {count} or less.")
         self.total = total or cfg.EPOCHS * self.steps_per_epoch
         self.last = self.total if cfg.STEPS is None else min(cfg.STEPS, self.total)
         self.model_path = Path(cfg.OUT) / model_name
@@ -169,7 +165,7 @@ class Run:
         self.step = self.restore() if self.resumed else 0
         if self.resumed and (self.ranks.is_main or self.is_sharded):
             self.renew_model()
-        if not distributed.all_equal(self.step, self.ranks.device):
+        if len(set(distributed.gather(self.step))) > 1:
             raise UserError(f"The processes found different checkpoints in {self.cfg.OUT}; put OUT "
                             "on a disk that all machines share.")
         bad_steps = self.resumed["bad_steps"] if self.resumed else 0
@@ -203,9 +199,17 @@ class Run:
     def restore(self) -> int:
         """Puts the resumed state back and returns its step."""
         state = self.resumed
-        restore = self.restore_parts if self.is_sharded else self.restore_whole
         try:
-            restore()
+            if self.is_sharded:     # this rank's parts, of a folder that any number of ranks wrote
+                moments = get_optimizer_state_dict(self.model, self.optimizer)
+                read_parts(resume_file(self.cfg.OUT, state["step"], True),
+                           {"model": self.trained(), "moments": moments["state"]})
+                set_optimizer_state_dict(self.model, self.optimizer, moments)
+            elif set(state["model"]) != set(self.trained()):
+                raise KeyError("model")
+            else:
+                self.model.load_state_dict(state["model"], strict=False)
+                self.optimizer.load_state_dict(state["optimizer"])
         except KeyError:
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
@@ -214,20 +218,6 @@ class Run:
         if state["scaler"].get("growth_interval") == self.scaler.get_growth_interval():
             self.scaler.load_state_dict(state["scaler"])
         return state["step"]
-
-    def restore_whole(self) -> None:
-        """Weights and moments of a checkpoint file. Raises KeyError if it has not those."""
-        if set(self.resumed["model"]) != set(self.trained()):
-            raise KeyError("model")
-        self.model.load_state_dict(self.resumed["model"], strict=False)
-        self.optimizer.load_state_dict(self.resumed["optimizer"])
-
-    def restore_parts(self) -> None:
-        """This rank's parts of them, of a checkpoint folder that any number of ranks wrote."""
-        moments = get_optimizer_state_dict(self.model, self.optimizer)
-        read_parts(resume_file(self.cfg.OUT, self.resumed["step"], True),
-                   {"model": self.trained(), "moments": moments["state"]})
-        set_optimizer_state_dict(self.model, self.optimizer, moments)
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that training changes and the statistics of norms, by name."""
@@ -258,16 +248,13 @@ class Run:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Within it, models compute in PRECISION."""
-        with self.synchronized(), autocast(self.cfg.PRECISION, self.ranks.device):
+        with distributed.synchronized(self.student, self.is_last_batch), autocast(
+                self.cfg.PRECISION, self.ranks.device):
             yield
-
-    def synchronized(self) -> AbstractContextManager:
-        """Ranks average gradients only in the last micro batch of a step, forward and backward."""
-        return distributed.synchronized(self.student, self.is_last_batch)
 
     def backward(self, loss: Tensor, losses: dict[str, Tensor], batch: Batch) -> None:
         """Gradients of a micro batch; its losses, scalars by name, go to the log."""
-        with self.synchronized():
+        with distributed.synchronized(self.student, self.is_last_batch):
             self.scaler.scale(loss / self.accumulate).backward()
         self.losses.append({name: value.detach()
                             for name, value in ({"loss": loss} | losses).items()})
@@ -399,7 +386,10 @@ class Run:
         self.watchdog.beat()
         distributed.barrier()
         if self.guard.stops:
-            raise SystemExit(self.guard.leave(self.step))
+            if self.ranks.is_main:
+                print(f"stopped by {signal.Signals(self.guard.signal).name} after step "
+                      f"{self.step}, which is saved; go on with --resume")
+            raise SystemExit(128 + self.guard.signal)       # 143: SIGTERM, 130: Ctrl-C
         if not self.is_saved:
             raise UserError(f"The last checkpoint could not be written to {self.cfg.OUT}; make "
                             "room, and repeat the end with --resume.")
@@ -586,13 +576,6 @@ class Guard:
             tqdm.write(f"step {step} was left out, its gradient is not finite; its images are in "
                        "bad_steps.jsonl")
 
-    def leave(self, step: int) -> int:
-        """Says which signal stopped the run -> its exit status (143: SIGTERM, 130: Ctrl-C)."""
-        if self.ranks.is_main:
-            print(f"stopped by {signal.Signals(self.signal).name} after step {step}, which is "
-                  "saved; go on with --resume")
-        return 128 + self.signal
-
 
 # ------------------------------------------------------------------------------------------ log
 
@@ -611,18 +594,8 @@ class Log:
         self.failures: set[str] = set()
         if ranks.is_main:
             for path in (self.path, self.path.with_name("bad_steps.jsonl")):
-                self.cut(path, first_step)
-
-    @staticmethod
-    def cut(path: Path, step: int) -> None:
-        """Removes lines after the checkpoint that a run goes on from: those steps are repeated.
-
-        Lines that a kill or a full disk left unreadable go, too.
-        """
-        kept = [line for line in read_lines(path) if step_of(line) <= step] if step else []
-        if kept or path.exists() or path.name == "log.jsonl":
-            text = "".join(line + "\n" for line in kept)
-            atomic_write(path, lambda file: Path(file).write_text(text))
+                if path.exists():
+                    cut_lines(path, first_step)
 
     def add(self, losses: dict[str, Tensor], failures: list[tuple[str, str]]) -> None:
         """Takes the losses of a step, scalars by name, and the files that could not be read."""
@@ -689,12 +662,19 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in text.split("\n")[:-1] if line]
 
 
-def step_of(line: str) -> float:
-    """The step that a line of json is about; infinity for a line that can't be read."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+def cut_lines(path: Path, last: int) -> None:
+    """Removes lines of json about later steps than the `last` one, since those will be repeated.
+
+    Lines that a kill or a full disk left unreadable go, too.
+    """
+    def step_of(line: str) -> float:
+        try:
+            return float(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            return math.inf
+
+    text = "".join(f"{line}\n" for line in read_lines(path) if step_of(line) <= last)
+    atomic_write(path, lambda file: Path(file).write_text(text))
 
 
 def escaped(text: str) -> str:
@@ -809,14 +789,13 @@ def read_state(path: Path) -> dict | None:
     """A checkpoint, without the tensors of one in parts; None if it is damaged."""
     try:
         if path.is_dir():
-            state = read_about(path)
-            if STATE - {"model", "optimizer"} <= set(state):
-                return state
-        # torch.load does not look at the checksums that the file, a zip archive, has.
-        with zipfile.ZipFile(path) as archive:
-            is_whole = archive.testzip() is None
-        state = torch.load(path, map_location="cpu", weights_only=True) if is_whole else None
-        if is_whole and STATE <= set(state):
+            state, needed = read_about(path), STATE - {"model", "optimizer"}
+        else:       # torch.load does not look at the checksums that the file, a zip archive, has
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum is wrong")
+            state, needed = torch.load(path, map_location="cpu", weights_only=True), STATE
+        if needed <= set(state):
             return state
     except Exception:       # damaged files raise anything
         pass

@@ -145,8 +145,6 @@ class ImageShards(TrainingData):
     def read(self, index: int) -> Tensor:
         try:
             return open_image(io.BytesIO(self.paths.read(index)), True, self.most_pixels)
-        except ShardChanged:
-            raise
         except Exception:       # its name takes a look into the shard, so it is not found before
             with unreadable(self.paths[index], "an image"):
                 raise
@@ -158,6 +156,9 @@ def find_images(images: str, root: str | None, outside: bool, read_timeout: floa
 
     Says how many image files are left out because of their format.
     """
+    if images.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise UserError(f"{images} is compressed, so no image in it can be found by its place; "
+                        "unpack it to a .tar.")
     if images.endswith(".tar") or is_remote(images):
         found = ImageShards(images, read_timeout, most_pixels, ranks)
     else:

@@ -153,6 +153,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             advice = f"; did you mean {near[0]}?" if near else "; --help lists them all"
             message = f"no option {unknown[1]}{advice}"
+        elif message.endswith(".tar"):
+            message += "; put a pattern such as {00..99}.tar in quotes"
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -105,10 +106,7 @@ class LocalFile:
 
     def __init__(self, path: str):
         self.name, self.handle = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self):
-        if hasattr(self, "handle"):
-            os.close(self.handle)
+        weakref.finalize(self, os.close, self.handle)
 
     def stamp(self) -> tuple[int, str]:
         """Its size, and what changes when it is written to."""
@@ -251,15 +249,14 @@ def make_index(shard: str, suffixes: Sequence[str], cache: str) -> Index:
              "ignored": ignored, "check": zlib.crc32(entries["check"].tobytes()),
              "stamp": [size, stamp]}
     content = json.dumps(about).encode() + b"\n" + entries.tobytes()
-    *others, last = index_paths(shard, cache)
-    for path in others:
+    paths = index_paths(shard, cache)
+    for path in paths:
         try:
             atomic_write(path, lambda temporary: Path(temporary).write_bytes(content))
             return read_index(path, suffixes)
         except OSError:         # a folder that can't be written
-            pass
-    atomic_write(last, lambda temporary: Path(temporary).write_bytes(content))
-    return read_index(last, suffixes)
+            if path == paths[-1]:
+                raise
 
 
 def read_index(path: Path, suffixes: Sequence[str]) -> Index | None:
@@ -303,14 +300,14 @@ def index_all(shards: Sequence[str], suffixes: Sequence[str], cache: str = CACHE
     renew: shards that have changed are indexed again instead of refused.
     Raises UserError that names the first shard that can't be indexed, and how many there are.
     """
-    find = partial(find_or_fail, suffixes=suffixes, cache=cache, renew=renew)
+    find = partial(index_or_error, suffixes=suffixes, cache=cache, renew=renew)
     with ThreadPoolExecutor(32) as pool:        # a mount answers slowly
         found = dict(zip(shards, pool.map(find, shards)))
     missing = [shard for shard, index in found.items() if index is None]
     if ranks:       # each begins at a place of its own, and takes what others have made meanwhile
         begin = len(missing) * ranks.rank // ranks.world_size
         missing = missing[begin:] + missing[:begin]
-    make = partial(make_or_fail, suffixes=suffixes, cache=cache)
+    make = partial(index_or_error, suffixes=suffixes, cache=cache, renew=True, make=True)
     count = min(len(missing), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with ProcessPoolExecutor(count) if count > 1 else nullcontext() as pool:
         made = tqdm((pool.map if pool else map)(make, missing), "index", len(missing),
@@ -323,29 +320,25 @@ def index_all(shards: Sequence[str], suffixes: Sequence[str], cache: str = CACHE
     return list(found.values())
 
 
-def find_or_fail(shard: str, suffixes: Sequence[str], cache: str, renew: bool = False
-                 ) -> Index | UserError | None:
-    """find_index, with an error as its result. renew: none for a shard that has changed."""
+def index_or_error(shard: str, suffixes: Sequence[str], cache: str, renew: bool,
+                   make: bool = False) -> Index | UserError | None:
+    """find_index, with an error as its result. renew: none for a shard that has changed. make: a
+    new one instead of none; another process may have made it meanwhile."""
     try:
-        return find_index(open_file(shard), suffixes, cache)
-    except ShardChanged as error:
-        return None if renew else error
-    except UserError as error:
-        return error
+        found = find_index(open_file(shard), suffixes, cache)
     except OSError as error:
         return UserError(f"{shard} can't be read ({error}); make it readable, or leave it out.")
-
-
-def make_or_fail(shard: str, suffixes: Sequence[str], cache: str) -> Index | UserError:
-    """The index that another process has made meanwhile, or a new one; an error as its result."""
-    found = find_or_fail(shard, suffixes, cache, renew=True)
-    try:
-        return found or make_index(shard, suffixes, cache)
     except UserError as error:
-        return error
+        if not (renew and isinstance(error, ShardChanged)):
+            return error
+        found = None
+    try:
+        return found or (make_index(shard, suffixes, cache) if make else None)
     except OSError as error:
         return UserError(f"The index of {shard} can't be made ({error}); make room, or make "
                          f"{cache} a folder that can be written.")
+    except UserError as error:
+        return error
 
 
 class Shards(Sequence[str]):

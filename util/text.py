@@ -66,7 +66,11 @@ def cached_embeddings(folder: str | Path, text: nn.Module, key: Sequence,
     The file's name is a checksum of the text tower's weights and of `key`, which names all else
     that the embeddings depend on.
     """
-    path = Path(folder) / f"text-{text_checksum(text, key)}.safetensors"
+    digest = hashlib.sha256(json.dumps(key, default=str).encode())
+    for name, value in sorted(text.state_dict().items()):
+        values = value.cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    path = Path(folder) / f"text-{digest.hexdigest()[:24]}.safetensors"
     with suppress(UserError):       # a damaged file is made anew
         if path.is_file():
             return read_weights(path)[0]["text"].to(next(text.parameters()).device)
@@ -75,12 +79,3 @@ def cached_embeddings(folder: str | Path, text: nn.Module, key: Sequence,
     checked = {"checksum": state_checksum(state, "{}")}
     atomic_write(path, lambda file: save_file(state, file, checked))
     return embeddings
-
-
-def text_checksum(text: nn.Module, key: Sequence) -> str:
-    """24 hexadecimal digits of a text tower's weights and a key."""
-    digest = hashlib.sha256(json.dumps(key, default=str).encode())
-    for name, value in sorted(text.state_dict().items()):
-        values = value.cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:24]

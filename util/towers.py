@@ -19,7 +19,7 @@ from timm.models import eva, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
 
 from util import UserError
-from util.files import ROOT, fields_of, read_json
+from util.files import ROOT, read_json
 
 TIMM_VITS = eva.Eva | vision_transformer.VisionTransformer
 SAM = vision_transformer_sam.VisionTransformerSAM
@@ -50,11 +50,14 @@ def paths_inside(source: str) -> Iterator[None]:
         yield
         return
     folder, before = Path(source.removeprefix("local-dir:")), Path.cwd()
-    config = read_json(folder / "open_clip_config.json", "model_cfg")["model_cfg"]
-    with fields_of(folder / "open_clip_config.json"):
+    path = folder / "open_clip_config.json"
+    config = read_json(path, "model_cfg")["model_cfg"]
+    try:
         tower = config["vision_cfg"].get("timm_model_name") or ""
         named = [config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path"),
                  tower.removeprefix("local-dir:") if tower.startswith("local-dir:") else None]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no model of open_clip's ({error}); write it again.") from None
     named = [path for path in named if path]
     for place in (folder, *folder.parents, before):
         if all((place / path).exists() for path in named):
@@ -85,9 +88,9 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
                             "open_clip_model.safetensors there.")
     elif schema != "hf-hub":
         check_tag(model_name, tag)
+    logging.disable(logging.WARNING)        # open_clip would warn of missing weights
     try:
-        # open_clip would warn of missing weights.
-        with silenced(), paths_inside(model_name):
+        with paths_inside(model_name):
             return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
                                           force_custom_text=True)
     except (RuntimeError, OSError) as error:
@@ -96,6 +99,8 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
         raise UserError(f"The weights {tag} of {model_name} could not be downloaded; check the "
                         "network, name a file of weights instead, or try the toy world of "
                         "README.md.") from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def check_folder(name: str, file: str, library: str) -> None:
@@ -119,16 +124,6 @@ def check_tag(model_name: str, tag: str | None) -> None:
     if tag and config.get("quick_gelu", False) != is_quick:
         other = model_name.removesuffix("-quickgelu") + ("" if is_quick else "-quickgelu")
         raise UserError(f"The weights {tag!r} need the other activation; use the model {other}.")
-
-
-@contextmanager
-def silenced() -> Iterator[None]:
-    """Without log messages below errors."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:

@@ -25,7 +25,9 @@ EVA_NAMES = (("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc2", "mlp.
              ("mlp.norm", "mlp.ffn_ln"), ("attn.norm", "attn.inner_attn_ln"),
              ("q_proj.bias", "q_bias"), ("v_proj.bias", "v_bias"))
 # timm's names of an OpenAI-style tower and open_clip's.
-VIT_NAMES = ((r"^patch_embed\.proj", "conv1"), (r"^norm_pre", "ln_pre"), (r"^norm\.", "ln_post."),
+VIT_NAMES = (("^cls_token$", "class_embedding"), ("^pos_embed$", "positional_embedding"),
+             (r"^head\.weight$", "proj"),
+             (r"^patch_embed\.proj", "conv1"), (r"^norm_pre", "ln_pre"), (r"^norm\.", "ln_post."),
              (r"\.norm(?=[12]\.)", ".ln_"), (r"^blocks", "transformer.resblocks"),
              (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj", "attn.out_proj"),
              (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"))
@@ -139,10 +141,8 @@ def check_record(path: str | Path, record: dict, model: dict, source: str) -> No
     model: what the model says of itself. source: its name as open_clip finds it.
     """
     for name, asked in model.items():
-        is_same = asked == record[name]
-        if name == "model" and not is_same:     # two paths of one folder
-            is_same = source == locate(record[name], path)
-        if not is_same:
+        is_folder = name == "model" and source == locate(record[name], path)    # by another path
+        if asked != record[name] and not is_folder:
             raise UserError(f"{path} was trained with {name} {record[name]}, but {name} {asked} "
                             f"was asked for; leave {name} out, or set it to {record[name]}.")
 
@@ -249,9 +249,6 @@ def fuse_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def vit_name(name: str) -> str:
     """timm's name of a weight of an OpenAI-style tower -> open_clip's."""
-    ends = {"cls_token": "class_embedding", "pos_embed": "positional_embedding",
-            "head.weight": "proj"}
-    name = ends.get(name, name)
     for ours, theirs in VIT_NAMES:
         name = re.sub(ours, theirs, name)
     return name

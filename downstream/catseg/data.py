@@ -125,7 +125,7 @@ def saturate(image: Tensor, factor: float) -> Tensor:
 
 LabelledSet = tuple[Dataset, Classes]       # items are (image, label), as of SegmentationImages
 
-ADE_OBJECTS = 3688      # label values of ADE20K_2021_17_01
+ADE_OBJECTS, ADE_CLASSES = 3688, 847        # label values of ADE20K_2021_17_01, and of A-847
 CONTEXT_OBJECTS = 459
 
 
@@ -181,7 +181,10 @@ def ade847(data: str | Path) -> LabelledSet:
     """A-847: the most frequent of ADE20K's objects; all others are void."""
     values, names = read_table(
         Path(data) / "ADE20K_2021_17_01/ade847.txt", ADE_OBJECTS, "the data set's own index is a "
-        "pickle, which is never read, so docs/data.md makes it from a list of Mask2Former's")
+        "pickle, which is never read, so docs/data.md makes it from a list of MaskFormer's")
+    if len(values) != ADE_CLASSES:
+        raise UserError(f"ade847.txt names {len(values)} classes, but A-847 has {ADE_CLASSES}; "
+                        "make it as docs/data.md says, since an entry may run over two lines.")
     void = sorted({*range(ADE_OBJECTS + 1)} - {*values})
     benchmark = SegmentationBenchmark(
         "ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",

@@ -41,6 +41,12 @@ LISTS = {"context459": "VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt"
 LISTS |= {"context59": LISTS["context459"], "voc20b": LISTS["voc20"]}
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch) -> None:
+    """A-847 of the four classes that `write` lists."""
+    monkeypatch.setattr(data, "ADE_CLASSES", 4)
+
+
 def write(root, name: str, label: np.ndarray | None = None) -> np.ndarray:
     """A set of one image in its original layout, with its table -> its label values (H, W)."""
     if label is None:
@@ -276,3 +282,11 @@ def test_jitter_changes_half_of_what_it_can():
             for key in range(400)]
     hues = np.array([hue - (hue > 0.5) for hue in hues])
     assert 0.4 < (abs(hues) < 1e-4).mean() < 0.6 and 0.09 < abs(hues).max() < 0.101
+
+
+def test_a_list_that_lost_classes_is_refused(tmp_path, monkeypatch):
+    """As one that was made line by line does, whose entries may run over two: 830 of 847."""
+    write(tmp_path, "ade847")
+    monkeypatch.setattr(data, "ADE_CLASSES", 847)
+    with pytest.raises(ValueError, match="names 4 classes, but A-847 has 847; make it as docs"):
+        find_evaluation("ade847", tmp_path)

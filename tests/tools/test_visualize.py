@@ -131,8 +131,7 @@ def test_the_hot_spot_is_where_the_maximum_is(size):
     values = torch.zeros(grid)
     values[2, grid[1] - 2] = 1
     subject = visualize.Subject("a.jpg", torch.zeros(3, *size).byte(), None)
-    figure = visualize.panels(subject, [("model", [(0, values)])], "title",
-                              visualize.Scale("unit", (0, 1)))
+    figure = visualize.panels(subject, [("model", [(0, values)])], "title", "unit", vmin=0, vmax=1)
     figure.canvas.draw()
     axis = figure.axes[1]
     box = axis.get_window_extent()
@@ -151,7 +150,7 @@ def test_the_photograph_is_there_once_and_last_layers_stand_together():
     subject = visualize.Subject("a.jpg", torch.zeros(3, 20, 30).byte(), (3, 4))
     rows = [("CLIP", [(layer, torch.zeros(2, 3)) for layer in range(3)]),
             ("VFM", [(layer, torch.zeros(2, 3)) for layer in range(2)])]
-    figure = visualize.panels(subject, rows, "title", visualize.Scale("unit", (0, 1)))
+    figure = visualize.panels(subject, rows, "title", "unit", vmin=0, vmax=1)
     figure.canvas.draw()
     titles = [axis.get_title() for axis in figure.axes[:7]]
     assert titles == ["a.jpg", "layer 1", "layer 2", "layer 3", "", "layer 1", "layer 2"]

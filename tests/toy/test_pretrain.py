@@ -200,8 +200,8 @@ def test_a_model_elsewhere_finds_its_own_files(tmp_path):
         assert pretrain.STATISTICS.items() <= config["pretrained_cfg"].items()
 
 
-@pytest.mark.parametrize("words, said", [(["dog"], "name one of clip, vfm"), ([], "required: kind"),
-                                         (["clip", "vfm"], "name one of clip, vfm")])
+@pytest.mark.parametrize("words, said", [(["dog"], "be one of clip, vfm"), ([], "required: kind"),
+                                         (["clip", "vfm"], "be one of clip, vfm")])
 def test_a_model_must_be_named(capsys, words, said):
     with pytest.raises(SystemExit) as error:
         pretrain.main(words)

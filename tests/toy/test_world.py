@@ -103,7 +103,7 @@ def test_drawing_again_leaves_no_old_scenes(drawn, tmp_path):
     assert sizes == [(32, 32)] * 2 and len(list((tmp_path / "dev" / "images").iterdir())) == 2
 
 
-@pytest.mark.parametrize("given, words", [({"val": MAX_SCENES + 1}, "ask for fewer"),
+@pytest.mark.parametrize("given, words", [({"val": MAX_SCENES + 1}, "VAL is 10000001"),
                                           ({"size": 3}, "SIZE is 3")])
 def test_bad_settings_are_one_sentence(tmp_path, given, words):
     with pytest.raises(SystemExit, match=words):

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -214,3 +215,21 @@ def test_refusals_say_what_to_do(tmp_path, make, sentence):
     with pytest.raises(ValueError) as error:
         make(tmp_path)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_16_bits_in_either_order_of_bytes(tmp_path, order):
+    """A TIFF of two rows; PIL calls them I;16 and I;16B."""
+    values = np.array([[0, 256, 65535], [512, 1024, 40000]], dtype=f"{order}u2")
+    entries = [(256, 3), (257, 2), (258, 16), (259, 1), (262, 1), (273, 122), (277, 1), (278, 2),
+               (279, 12)]
+    tiff = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries))
+    tiff += b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in entries)
+    (tmp_path / "x.tif").write_bytes(tiff + bytes(4) + values.tobytes())
+    assert read_image(tmp_path / "x.tif")[0].tolist() == [[0, 1, 255], [2, 4, 156]]
+
+
+def test_values_beyond_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="values from 0 to 70000, beyond 16 bits"):
+        read_image(tmp_path / "x.tif")
