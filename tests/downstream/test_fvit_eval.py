@@ -133,7 +133,8 @@ def test_a_backbone_may_lie_elsewhere(checkpoint, tmp_path):
     ({"most": 0}, "MOST is 0"), ({"batch_size": 0}, "BATCH_SIZE is 0"),
     ({"precision": "fp8"}, "PRECISION"), ({"dataset": "lvis"}, "There is no data set 'lvis'"),
     ({"novel": "dics"}, "has no category 'dics'; did you mean 'disc'?"),
-    ({"images": "nowhere"}, "which is not there"), ({"ckpt": "no.safetensors"}, "no weights file no"),
+    ({"images": "nowhere"}, "which is not there"),
+    ({"ckpt": "no.safetensors"}, "There is no weights file no"),
     ({"backbone": "no.safetensors"}, "There is no backbone no.safetensors"),
     ({"ckpt": ROOT / "toy/clip/open_clip_model.safetensors"}, "is no detector")])
 def test_bad_input_is_one_sentence(checkpoint, scenes_json, tmp_path, given, words):  # noqa: F811
