@@ -14,6 +14,7 @@ aggregator. Features of places that are the same for all classes, or of classes 
 all places, are called guidance.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -97,9 +98,7 @@ class CATSeg(nn.Module):
 
         Raises UserError for a name that is longer than what the text tower reads.
         """
-        self.names = list(names)
-        distinct = list(dict.fromkeys(self.names))
-        place = {name: number for number, name in enumerate(distinct)}
+        self.names, distinct = list(names), list(dict.fromkeys(names))
         device = self.clip.text.logit_scale.device
         tokenizer, template = tokenizer_of(self.clip.source), self.design.template
         check_lengths(tokenizer, distinct, [template], self.clip.model_name)
@@ -108,7 +107,7 @@ class CATSeg(nn.Module):
             tokens = tokens[:, :tokens.argmax(dim=1).max() + 1]
         self.register_buffer("tokens", tokens.to(device), persistent=False)
         self.register_buffer("prompt_of_class", torch.tensor(
-            [place[name] for name in self.names], device=device), persistent=False)
+            [distinct.index(name) for name in names], device=device), persistent=False)
 
     def encode_classes(self) -> Tensor:
         """The classes' embeddings, L2-normalised, float32 (T, C), with gradients."""
@@ -124,9 +123,8 @@ class CATSeg(nn.Module):
         with an EVA tower, q and v of its own and the text tower's whole input projection. What gets
         no gradient with these classes and this attention is frozen, too.
         """
-        self.clip.requires_grad_(False)
-        for weight in attention_weights(self.clip):
-            weight.requires_grad_(True)
+        for name, weight in self.clip.named_parameters():
+            weight.requires_grad_(re.search(TRAINED, name) is not None)
         visual = self.clip.visual
         projections = ATTENTIONS[visual.known(self.design.attention)].projections
         if projections is not None and "q" not in projections:
@@ -442,16 +440,24 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------- what trains inside CLIP
 
+# The weights of both towers that train, after split_projections
+TRAINED = r"\.attn\.((qkv\.)?[qv](_proj)?[._]|in_proj_)weight$"
+
+
 def split_projections(clip: DeCLIP) -> None:
     """Splits fused projections into q, k and v, so that the weights of q and v can train alone.
 
     An EVA model trains the whole input projection of its text tower, which stays as it is.
+    Raises UserError if the text tower is not open_clip's own.
     """
-    trunk = clip.visual.trunk
+    trunk, tower = clip.visual.trunk, clip.text.text
+    if not isinstance(tower, TextTransformer):
+        raise UserError(f"The text tower of {clip.model_name} is not open_clip's own transformer, "
+                        "whose attention CAT-Seg trains; use another model.")
     for block in trunk.blocks:
         if isinstance(block.attn.qkv, nn.Linear):
             block.attn.qkv = SplitQKV(block.attn.qkv)
-    for block in [] if isinstance(trunk, Eva) else text_blocks(clip):
+    for block in [] if isinstance(trunk, Eva) else tower.transformer.resblocks:
         attn = block.attn
         parts = attn.in_proj_weight.detach().chunk(3)
         attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight = (
@@ -459,38 +465,16 @@ def split_projections(clip: DeCLIP) -> None:
         attn.in_proj_weight, attn._qkv_same_embed_dim = None, False     # torch's own other form
 
 
-def attention_weights(clip: DeCLIP) -> Iterator[nn.Parameter]:
-    """The weights of both towers that train, after split_projections."""
-    for block in clip.visual.trunk.blocks:
-        yield projection(block.attn, "q").weight
-        yield projection(block.attn, "v").weight
-    for block in text_blocks(clip):
-        if block.attn.in_proj_weight is not None:
-            yield block.attn.in_proj_weight
-        else:
-            yield block.attn.q_proj_weight
-            yield block.attn.v_proj_weight
-
-
-def text_blocks(clip: DeCLIP) -> Sequence[nn.Module]:
-    """The text tower's blocks; UserError if they are not open_clip's own."""
-    if not isinstance(clip.text.text, TextTransformer):
-        raise UserError(f"The text tower of {clip.model_name} is not open_clip's own transformer, "
-                        "whose attention CAT-Seg trains; use another model.")
-    return clip.text.text.transformer.resblocks
-
-
-def ends_count(tower: nn.Module) -> bool:
+def ends_count(tower: TextTransformer) -> bool:
     """Whether a text tower's output does not depend on the padding behind a sentence's end.
 
     So it is where attention is causal, and the end, its largest token, is what is read.
     """
-    return (isinstance(tower, TextTransformer) and tower.attn_mask is not None
-            and tower.pool_type == "argmax" and tower.cls_emb is None)
+    return tower.attn_mask is not None and tower.pool_type == "argmax" and tower.cls_emb is None
 
 
 @contextmanager
-def short_context(tower: nn.Module, length: int) -> Iterator[None]:
+def short_context(tower: TextTransformer, length: int) -> Iterator[None]:
     """Within it, a text tower takes sentences of so many tokens, without padding to its context."""
     if not ends_count(tower):
         yield
