@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
+from torchvision.ops import Conv2dNormActivation
 
 from data import constant, fitted_size, normalize, pad_to, resize
 from downstream.detection import Detections
@@ -212,12 +213,9 @@ NORMS = {"batch": nn.BatchNorm2d,
          "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)}
 
 
-def conv(channels: int, out: int, side: int, norm: Callable | None, relu: bool = True
-         ) -> nn.Sequential:
-    """A convolution that keeps the grid, a norm, a ReLU."""
-    convolution = nn.Conv2d(channels, out, side, padding=side // 2, bias=norm is None)
-    return nn.Sequential(convolution, norm(out) if norm else nn.Identity(),
-                         nn.ReLU() if relu else nn.Identity())
+def convs(count: int, channels: int, norm: Callable | None) -> list[nn.Module]:
+    """3 x 3 convolutions that keep the grid, each with a norm and a ReLU."""
+    return [Conv2dNormActivation(channels, channels, norm_layer=norm) for _ in range(count)]
 
 
 class Pyramid(nn.Module):
@@ -228,9 +226,9 @@ class Pyramid(nn.Module):
         finer = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
         self.scales = nn.ModuleList([nn.Sequential(finer(), norm(width), nn.GELU(), finer()),
                                      finer(), nn.Identity(), nn.MaxPool2d(2)])
-        self.laterals = nn.ModuleList(conv(width, channels, 1, norm, relu=False) for _ in range(4))
-        self.outputs = nn.ModuleList(conv(channels, channels, 3, norm, relu=False)
-                                     for _ in range(4))
+        conv = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
+        self.laterals = nn.ModuleList(conv(width, channels, 1) for _ in range(4))
+        self.outputs = nn.ModuleList(conv(channels, channels) for _ in range(4))
         for module in (self.laterals, self.outputs):
             initialize(module, nn.init.xavier_uniform_)
 
@@ -249,7 +247,7 @@ class ProposalHead(nn.Module):
 
     def __init__(self, channels: int, norm: Callable | None):
         super().__init__()
-        self.trunk = nn.Sequential(*(conv(channels, channels, 3, norm) for _ in range(2)))
+        self.trunk = nn.Sequential(*convs(2, channels, norm))
         self.score = nn.Conv2d(channels, len(RATIOS), 1)
         self.deltas = nn.Conv2d(channels, 4 * len(RATIOS), 1)
         initialize(self, partial(nn.init.normal_, std=0.01))
@@ -268,7 +266,7 @@ class BoxHead(nn.Module):
     def __init__(self, channels: int, dim: int, norm: Callable):
         super().__init__()
         self.shared = nn.Sequential(
-            *(conv(channels, channels, 3, norm) for _ in range(4)), nn.Flatten(),
+            *convs(4, channels, norm), nn.Flatten(),
             nn.Linear(channels * REGION_SIDE**2, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
         # The last ReLU is the published one's, though cosines would not need it.
         self.embedding = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
@@ -288,9 +286,8 @@ class MaskHead(nn.Module):
     def __init__(self, channels: int, norm: Callable):
         super().__init__()
         self.layers = nn.Sequential(
-            *(conv(channels, channels, 3, norm) for _ in range(4)),
-            nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(),
-            nn.Conv2d(channels, 1, 1))
+            *convs(4, channels, norm), nn.ConvTranspose2d(channels, channels, 2, stride=2),
+            nn.ReLU(), nn.Conv2d(channels, 1, 1))
         initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -680,11 +677,10 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     that open_clip itself lists are fetched.
     """
     file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
-    if file:
-        file = str(find(file))
-        if not Path(file).is_file():
-            raise UserError(f"{path} was trained on {file}, which is not there; say where that "
-                            "backbone is (--backbone).")
+    file = str(find(file)) if file else None
+    if file and not Path(file).is_file():
+        raise UserError(f"{path} was trained on {file}, which is not there; say where that "
+                        "backbone is (--backbone).")
     model = recorded_model(path, {"model": model} if model else {})
     is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
     if not (is_known or (model, tag) in open_clip.list_pretrained()):

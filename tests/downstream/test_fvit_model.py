@@ -626,6 +626,6 @@ def test_parts_are_initialised_as_published(fvit):
     assert fvit.box_head.deltas[-1].weight.std().item() == pytest.approx(0.001, rel=0.2)
     assert fvit.proposal_head.score.weight.std().item() == pytest.approx(0.01, rel=0.3)
     assert fvit.tau.item() == 50 and fvit.tau.requires_grad
-    assert isinstance(fvit.proposal_head.trunk[0][1], nn.Identity)
+    assert isinstance(fvit.proposal_head.trunk[0][1], nn.ReLU)
     with_norm = FViT(fvit.backbone, NAMES, SEEN, SMALL._replace(rpn_norm=True), fvit.text)
     assert isinstance(with_norm.proposal_head.trunk[0][1], nn.BatchNorm2d)
