@@ -153,11 +153,8 @@ def find_files(dataset: str, split: str, data: str | Path
         raise UserError(f"There is no data set {dataset!r}; choose among "
                         f"{', '.join(KNOWN_BENCHMARKS)}, or a COCO-style json of your own.")
     benchmark = KNOWN_BENCHMARKS[dataset]
-    files = benchmark.train if split == "train" else benchmark.val
-    if files is None:
-        return benchmark, None, find(data)
-    path, folder = (find(Path(data) / file) for file in files)
-    return benchmark, path, folder
+    path, folder = getattr(benchmark, split) or (None, "")
+    return benchmark, path and find(Path(data) / path), find(Path(data) / folder)
 
 
 def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchmark,

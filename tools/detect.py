@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from downstream.detection import Detections, encode_detections
-from downstream.fvit.eval import check_scores, detector_settings, score_rules
+from downstream.fvit.eval import detector_settings, score_rules
 from downstream.fvit.model import open_fvit
 from tools import segment
 from util import distributed, settings
 from util.files import atomic_write, write_json
-from util.precision import autocast
+from util.precision import autocast, check_precision
 
 SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
 
@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
-    check_scores(cfg)
+    check_precision(cfg.PRECISION)
+    rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     names = segment.typed_classes(cfg.CLASSES).names
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
-    rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
     for path, out, photo in segment.read_photos(outputs):
         with autocast(cfg.PRECISION, device):

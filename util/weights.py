@@ -197,6 +197,7 @@ def split_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_checkpoint(path: str | Path, state: dict[str, Tensor], record: dict) -> None:
     """Writes a safetensors file with `record` and a checksum of everything as its metadata."""
     text = json.dumps(record)
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     metadata = {"declip": text, "checksum": state_checksum(state, text)}
     atomic_write(path, lambda file: save_file(state, file, metadata))
 

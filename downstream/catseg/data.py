@@ -15,7 +15,6 @@ import scipy.io
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.functional import adjust_hue
 
 from data import Classes, make_classes, read_classes, resize
@@ -123,7 +122,7 @@ def saturate(image: Tensor, factor: float) -> Tensor:
 
 # ------------------------------------------------------------------------------- evaluation sets
 
-LabelledSet = tuple[Dataset, Classes]       # items are (image, label), as of SegmentationImages
+LabelledSet = tuple[SegmentationImages, Classes]
 
 ADE_OBJECTS, ADE_CLASSES = 3688, 847        # label values of ADE20K_2021_17_01, and of A-847
 CONTEXT_OBJECTS = 459
@@ -138,21 +137,20 @@ def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]
     path = find(path)
     if not path.is_file():
         raise MissingData(f"There is no label table {path.absolute()}; {origin}.")
-    values, names = [], []
+    table = {}
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
         if line.strip() and not (found and 1 <= int(found[1]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
                             f"value from 1 to {most}, and a name.")
+        if found and int(found[1]) in table:
+            raise UserError(f"{path} names label value {found[1]} twice; write one class a line.")
         if found:
-            values.append(int(found[1]))
-            names.append(found[2].strip())
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice or not values:
-        raise UserError(f"{path} names {'no class' if not values else f'label value {twice} twice'}"
-                        "; write one class a line.")
-    return values, names
+            table[int(found[1])] = found[2].strip()
+    if not table:
+        raise UserError(f"{path} names no class; write one class a line.")
+    return [*table], [*table.values()]
 
 
 def read_ade(path: Path) -> np.ndarray:
@@ -189,7 +187,7 @@ def ade847(data: str | Path) -> LabelledSet:
     benchmark = SegmentationBenchmark(
         "ADE20K_2021_17_01", "**/ADE_val_*", "images/ADE/validation/{}.jpg",
         "images/ADE/validation/{}_seg.png", "", values, void, read=read_ade)
-    return Reduced(SegmentationImages(benchmark, data), 512), make_classes(names)
+    return Reduced(benchmark, data), make_classes(names)
 
 
 def context459(data: str | Path) -> LabelledSet:
@@ -229,20 +227,14 @@ def find_evaluation(name: str, data: str | Path) -> LabelledSet:
     return images, make_classes(classes.names)
 
 
-class Reduced(Dataset):
-    """Images and labels of a set whose shorter side is at most `most` (published for A-847)."""
-
-    def __init__(self, images: Dataset, most: int):
-        self.images, self.most = images, most
-
-    def __len__(self) -> int:
-        return len(self.images)
+class Reduced(SegmentationImages):
+    """Images and labels whose shorter side is at most 512 (published for A-847)."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self.images[index]
-        if min(label.shape) <= self.most:
+        image, label = super().__getitem__(index)
+        if min(label.shape) <= 512:
             return image, label
-        (H, W), (h, w) = label.shape, resized_size(image, self.most, max(label.shape))
+        (H, W), (h, w) = label.shape, resized_size(image, 512, max(label.shape))
         rows, columns = (nearest(0, side, side, original, label.device)
                          for side, original in ((h, H), (w, W)))
         return (resize(image, h, w) * 255).round().byte(), label[rows][:, columns]

@@ -103,7 +103,9 @@ class CATSeg(nn.Module):
         tokenizer, template = tokenizer_of(self.clip.source), self.design.template
         check_lengths(tokenizer, distinct, [template], self.clip.model_name)
         tokens = tokenizer([template.format(name) for name in distinct])
-        if ends_count(self.clip.text.text):
+        tower = self.clip.text.text
+        if tower.attn_mask is not None and tower.pool_type == "argmax" and tower.cls_emb is None:
+            # Attention is causal, and the end, the largest token, is read: padding has no influence
             tokens = tokens[:, :tokens.argmax(dim=1).max() + 1]
         self.register_buffer("tokens", tokens.to(device), persistent=False)
         self.register_buffer("prompt_of_class", torch.tensor(
@@ -136,9 +138,7 @@ class CATSeg(nn.Module):
 
     def save(self, path: str | Path, settings: dict | None = None) -> None:
         """Writes a file that describes itself and needs no other: CLIP, aggregator, design."""
-        state = {name: value.detach().cpu().contiguous()
-                 for name, value in self.state_dict().items()}
-        write_checkpoint(path, state, self.clip.describe() | {
+        write_checkpoint(path, self.state_dict(), self.clip.describe() | {
             "mean": self.clip.mean, "std": self.clip.std, "settings": settings or {},
             "catseg": self.design._asdict(),
             "use": "python -m downstream.catseg.eval or tools.segment"})
@@ -162,9 +162,7 @@ def open_catseg(path: str | Path) -> CATSeg:
     Raises UserError if there is no such file, or if it holds something else.
     """
     state, record = read_weights(path)
-    found = record.get("catseg")
-    fields = found.items() if isinstance(found, dict) else ()
-    design = {RENAMED.get(name, name): value for name, value in fields}
+    design = {RENAMED.get(name, name): value for name, value in record.get("catseg", {}).items()}
     if set(design) != set(Design._fields):
         raise UserError(f"{path} is no segmenter; give the catseg.safetensors that "
                         "downstream.catseg.train writes.")
@@ -330,7 +328,9 @@ class ClassBlock(nn.Module):
 
     def forward(self, x: Tensor, guidance: Tensor) -> Tensor:
         """x (B, T, h, w, D), guidance (B, T, 1, 1, D) -> x. In training at half the resolution."""
-        pooled = pool(x) if self.training else x
+        pooled = x
+        if self.training:       # the means of 2 x 2 places
+            pooled = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
         pooled = pooled + self.attend(self.norm1(pooled), guidance)
         pooled = pooled + self.mlp(self.norm2(pooled))
         if self.training:
@@ -372,11 +372,6 @@ def guided(linear: nn.Linear, x: Tensor, guidance: Tensor) -> Tensor:
     """
     of_x, of_guidance = linear.weight.tensor_split([x.shape[-1]], dim=1)
     return F.linear(x, of_x) + F.linear(guidance, of_guidance, linear.bias)
-
-
-def pool(x: Tensor) -> Tensor:
-    """The means of 2 x 2 places: (B, T, h, w, D) -> (B, T, h / 2, w / 2, D)."""
-    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
 
 
 # ------------------------------------------------------------------------------------ the decoder
@@ -465,22 +460,12 @@ def split_projections(clip: DeCLIP) -> None:
         attn.in_proj_weight, attn._qkv_same_embed_dim = None, False     # torch's own other form
 
 
-def ends_count(tower: TextTransformer) -> bool:
-    """Whether a text tower's output does not depend on the padding behind a sentence's end.
-
-    So it is where attention is causal, and the end, its largest token, is what is read.
-    """
-    return tower.attn_mask is not None and tower.pool_type == "argmax" and tower.cls_emb is None
-
-
 @contextmanager
 def short_context(tower: TextTransformer, length: int) -> Iterator[None]:
     """Within it, a text tower takes sentences of so many tokens, without padding to its context."""
-    if not ends_count(tower):
-        yield
-        return
     whole = tower.attn_mask
-    tower.attn_mask = whole[:length, :length]
+    if length < tower.context_length:
+        tower.attn_mask = whole[:length, :length]
     try:
         yield
     finally:

@@ -127,21 +127,17 @@ def build(cfg: SimpleNamespace, names: list[str]) -> CATSeg:
     return model.train()
 
 
-def trained(model: CATSeg) -> list[nn.Parameter]:
-    """The weights that training changes."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def build_optimizer(cfg: SimpleNamespace, model: CATSeg) -> torch.optim.AdamW:
     """AdamW; norms without weight decay, the weights inside CLIP at a share CLIP_LR of the rate."""
     of_clip = {*model.clip.parameters()}
     of_norms = {parameter for module in model.modules()
                 if isinstance(module, nn.LayerNorm | nn.GroupNorm)
                 for parameter in module.parameters()}
-    own = [parameter for parameter in trained(model) if parameter not in of_clip]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [parameter for parameter in trained if parameter not in of_clip]
     groups = [{"params": [p for p in own if p not in of_norms]},
               {"params": [p for p in own if p in of_norms], "weight_decay": 0.0},
-              {"params": [p for p in trained(model) if p in of_clip], "share": cfg.CLIP_LR}]
+              {"params": [p for p in trained if p in of_clip], "share": cfg.CLIP_LR}]
     return torch.optim.AdamW(groups, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY, fused=True)
 
 

@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> dict:
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Detects on all images; prints and writes the figures. {} on ranks that are not the first."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
-    check_scores(cfg)
+    check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
+    rules = score_rules(cfg, cfg.DATASET)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
@@ -84,8 +85,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
     if annotations.classes != fvit.classes:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
-    detect = partial(fvit.detect, rules=score_rules(cfg, cfg.DATASET))
-    results = evaluate(cfg, detect, images, ranks)
+    results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)
     if not ranks.is_main:
         return {}
     figures = score(annotations, results, fvit)
@@ -93,14 +93,6 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
           f"{table(figures)}")
     write_result(cfg, Path(cfg.DATASET).stem, figures)
     return figures
-
-
-def check_scores(cfg: SimpleNamespace) -> None:
-    """Raises UserError on a setting of the scores that is out of its range."""
-    settings.check_min(cfg, MOST=1, TEMPERATURE=0, TAU=0)
-    settings.check(cfg, **{name: (0 <= (getattr(cfg, name) or 0) <= 1, "from 0 to 1")
-                           for name in ("A", "B", "LEAST", "NMS")})
-    check_precision(cfg.PRECISION)
 
 
 def trained_with(path: str) -> str:
@@ -118,7 +110,13 @@ def detector_settings(path: str) -> dict:
 
 
 def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
-    """What SCORE_RULES has for a data set, but for the settings that say something else."""
+    """What SCORE_RULES has for a data set, but for the settings that say something else.
+
+    Raises UserError on one that is out of its range.
+    """
+    settings.check_min(cfg, MOST=1, TEMPERATURE=0, TAU=0)
+    settings.check(cfg, **{name: (0 <= (getattr(cfg, name) or 0) <= 1, "from 0 to 1")
+                           for name in ("A", "B", "LEAST", "NMS")})
     asked = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
     return SCORE_RULES.get(dataset, ScoreRules())._replace(**{
         name: value for name, value in asked.items() if value is not None})

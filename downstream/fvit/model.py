@@ -9,8 +9,6 @@ found there as in Mask R-CNN; their names come from a comparison with text embed
 this is the detector's alone; in use the CLIP's own dense features, which know all classes, have a
 say as well (`fuse_scores`): where those are DeCLIP's, novel classes are found.
 
-In this order: boxes, what training samples, the parts of the detector, the detector, its file.
-
 Letters: B images, D width of the vision tower, C width of the text-image space, K classes, whose
 background is the last row, n regions, k labelled objects, A anchors. Boxes are x0 y0 x1 y1.
 """
@@ -30,7 +28,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
-from torchvision.ops import Conv2dNormActivation
 
 from data import constant, fitted_size, normalize, pad_to, resize
 from downstream.detection import Detections
@@ -215,7 +212,7 @@ NORMS = {"batch": nn.BatchNorm2d,
 
 def convs(count: int, channels: int, norm: Callable | None) -> list[nn.Module]:
     """3 x 3 convolutions that keep the grid, each with a norm and a ReLU."""
-    return [Conv2dNormActivation(channels, channels, norm_layer=norm) for _ in range(count)]
+    return [ops.Conv2dNormActivation(channels, channels, norm_layer=norm) for _ in range(count)]
 
 
 class Pyramid(nn.Module):
@@ -226,7 +223,7 @@ class Pyramid(nn.Module):
         finer = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
         self.scales = nn.ModuleList([nn.Sequential(finer(), norm(width), nn.GELU(), finer()),
                                      finer(), nn.Identity(), nn.MaxPool2d(2)])
-        conv = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
+        conv = partial(ops.Conv2dNormActivation, norm_layer=norm, activation_layer=None)
         self.laterals = nn.ModuleList(conv(width, channels, 1) for _ in range(4))
         self.outputs = nn.ModuleList(conv(channels, channels) for _ in range(4))
         for module in (self.laterals, self.outputs):
@@ -434,16 +431,15 @@ class FViT(nn.Module):
         """The proposals of each image, (n, 4), the best first, inside its height and width."""
         design, proposals = self.design, []
         for number, size in enumerate(sizes):
-            boxes, kept, level = [], [], []
+            candidates = []
             for place, (score, delta, of_level) in enumerate(zip(scores, deltas, anchors)):
                 values, best = score[number].topk(min(design.candidates, len(of_level)))
-                boxes.append(decode_boxes(delta[number][best], of_level[best], size))
-                kept.append(values)
-                level.append(torch.full_like(best, place))
-            boxes, kept, level = torch.cat(boxes), torch.cat(kept), torch.cat(level)
+                boxes = decode_boxes(delta[number][best], of_level[best], size)
+                candidates.append((boxes, values, torch.full_like(best, place)))
+            boxes, values, levels = map(torch.cat, zip(*candidates))
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-            boxes, kept, level = boxes[has_area], kept[has_area], level[has_area]
-            proposals.append(boxes[ops.batched_nms(boxes, kept, level, 0.7)[:design.proposals]])
+            boxes, values, levels = boxes[has_area], values[has_area], levels[has_area]
+            proposals.append(boxes[ops.batched_nms(boxes, values, levels, 0.7)[:design.proposals]])
         return proposals
 
     @torch.no_grad()
@@ -547,10 +543,9 @@ class FViT(nn.Module):
     def save(self, path: str | Path, settings: dict | None = None) -> None:
         """Writes a file that describes itself; of the backbone it has a checksum and `settings`,
         which say how to open it."""
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state().items()}
         about = {"classes": self.classes, "seen": self.seen, "design": self.design._asdict(),
                  "tau": self.tau.item(), "backbone": backbone_checksum(self.backbone)}
-        write_checkpoint(path, state, self.backbone.describe() | {
+        write_checkpoint(path, self.state(), self.backbone.describe() | {
             "fvit": about, "use": "python -m downstream.fvit.eval or tools.detect",
             "settings": settings or {}})
 

@@ -177,7 +177,7 @@ def test_names_cover_no_others_and_stay_inside():
     (["README.md"], {"classes": "cat, dog, Cat"}, "CLASSES names 'cat' twice"),
     (["README.md"], {"classes": "no.txt"}, "There is no class file no.txt"),
     (["README.md"], {"least": 2}, "LEAST is 2.0"), (["README.md"], {"most": 0}, "MOST is 0"),
-    (["README.md"], {"ckpt": "no.safetensors"}, "There is no checkpoint no.safetensors")])
+    (["README.md"], {"ckpt": "no.safetensors"}, "There is no weights file no.safetensors")])
 def test_bad_input_is_one_sentence(checkpoint, photos, given, words):
     with pytest.raises(SystemExit) as error:
         run(given.pop("ckpt", checkpoint), *photos, **given)
