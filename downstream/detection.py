@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import compress, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,8 +219,9 @@ class DetectionData(TrainingData):
         annotations = with_masks(annotations) if masks else annotations
         self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
         self.sizes = [(image["height"], image["width"]) for image in annotations.images]
-        objects = [entry for entry in annotations.objects if not entry.get("iscrowd", 0)]
         place = {image["id"]: number for number, image in enumerate(annotations.images)}
+        objects = sorted((entry for entry in annotations.objects if not entry.get("iscrowd", 0)),
+                         key=lambda entry: place[entry["image_id"]])
         class_of = {id: number for number, id in enumerate(annotations.ids)}
         # Arrays: a million dictionaries would be copied into every worker, little by little.
         image = np.array([place[entry["image_id"]] for entry in objects], dtype=np.int64)
@@ -228,16 +229,14 @@ class DetectionData(TrainingData):
         boxes[:, 2:] += boxes[:, :2]        # x0 y0 x1 y1, cut at the borders
         sizes = np.array(self.sizes, dtype=np.float32)[image]
         boxes = boxes.clip(0, np.tile(sizes[:, ::-1], 2))
-        order = np.flatnonzero(is_shown(boxes))
-        if not len(order):
+        shown = is_shown(boxes)
+        if not shown.any():
             raise UserError(f"{self.path} has no object to train with that is no crowd and at "
                             "least a pixel large; give another json.")
-        order = order[np.argsort(image[order], kind="stable")]
-        self.first = np.searchsorted(image[order], np.arange(len(self) + 1))
-        self.boxes = boxes[order]
-        self.labels = np.array([class_of[objects[n]["category_id"]] for n in order], dtype=np.int64)
-        self.shapes = [json.dumps(objects[n]["segmentation"]).encode() for n in order
-                       ] if masks else None
+        self.first = np.searchsorted(image[shown], np.arange(len(self) + 1))
+        self.boxes, objects = boxes[shown], list(compress(objects, shown))
+        self.labels = np.array([class_of[entry["category_id"]] for entry in objects], np.int64)
+        self.shapes = masks and [json.dumps(entry["segmentation"]).encode() for entry in objects]
 
     @cached_property
     def fingerprint(self) -> str:
