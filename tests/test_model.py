@@ -569,7 +569,7 @@ def test_what_a_file_says_of_itself_leads_to_no_download(tmp_path, name):
     """Models that open_clip asks a hub for must be named by the user."""
     record = {"model": name, "context": "q", "scale": None}
     write_checkpoint(tmp_path / "x.safetensors", {"visual.w": torch.zeros(1)}, record)
-    with pytest.raises(ValueError, match="which open_clip asks a hub for; if you trust it, say"):
+    with pytest.raises(ValueError, match="which open_clip asks a hub or runs code; if you"):
         DeCLIP(pretrained=str(tmp_path / "x.safetensors"))
 
 

@@ -18,7 +18,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -106,9 +106,9 @@ class LocalFile:
     def __init__(self, path: str):
         self.name, self.handle = path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self):
+    def __del__(self, close: Callable[[int], None] = os.close):     # at an exit `os` is gone first
         if hasattr(self, "handle"):
-            os.close(self.handle)
+            close(self.handle)
 
     def stamp(self) -> tuple[int, str]:
         """Its size, and what changes when it is written to."""
