@@ -390,6 +390,7 @@ def test_norms_and_biases_have_no_weight_decay():
     ({"eps": -1}, "EPS is -1.0; it must be at least 0"),
     ({"ensemble": 1.5}, "ENSEMBLE is 1.5"),
     ({"batch_size": 0}, "BATCH_SIZE is 0; it must be at least 1"),
+    ({"batch_size": 6}, "There are 5 images, fewer than BATCH_SIZE, 6; add images, or set"),
     ({"precision": "fp8"}, "PRECISION is 'fp8'"),
     ({"unlocked_blocks": 9}, "9 blocks were to be unlocked"),
     ({"vfm_model": "dinov9"}, "timm has no model named 'dinov9'"),
