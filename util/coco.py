@@ -263,22 +263,22 @@ def check_polygons(column: Column, longest: np.ndarray) -> None:
         column.must(lambda shape: not isinstance(shape, list)
                     or {*map(type, shape)} <= {list}, what)
     parts = list(chain.from_iterable(column.values[place] for place in lists))
-    owner = np.repeat(np.array(lists, dtype=np.int64),
-                      [len(column.values[place]) for place in lists])
+    entry = np.repeat(np.array(lists, dtype=np.int64),
+                      [len(column.values[place]) for place in lists])     # of each polygon
     if {type(number) for number in chain.from_iterable(parts)} - NUMBERS:
         column.must(lambda shape: not isinstance(shape, list)
                     or {*map(type, chain.from_iterable(shape))} <= NUMBERS, what)
     lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
     number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
-    of_image = np.repeat(longest[owner], lengths)
+    of_image = np.repeat(longest[entry], lengths)
     is_near = (number >= -MAX_OUTSIDE * of_image) & (number <= (1 + MAX_OUTSIDE) * of_image)
-    wrong = np.concatenate([owner[lengths % 2 == 1], np.repeat(owner, lengths)[~is_near]])
+    wrong = np.concatenate([entry[lengths % 2 == 1], np.repeat(entry, lengths)[~is_near]])
     if len(wrong):
         column.refuse(int(wrong.min()), what)
 
 
 def is_run_length(shape: dict, height: int, width: int) -> bool:
-    """Whether a run-length code is of an image's size and, uncompressed, fills it."""
+    """Whether a run-length code, of either form, is of an image's size and fills it."""
     counts = shape.get("counts")
     if shape.get("size") != [height, width]:
         return False
