@@ -19,6 +19,7 @@ import ast
 import difflib
 import importlib
 import io
+import itertools
 import math
 import re
 import shlex
@@ -77,16 +78,17 @@ def constants(module: ModuleType) -> dict[str, Constant]:
 def own_constants(module: ModuleType) -> dict[str, Constant]:
     """The settings that stand in a script itself."""
     source = Path(module.__file__).read_text(encoding="utf-8")
+    nodes = list(itertools.takewhile(
+        lambda node: not isinstance(node, ast.FunctionDef | ast.ClassDef), ast.parse(source).body))
+    above_functions = itertools.islice(io.StringIO(source), nodes[-1].end_lineno if nodes else 0)
     comments = {token.start: token.string.lstrip("# ")
-                for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                for token in tokenize.generate_tokens(lambda: next(above_functions))
                 if token.type == tokenize.COMMENT}
     headings = {line: text for (line, column), text in comments.items()
                 if column == 0 and (line - 1, 0) not in comments}
     comments = {line: text for (line, _), text in comments.items()}
     found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            break
+    for node in nodes:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
