@@ -1,13 +1,15 @@
 """Scripts in processes of their own that have imported everything before they start.
 
 They have nothing to do with pytest's process, as if a shell had started them, but are forked by a
-server, this file run as a script, that has imported torch and the scripts: that takes seconds. What
-torchrun itself does is tested with torchrun.
+server, this file run as a script, that has imported torch and the scripts: that takes seconds.
 """
 
 import atexit
+import gc
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("fork")
 
 
 class Process:
@@ -99,57 +102,46 @@ def ranks(*command: str, count: int = 2, timeout: float = 200) -> subprocess.Com
 
 # ---------------------------------------------------------------------------------- the server
 
-def serve() -> list[str]:
-    """Forks a process for each request, and tells how they ended -> in such a process, its command.
-    """
-    ended: dict[int, int] = {}
+def serve() -> None:
+    """Forks a process for each request, and tells how they ended."""
+    started = {}
     for line in sys.stdin:
         request = json.loads(line)
         if isinstance(request, dict):
-            pid = os.fork()
-            if not pid:
-                return become(request)
-            answer = pid
+            process = FORK.Process(target=become, kwargs=request)
+            process.start()
+            started[process.pid] = process
+            answer = process.pid
         else:
-            collect(ended)
-            answer = ended.get(request)
+            answer = started[request].exitcode
         print(json.dumps(answer), flush=True)
     os._exit(0)
 
 
-def collect(ended: dict[int, int]) -> None:
-    """Notes the exit status of each process that has ended, minus the signal that ended it."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        ended[pid] = os.waitstatus_to_exitcode(status)
+def become(command: list[str], printed: str, variables: dict[str, str]) -> None:
+    """In a new process: a session, files and variables of its own, and the command.
 
-
-def become(request: dict) -> list[str]:
-    """In a new process: a session, files and variables of its own -> its command."""
+    As multiprocessing ends it, what was imported is not taken apart, which takes a second.
+    """
     os.setsid()
-    os.environ |= request["variables"]
-    printed = os.open(request["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ |= variables
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(printed, stream)
-    return request["command"]
+        os.dup2(file, stream)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    import runpy
-
-    import conftest  # noqa: F401
+    import tiny  # noqa: F401
     import torch._dynamo  # noqa: F401
+    from PIL import Image
 
     import downstream.fvit.train  # noqa: F401
     import eval_region  # noqa: F401
     import eval_seg  # noqa: F401
     import train  # noqa: F401
 
-    sys.argv = serve()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    Image.init()
+    gc.freeze()     # the garbage collector of a process does not copy the memory that it shares
+    serve()
