@@ -180,9 +180,9 @@ def test_weight_decay_spares_nothing(scenes_json):
 def test_two_ranks_train_the_detector_of_one(scenes_json, tmp_path):
     """Numbers of sampled anchors and regions differ between ranks. Norms of each image alone:
     PyTorch shares the statistics of batch norms on GPUs only (the next test). A large EPS, because
-    AdamW would make noise of gradients that are 0 but for rounding."""
+    AdamW would make noise of gradients that rounding changes: of 0, and where a ReLU bends."""
     given = {"norm": "group", "batch_size": 4, "micro_batch": 4, "epochs": 2, "anchors": 9000,
-             "regions": 40, "masks": "true", "lr": 1e-2, "warmup": 0, "eps": 1e-2}
+             "regions": 40, "masks": "true", "lr": 1e-2, "warmup": 0, "eps": 0.1}
     one = run(scenes_json, tmp_path / "one", **given)
     everything = TINY | {"dataset": scenes_json, "novel": "ground", "out": tmp_path / "two"} | given
     succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.train", *options(**everything)))
