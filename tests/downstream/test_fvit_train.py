@@ -11,6 +11,7 @@ from conftest import draw_scene, options, succeeds
 from PIL import Image
 from pycocotools import mask as coco_masks
 
+import train as distillation
 from downstream import detection
 from downstream.fvit import train
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
@@ -221,7 +222,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(scenes_json, tmp_path):
     assert all(torch.equal(of_parts[name], value) for name, value in of_whole.items())
 
 
-def test_a_run_is_not_continued_as_another(scenes_json, tmp_path):
+def test_a_run_is_not_continued_as_another(scenes_json, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:    # of before weight decay was as published: two groups
+        patch.setattr(train, "build_optimizer", distillation.build_optimizer)
+        run(scenes_json, tmp_path / "old", epochs=2, steps=1)
+    with pytest.raises(SystemExit, match="does not have the weights that are trained"):
+        run(scenes_json, tmp_path / "old", epochs=2, resume="true")
     run(scenes_json, tmp_path / "run", epochs=2, steps=1)
     with pytest.raises(SystemExit, match="was begun with LR 0.0001, but now it is 0.1"):
         run(scenes_json, tmp_path / "run", epochs=2, resume="true", lr=0.1)
