@@ -29,7 +29,8 @@ from pycocotools import mask as coco_masks
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import fitted_size, read_classes, resize
+from data import read_classes, resize
+from eval_seg import resized_size
 from util import UserError
 from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
 from util.distributed import is_main
@@ -304,24 +305,24 @@ class View(NamedTuple):
 
 
 def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] = (0.1, 2.0),
-            flip: float = 0.5) -> Objects:
+            flip: float = 0.5, how: str = "cv2") -> Objects:
     """Resized, cropped and flipped at random (published): float image in [0, 1], at most `side`
     high and wide, without padding, and those of its objects that are at least a pixel high and
     wide there.
 
     key: what is random depends on this text alone. scales: the longest side becomes `side` times
-    a number of this range. flip: the share that is mirrored.
+    a number of this range. flip: the share that is mirrored. how: of data.resize.
     """
     of_image = tuple(objects.image.shape[-2:])
     view = draw_view(objects, key, side, scales, flip)
-    image = resize(objects.image, *view.size)[:, view.rows, view.columns]
+    image = resize(objects.image, *view.size, how)[:, view.rows, view.columns]
     image = image.flip(-1) if view.is_flipped else image
     boxes = view.place(objects.boxes, of_image)
     is_left = is_shown(boxes)
     masks = objects.masks[is_left]
     if masks.shape[-1]:
-        # The nearest pixel of the middle of each
-        y, x = (((torch.arange(resized, device=masks.device) + 0.5) * (side / resized)).long()[part]
+        # OpenCV's "nearest" pixel
+        y, x = ((torch.arange(resized, device=masks.device) * side // resized)[part]
                 for resized, side, part in zip(view.size, of_image, view[1:3]))
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
     return Objects(image, boxes[is_left], objects.labels[is_left], masks)
@@ -338,7 +339,7 @@ def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float]
     rng, of_image = random.Random(key), tuple(objects.image.shape[-2:])
     boxes = objects.boxes.cpu()     # once an image; the draws would each wait for a GPU
     for _ in range(MAX_DRAWS):
-        size = fitted_size(objects.image, max(1, round(side * rng.uniform(*scales))))
+        size = resized_size(objects.image, *2 * [max(1, int(side * rng.uniform(*scales)))])
         starts = [rng.randint(0, max(0, whole - side)) for whole in size]
         parts = [slice(start, min(start + side, whole)) for start, whole in zip(starts, size)]
         view = View(size, *parts, rng.random() < flip)

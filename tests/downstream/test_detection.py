@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
@@ -23,6 +24,7 @@ from downstream.detection import (
     DetectionData,
     Detections,
     EvaluationImages,
+    Objects,
     augment,
     encode_detections,
     find_annotations,
@@ -219,12 +221,12 @@ def test_the_fingerprint_is_that_of_the_objects(coco):
 
 @pytest.mark.parametrize("key, mirrored", [("a", False), ("b", True), ("c", True)])
 def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
-    """Against a direct search: the view is found in the resized image, mirrored or not, and boxes
-    and masks are where it is."""
+    """Against a direct search: the view is found in the image resized as OpenCV does (published),
+    mirrored or not, and boxes and masks are where it is."""
     objects = DetectionData(find_annotations("coco", "train", coco),
                             masks=True).read(0)
     view = augment(objects, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
-    whole = resize(objects.image, 72, 72)
+    whole = resize(objects.image, 72, 72, "cv2")
     assert view.image.shape == (3, 48, 48)
     as_it_is = view.image, view.image.flip(-1)
     places = [(top, left, flipped) for top in range(25) for left in range(25)
@@ -239,10 +241,23 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     kept = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
     torch.testing.assert_close(view.boxes, boxes[kept])
     assert torch.equal(view.labels, objects.labels[kept])
+    masks = F.interpolate(objects.masks[None].float(), (72, 72))[0, kept, top:top + 48,
+                                                                 left:left + 48]
+    assert torch.equal(view.masks.float(), masks.flip(-1) if flipped else masks)
     for (x0, y0, x1, y1), mask in zip(view.boxes.tolist(), view.masks):
         ys, xs = mask.nonzero().T       # its pixels fill the box
         found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        assert np.abs(np.array(found) - [x0, y0, x1, y1]).max() <= 0.5
+        assert np.abs(np.array(found) - [x0, y0, x1, y1]).max() < 1
+    otherwise = augment(objects, key, 48, (1.5, 1.5), float(mirrored), "bicubic").image
+    assert 0.01 < (otherwise - view.image).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("size, expected", [((30, 60), (7, 13)), ((64, 48), (13, 10))])
+def test_sizes_are_rounded_as_published(size, expected):
+    """The longest side down, here from 13.9; of the other, halves up: 6.5 to 7, 9.75 to 10."""
+    objects = Objects(torch.zeros(3, *size).byte(), torch.zeros(0, 4), torch.zeros(0).long(),
+                      torch.zeros(0, 0, 0))
+    assert augment(objects, "a", 20, (0.695, 0.695)).image.shape[1:] == expected
 
 
 def test_views_are_random_and_repeatable(coco):
