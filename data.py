@@ -71,7 +71,7 @@ def num_workers(wanted: int) -> int:
 # ------------------------------------------------------------------------ images on the device
 
 MAX_REDUCED = 32       # factor that CUDA's antialiased resize surely takes; it fails beyond 47
-RESIZES = ("bicubic", "pil", "cv2")
+RESIZES = ("bicubic", "pil", "cv2")     # what `how` may be
 
 
 def resize(image: Tensor, height: int, width: int, how: str = "bicubic") -> Tensor:

@@ -4,9 +4,9 @@
     python -m downstream.catseg.eval --benchmarks ade150 voc20 --ckpt ...
     torchrun --nproc_per_node 4 -m downstream.catseg.eval --ckpt ...
 
-Published inference: the image at a short side of 640 (at most 2,560 long), then, skipping pixels,
-stretched to 640 x 640, of which there are four windows of 384, and all of it at 384;
-the mean of the windows' probabilities and of the whole's, at the original size. The checkpoint says
+Published inference: the image is resized to a short side of 640 (at most 2,560 long), and that,
+without antialiasing, stretched to 640 x 640 for four windows of 384, and to 384 as a whole; the
+mean of the windows' probabilities and of the whole's, at the original size. The checkpoint says
 which model it is. Prints mIoU and each class's IoU; writes them to catseg.json beside it.
 """
 
