@@ -29,7 +29,8 @@ from pycocotools import mask as coco_masks
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import fitted_size, read_classes, resize
+from data import read_classes, resize
+from eval_seg import resized_size
 from util import UserError
 from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
 from util.distributed import is_main
@@ -301,23 +302,23 @@ class View(NamedTuple):
 
 
 def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] = (0.1, 2.0),
-            flip: float = 0.5) -> Objects:
+            flip: float = 0.5, how: str = "cv2") -> Objects:
     """Resized, cropped and flipped at random (published): float image in [0, 1], at most `side`
     high and wide, without padding, and those of its objects that it shows, which may be none.
     Where there are masks, the boxes are those of the cropped masks, else the boxes are cropped.
 
     key: what is random depends on this text alone. scales: the longest side becomes `side` times
-    a number of this range. flip: the share that is mirrored.
+    a number of this range. flip: the share that is mirrored. how: of data.resize.
     """
     of_image = tuple(objects.image.shape[-2:])
     view = draw_view(objects.image, key, side, scales, flip)
-    image = resize(objects.image, *view.size)[:, view.rows, view.columns]
+    image = resize(objects.image, *view.size, how)[:, view.rows, view.columns]
     image = image.flip(-1) if view.is_flipped else image
     boxes, masks = view.place(objects.boxes, of_image), objects.masks
     is_left = is_shown(boxes, 0.01)
     if masks.shape[-1]:
-        # The nearest pixel of the middle of each
-        y, x = (((torch.arange(resized, device=masks.device) + 0.5) * (side / resized)).long()[part]
+        # OpenCV's "nearest" pixel
+        y, x = ((torch.arange(resized, device=masks.device) * side // resized)[part]
                 for resized, side, part in zip(view.size, of_image, view[1:3]))
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
         boxes = boxes_of(masks)
@@ -343,7 +344,7 @@ def boxes_of(masks: Tensor) -> Tensor:
 def draw_view(image: Tensor, key: str, side: int, scales: tuple[float, float], flip: float) -> View:
     """A random view of an image (3, H, W), whether it shows an object or not (published)."""
     rng = random.Random(key)
-    size = fitted_size(image, max(1, round(side * rng.uniform(*scales))))
+    size = resized_size(image, *2 * [max(1, int(side * rng.uniform(*scales)))])
     starts = [rng.randint(0, max(0, whole - side)) for whole in size]
     parts = [slice(start, min(start + side, whole)) for start, whole in zip(starts, size)]
     return View(size, *parts, rng.random() < flip)

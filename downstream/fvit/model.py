@@ -29,9 +29,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import constant, fitted_size, normalize, pad_to, resize
+from data import RESIZES, constant, normalize, pad_to, resize
 from downstream.detection import Detections
 from eval_region import open_model
+from eval_seg import resized_size
 from model import DeCLIP, region_features
 from util import UserError, distributed
 from util.files import find
@@ -56,6 +57,7 @@ class Design(NamedTuple):
     background: float = 0.6         # weight of background regions; OV-LVIS: 0.9
     candidates: int = 2000          # best anchors of a level, before NMS
     proposals: int = 1000           # and what NMS keeps of all levels
+    resize: str = "cv2"             # one of data.RESIZES; of files that do not say, bicubic
 
 
 class Target(NamedTuple):
@@ -503,7 +505,8 @@ class FViT(nn.Module):
         rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
         """
         rules = rules or ScoreRules()
-        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        side, how = self.design.image_size, self.design.resize
+        views = [resize(image, *resized_size(image, side, side), how) for image in images]
         sizes = [view.shape[-2:] for view in views]
         taps = self.look(views)
         levels = self.pyramid(taps)
@@ -557,7 +560,8 @@ class FViT(nn.Module):
 def check_design(design: Design, patch_size: int | None = None) -> None:
     """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
     if a level of the pyramid would not have a whole number of places."""
-    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
+    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip")),
+                        ("resize", RESIZES)):
         if getattr(design, name) not in known:
             raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
                             f"{', '.join(known)}.")
@@ -709,8 +713,8 @@ def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
                             f"{backbone.model_name} with context {backbone.context}: their "
                             f"checksums differ; give the one of its training, "
                             f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
-        fvit = FViT(backbone, about["classes"], about["seen"], Design(**about["design"]),
-                    state["text"])
+        design = Design(**{"resize": "bicubic"} | about["design"])
+        fvit = FViT(backbone, about["classes"], about["seen"], design, state["text"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} has content that downstream/fvit/train.py does not write "
                         f"({str(error).splitlines()[0]}); write or copy it again.") from None

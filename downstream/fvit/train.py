@@ -50,6 +50,7 @@ TEMPLATES = "vild"                  # vild: 63 sentences (published); imagenet, 
 
 # The detector
 IMAGE_SIZE = 640                    # side of the square; OV-LVIS: 1024; L/14: 896
+RESIZE = "cv2"                      # how images are resized: cv2 (published), pil, bicubic
 CHANNELS = 256                      # of the pyramid and the heads
 MASKS = False                       # a mask head; OV-LVIS
 NORM = "batch"                      # batch: statistics over all GPUs' images; group: of each image
@@ -116,7 +117,7 @@ def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[i
           ) -> tuple[list[Tensor], list[Target]]:
     """Images with their objects, resized, cropped and flipped as SEED, epoch and index say."""
     keys = [f"{cfg.SEED}-{epoch}-{index}" for index in indices]
-    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP)
+    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP, cfg.RESIZE)
              for objects, key in zip(data, keys)]
     return [view.image for view in shown], [Target(view.boxes, view.labels, view.masks, key)
                                             for view, key in zip(shown, keys)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
@@ -220,13 +221,13 @@ def test_the_fingerprint_is_that_of_the_objects(coco):
 
 @pytest.mark.parametrize("key, mirrored", [("a", False), ("b", True), ("c", True)])
 def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
-    """Against a direct search: the view is found in the resized image, mirrored or not, and boxes
-    and masks are where it is."""
+    """Against a direct search: the view is found in the image resized as OpenCV does (published),
+    mirrored or not, and boxes and masks are where it is."""
     objects = DetectionData(find_annotations("coco", "train", coco),
                             masks=True).read(0)
     with_masks, view = (augment(each, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
                         for each in (objects, objects._replace(masks=torch.zeros(2, 0, 0))))
-    whole = resize(objects.image, 72, 72)
+    whole = resize(objects.image, 72, 72, "cv2")
     assert view.image.shape == (3, 48, 48)
     as_it_is = view.image, view.image.flip(-1)
     places = [(top, left, flipped) for top in range(25) for left in range(25)
@@ -243,9 +244,22 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     assert torch.equal(view.image, with_masks.image)
     assert torch.equal(view.labels, objects.labels[kept])
     assert torch.equal(with_masks.labels, objects.labels[kept])
+    masks = F.interpolate(objects.masks[None].float(), (72, 72))[0, kept, top:top + 48,
+                                                                 left:left + 48]
+    assert torch.equal(with_masks.masks.float(), masks.flip(-1) if flipped else masks)
     for box, cut, mask in zip(with_masks.boxes.tolist(), view.boxes.numpy(), with_masks.masks):
         assert box == box_around(mask)
-        assert np.abs(np.array(box) - cut).max() <= 0.5     # of a mask that fills its box
+        assert np.abs(np.array(box) - cut).max() < 1        # of a mask that fills its box
+    otherwise = augment(objects, key, 48, (1.5, 1.5), float(mirrored), "bicubic").image
+    assert 0.01 < (otherwise - view.image).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("size, expected", [((30, 60), (7, 13)), ((64, 48), (13, 10))])
+def test_sizes_are_rounded_as_published(size, expected):
+    """The longest side down, here from 13.9; of the other, halves up: 6.5 to 7, 9.75 to 10."""
+    objects = Objects(torch.zeros(3, *size).byte(), torch.zeros(0, 4), torch.zeros(0).long(),
+                      torch.zeros(0, 0, 0))
+    assert augment(objects, "a", 20, (0.695, 0.695)).image.shape[1:] == expected
 
 
 def test_views_are_random_and_repeatable(coco):
@@ -312,7 +326,7 @@ def test_the_smallest_objects_of_a_view():
     """Boxes from a hundredth of a pixel on are trained with; of masks, those with a pixel."""
     boxes = torch.tensor([[10.0, 16, 40, 16.5], [10, 16, 40, 16.05], [36, 36, 37, 37]])
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
-    masks[0, 16, 10:40] = masks[2, 36, 36] = True
+    masks[0, 10:22, 10:40] = masks[2, 36, 36] = True
     objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks)
     tenth = {"key": "0", "side": 6, "scales": (1, 1)}       # 64 pixels are 6
     assert augment(objects._replace(masks=masks[:, :0, :0]), **tenth).labels.tolist() == [0, 2]

@@ -12,7 +12,7 @@ from conftest import draw_scene
 from torch import nn
 from torchvision.ops import box_iou, roi_align
 
-from data import fitted_size
+from data import fitted_size, resize
 from downstream.fvit import model
 from downstream.fvit.model import BACKGROUND, IGNORE, Design, FViT, ScoreRules, Target, open_fvit
 from model import DeCLIP
@@ -344,7 +344,7 @@ def test_the_vlm_sees_the_proposals_of_its_own_map(fvit, monkeypatch):
     pictures = [(image * 255).byte() for image in images]
     fvit.detect(pictures, ScoreRules())
     fvit.detect(pictures, ScoreRules(at_boxes=True))
-    views = [model.resize(image, *model.fitted_size(image, 64)) for image in pictures]
+    views = [resize(image, *fitted_size(image, 64), "cv2") for image in pictures]    # published
     with torch.no_grad():
         tokens = fvit.look(views)[-1]
         content = fvit.backbone.visual.project(tokens.flatten(2).mT).mT.unflatten(2, (8, 8))
@@ -580,6 +580,22 @@ def test_a_file_describes_itself(saved):
     assert path.stat().st_size < declip.stat().st_size       # without the backbone
 
 
+def test_a_file_says_how_images_are_resized(saved, monkeypatch):
+    """One that does not say so is of the time when they were resized as train.py does."""
+    fvit, path, _ = saved
+    state, record = model.read_weights(path)
+    del record["fvit"]["design"]["resize"]
+    model.write_checkpoint(path.with_name("old.safetensors"), state, record)
+    old, seen, look = open_fvit(path.with_name("old.safetensors")), [], FViT.look
+    assert old.design == SMALL._replace(resize="bicubic")
+    monkeypatch.setattr(FViT, "look",
+                        lambda self, views: seen.append(views[0]) or look(self, views))
+    image = torch.randint(0, 256, (3, 100, 150)).byte()
+    for detector, how in ((fvit.eval(), "cv2"), (old, "bicubic")):
+        detector.detect([image])
+        torch.testing.assert_close(seen.pop(), resize(image, 43, 64, how))
+
+
 def test_a_wrong_backbone_is_refused(saved):
     _, path, declip = saved
     torch.manual_seed(1)
@@ -622,6 +638,7 @@ def test_files_do_not_decide_about_downloads(clip, tmp_path):
 
 @pytest.mark.parametrize("given, sentence", [
     ({"norm": "layer"}, "NORM is 'layer'; it must be one of batch, group"),
+    ({"resize": "area"}, "RESIZE is 'area'; it must be one of bicubic, pil, cv2"),
     ({"normalization": "none"}, "NORMALIZATION is 'none'"),
     ({"image_size": 56}, "IMAGE_SIZE 56 is no multiple of twice the backbone's patch size, 16"),
     ({"templates": "a photo"}, "TEMPLATES is 'a photo'"),
