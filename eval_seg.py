@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 eval_seg.py --ckpt ...      # images divided among GPUs
 
 The paper's protocol (section 9.2): shorter side 448, windows of 336 with a stride of 112, ImageNet
-templates. Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.json beside the
-checkpoint.
+templates. Prints mIoU, pixel accuracy and each class's IoU; adds them to seg.json beside the
+checkpoint, which keeps the results of other evaluations.
 """
 
 import sys
@@ -37,7 +37,7 @@ from data import (
 from eval_region import open_model, title
 from model import DeCLIP
 from util import UserError, distributed, settings
-from util.files import find, write_result
+from util.files import find
 from util.labels import (
     CLASS_FILES,
     VOID,
@@ -49,6 +49,7 @@ from util.labels import (
 )
 from util.pamr import refine
 from util.precision import autocast, check_precision
+from util.results import identity, result_path, told_apart, write_result
 from util.text import find_templates
 
 # The model, its precision and the run are set as in eval_region.py
@@ -71,7 +72,7 @@ WINDOW_BATCH = 16                   # windows of one forward pass
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what seg.json holds."""
+    """Evaluates as the command line (or `argv`) says; returns each benchmark's figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
-    # What can be wrong is looked at before a model is loaded.
+    result_path(cfg, "seg")     # what can be wrong is looked at before a model is loaded
     protocols, templates = find_protocols(cfg), find_templates(cfg.TEMPLATES)
     sets, missing = find_data(cfg.BENCHMARKS, PAPER_BENCHMARKS, cfg.DATA,
                               partial(find_set, class_file=cfg.CLASSES))
@@ -92,10 +93,13 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         segmenter = partial(predict, protocol, clip, classes, text)
         loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
         confusion = evaluate(segmenter, loader, len(classes), ranks, name)
-        result[name] = summarize(confusion, classes) | {"protocol": protocol.recorded()}
+        result[name] = summarize(confusion, classes)
         if ranks.is_main:
             print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
-            write_result(cfg, "seg", {"benchmarks": result} | clip.describe())
+            of = identity(cfg, clip, vars(classes), benchmark=name, **protocol.recorded(),
+                          **clip.describe(), attention=cfg.ATTENTION or clip.context,
+                          image_count=len(dataset))
+            write_result(cfg, "seg", of, result[name])
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing, PAPER_BENCHMARKS))
     return result
@@ -414,7 +418,7 @@ def summarize(confusion: Tensor, classes: Classes, absent_count: bool = True) ->
             "pixel accuracy": (100 * right.sum().double() / confusion.sum()).item(),
             "pixels": int(confusion.sum()),
             "IoU": {name: round(iou[index].item(), 2) if present[index] else None
-                    for index, name in enumerate(classes.names)}}
+                    for index, name in enumerate(told_apart(classes.names))}}
 
 
 def table(result: dict) -> str:

@@ -35,9 +35,10 @@ from eval_seg import Protocol
 from model import DECOUPLED, VFM, VisionTower, load_vfm
 from tools import segment
 from util import UserError, distributed, settings
-from util.files import atomic_write, read_json
+from util.files import atomic_write
 from util.images import read_image
 from util.precision import autocast, check_precision
+from util.results import as_written, read_results
 from util.run import LOG_FIELDS
 from util.towers import SAM
 
@@ -323,24 +324,25 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
 
 
 def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
-    """Top-1 mAcc over the image's size, for things and for stuff, from a region.json (Figure 6)."""
+    """Top-1 mAcc over the image's size, for things and for stuff, from a region.json (Figure 6):
+    its newest evaluation, or that of CKPT, MODEL and ATTENTION."""
     if len(files) > 1:
         raise UserError(f"{len(files)} files were given, but this figure is of one; name one.")
-    result = read_json(files[0])
-    try:
-        means = {int(size): of_size["mAcc"] for size, of_size in result["sizes"].items()}
+    asked = {name: getattr(cfg, name.upper()) for name in ("ckpt", "model", "attention")}
+    found = read_results(files[0], **{name: value for name, value in asked.items() if value})
+    with as_written(files[0]):
+        if not found:
+            raise ValueError("no result of this CKPT, MODEL and ATTENTION")
+        of = found[-1]["of"]        # the newest, with the other sizes of the same evaluation
+        means = {result["of"]["size"]: result["mAcc"] for result in found
+                 if result["of"] | {"size": 0} == of | {"size": 0}}
+        means = dict(sorted(means.items()))
         lines = {kind: {label: [of_size[f"{way} {kind}"]["top1"] for of_size in means.values()]
                         for way, label in (("box", "boxes"), ("mask", "masks"),
                                            ("crop", "[CLS] of crops"))}
                  for kind in ("thing", "stuff")}
-        attention = result["settings"]["ATTENTION"] or result["context"]
-        if attention in DECOUPLED:
-            attention += f", scale {result['scale'] or '1/√d'}"
-        weights = result["settings"]["CKPT"] or result["settings"]["PRETRAINED"]
-        title = f"{result['model']}, attention {attention}, {weights}"
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{files[0]} is no region.json of eval_region.py ({error!r}); give one."
-                        ) from None
+        scale = f", scale {of['scale'] or '1/√d'}" if of["attention"] in DECOUPLED else ""
+        title = f"{of['model']}, attention {of['attention']}{scale}, {of['ckpt'] or of['pretrained']}"
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for axis, kind in zip(axes, lines):
         for label, values in lines[kind].items():

@@ -4,7 +4,6 @@
     python -m toy.demo                  # the table and the figure again
 """
 
-import json
 import math
 import sys
 from collections.abc import Collection
@@ -19,59 +18,84 @@ from matplotlib import colors, patches
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+import eval_region
+import eval_seg
 from data import Classes, student_image
-from eval_seg import find_set
+from eval_seg import Protocol, find_benchmark, find_set
 from model import DeCLIP
 from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
 from tools.visualize import Shown, token_of
 from toy.world import THINGS
 from util import UserError, distributed, settings
 from util.files import atomic_write
+from util.results import as_written, options_of, read_results
 from util.text import find_templates
+from util.weights import state_checksum
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
 SCENES = (5, 0, 9)                  # scenes of toy/benchmark.json that the figure shows
 FIGURE = "out/toy/demo.png"         # where the figure goes
 
-METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json",
-           "DeCLIP": "declip/{}.json"}
+# Each method's folder in RESULTS and its attention, None for the trained model's own.
+METHODS = {"CLIP": ("", "clip"), "decoupled block, untrained": ("", "q"), "DeCLIP": ("declip", None)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__):
-        print(table(read_results(cfg)))
-        draw(cfg)
+        trained = DeCLIP(pretrained=cfg.CKPT)
+        results = find_results(cfg, trained)
+        with as_written(cfg.RESULTS):
+            print(table(results))
+        draw(cfg, trained)
     print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
           "README.md says, then\ntorchrun --nproc_per_node 8 train.py")
 
 
-def read_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
-    """For each method what eval_region.py and eval_seg.py wrote."""
-    results = {}
-    for method, pattern in METHODS.items():
-        files = {name: Path(cfg.RESULTS) / pattern.format(name) for name in ("region", "seg")}
-        missing = next((file for file in files.values() if not file.is_file()), None)
-        if missing:
-            raise UserError(f"There is no {missing}; run toy/demo.sh, which evaluates first.")
-        results[method] = {name: json.loads(file.read_text()) for name, file in files.items()}
+def find_results(cfg: SimpleNamespace, trained: DeCLIP) -> dict[str, dict[str, dict]]:
+    """For each method the newest results of eval_region.py and eval_seg.py with the presets.
+
+    DeCLIP's are those of the trained model's weights. UserError if there are none.
+    """
+    checksum, results = state_checksum(trained.state_dict(), ""), {}
+    for method, (folder, attention) in METHODS.items():
+        model = {"ckpt": None} if attention else {"checksum": checksum}
+        for name, of in evaluations().items():
+            path = Path(cfg.RESULTS) / folder / f"{name}.json"
+            wanted = of | model | {"attention": attention or trained.context}
+            found = read_results(path, **wanted) if path.is_file() else []
+            if not found:
+                raise UserError(f"{path} has no result of {method} with the demo's settings; run "
+                                "toy/demo.sh, which evaluates first.")
+            results.setdefault(method, {})[name] = found[-1]
     return results
+
+
+def evaluations() -> dict[str, dict]:
+    """What of the presets' settings identifies the results of eval_region.py and eval_seg.py."""
+    region = settings.parse(["@presets/toy_region.txt"], eval_region)
+    seg = settings.parse(["@presets/toy_seg.txt"], eval_seg)
+    protocol = Protocol.of(seg, find_benchmark("toy")).recorded()
+    found = {"region": options_of(region) | {"size": region.SIZES[0]},
+             "seg": options_of(seg) | protocol | {"benchmark": seg.BENCHMARKS[0]}}
+    of_model = {"ckpt", "pretrained", "context", "scale", "attention"}
+    return {name: {option: value for option, value in of.items() if option not in of_model}
+            for name, of in found.items()}
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The comparison for a screen, in per cent."""
     def of_regions(method: str, way: str) -> str:
-        means = results[method]["region"]["sizes"]["128"]["mAcc"]
+        means = results[method]["region"]["mAcc"]
         return "".join(f"{means[f'{way} {kind}']['top1']:8.1f}" for kind in ("thing", "stuff"))
 
     lines = ["", f"{'':36}{'mAcc by box':>16}{'mAcc by mask':>16}",
              f"{'%':36}{'thing   stuff   thing   stuff    mIoU':>40}"]
     for method, result in results.items():
-        miou = result["seg"]["benchmarks"]["toy"]["mIoU"]
         regions = of_regions(method, "box") + of_regions(method, "mask")
-        lines.append(f"{method:36}{regions}{miou:8.1f}")
+        lines.append(f"{method:36}{regions}{result['seg']['mIoU']:8.1f}")
     return "\n".join([*lines,
                       f"{'CLIP on crops cut out of the scenes':36}{of_regions('CLIP', 'crop')}"])
 
@@ -85,9 +109,8 @@ COLOURS = OPACITY * colors.to_rgba_array(PALETTE)[:, :3] + (1 - OPACITY) * 0.85
 
 
 @torch.inference_mode()
-def draw(cfg: SimpleNamespace) -> None:
+def draw(cfg: SimpleNamespace, after: DeCLIP) -> None:
     """A row for each scene: ground truth, segmentation and attention before and after training."""
-    after = DeCLIP(pretrained=cfg.CKPT)
     before = DeCLIP(after.model_name, "own")
     scenes, classes = find_set("toy", "data")
     text = before.encode_text(classes.prompts, find_templates("imagenet"))

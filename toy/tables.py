@@ -11,13 +11,11 @@ them). A training or evaluation that is in the folder of runs already is not rep
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
-from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -30,8 +28,11 @@ from downstream.catseg import eval as catseg_eval
 from downstream.catseg import train as catseg_train
 from downstream.fvit import eval as fvit_eval
 from downstream.fvit import train as fvit_train
+from tools.visualize import read_log
 from toy.world import NAMES, SEEN, THINGS, UNSEEN
 from util import distributed, settings
+from util.results import read_results, write_result
+from util.weights import read_record
 
 OUT: str | None = None              # folder of the runs; None: what TABLES has for the table
 SEEDS = (0, 1, 2)                   # of the trainings; in detection each has its own split
@@ -88,6 +89,9 @@ def layout(corner: str, found: dict[str, list[dict[str, float]]]) -> str:
         line = f"{row:{width}}"
         for column in columns:
             values = [run[column] for run in runs]
+            if None in values:
+                line += " " * 14
+                continue
             deviation = f" ± {stdev(values):3.1f}" if len(values) > 1 else ""
             line += f"{mean(values):8.1f}{deviation:6}"
         lines.append(line)
@@ -126,15 +130,16 @@ def figures(cfg: SimpleNamespace, table: Table, row: str, seed: int, more: Seque
     chosen = settings.parse(options, table.script)
     name = table.folder.format(arm=row.split()[-1].lower(), **vars(chosen))
     folder = Path(cfg.OUT or table.out) / name
-    seconds, result = folder / "seconds", folder / f"{cfg.SCENES}.json"
+    trained, results = folder / "trained", folder / "figures.json"
     with printing_into(folder):
-        if not seconds.exists():
-            start = perf_counter()
+        if not trained.exists():
             table.script.main([*options, "--out", str(folder), "--resume"])
-            seconds.write_text(str(perf_counter() - start))
-        if not result.exists():
-            result.write_text(json.dumps(table.evaluate(folder, cfg.SCENES)))
-    return json.loads(result.read_text())
+            trained.touch()
+        if not (results.exists() and read_results(results, scenes=cfg.SCENES)):
+            run = SimpleNamespace(**vars(cfg) | {"OUT": str(folder)})
+            write_result(run, "figures", {"scenes": cfg.SCENES},
+                         {"figures": table.evaluate(folder, cfg.SCENES)})
+    return read_results(results, scenes=cfg.SCENES)[-1]["figures"]
 
 
 @contextlib.contextmanager
@@ -161,7 +166,7 @@ BENCHMARKS = {"val": "toy", "dev": "toy/dev.json"}
 
 def of_declip(folder: Path, scenes: str) -> dict[str, float]:
     """Table 1: how right regions are named by box and by mask, and mIoU; on the val scenes also
-    mIoU in windows and with PAMR, and the seconds of the training."""
+    mIoU in windows and with PAMR, and the seconds of the training's steps."""
     model, root = ["--ckpt", f"{folder}/declip.safetensors"], f"data/toy/{scenes}"
     regions = eval_region.main([
         "@presets/toy_region.txt", *model, "--annotations", f"{root}/panoptic.json",
@@ -172,8 +177,21 @@ def of_declip(folder: Path, scenes: str) -> dict[str, float]:
     if scenes == "val":
         found["windows"] = segment([*model, "--window", "96", "--stride", "32"], scenes)["mIoU"]
         found["PAMR"] = segment([*model, "--pamr", "10"], scenes)["mIoU"]
-        found["seconds"] = float((folder / "seconds").read_text())
+        found["seconds"] = training_seconds(folder)
     return found
+
+
+def training_seconds(folder: Path) -> float | None:
+    """The seconds of a run's steps by its log, whatever interrupted it; None if they aren't all in
+    it."""
+    log, model = folder / "log.jsonl", folder / "declip.safetensors"
+    if not (log.is_file() and model.is_file()):
+        return None
+    run, lines = read_record(model)["settings"], read_log(log)
+    steps = [0, *(line["step"] for line in lines)]
+    rates = [line["images_per_second"] / run["BATCH_SIZE"] for line in lines]
+    seconds = sum((last - first) / rate for (first, last), rate in zip(pairwise(steps), rates))
+    return seconds if steps[-1] == run["step"] else None
 
 
 def segment(options: list[str], scenes: str) -> dict:

@@ -6,7 +6,6 @@ import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 from safetensors import SafetensorError
 
@@ -64,20 +63,6 @@ def write_json(path: str | Path, content: dict) -> None:
     """Writes `content` as indented json."""
     text = json.dumps(content, indent=2)
     atomic_write(path, lambda file: Path(file).write_text(text + "\n"))
-
-
-def write_result(cfg: SimpleNamespace, name: str, content: dict) -> Path:
-    """Writes an evaluation's result and settings beside the checkpoint or into OUT -> the path.
-
-    The file is `name`.json, or `name`.ATTENTION.json for a baseline, so that a baseline does not
-    replace the result of the model itself.
-    """
-    folder = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out"))
-    attention = getattr(cfg, "ATTENTION", None)
-    path = folder / (f"{name}.{attention}.json" if attention else f"{name}.json")
-    write_json(path, content | {"settings": vars(cfg)})
-    print(f"written to {path}")
-    return path
 
 
 def read_json(path: str | Path, *fields: str) -> dict:

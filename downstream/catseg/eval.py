@@ -26,9 +26,9 @@ from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
 from eval_seg import evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
-from util.files import write_result
 from util.labels import find_data, overview
 from util.precision import autocast, check_precision
+from util.results import identity, result_path, write_result
 
 SHARED = {"eval_region": ["The evaluation"]}
 
@@ -49,7 +49,7 @@ BATCH_SIZE = 1                      # images that share forward passes
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what catseg.json holds."""
+    """Evaluates as the command line (or `argv`) says; returns each benchmark's figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__, cfg.TF32) as ranks:
         return run(cfg, ranks)
@@ -59,6 +59,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0, WINDOW_BATCH=1, SIZE=1, STRIDE=1)
     check_precision(cfg.PRECISION)
+    result_path(cfg, "catseg")
     sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
@@ -72,7 +73,10 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         if ranks.is_main:
             print(f"\n{name}: CAT-Seg over {segmenter.clip.model_name}, attention {attention}, "
                   f"{len(dataset)} images\n{table(result[name])}")
-            write_result(cfg, "catseg", {"benchmarks": result} | segmenter.clip.describe())
+            of = identity(cfg, segmenter, vars(classes), benchmark=name, size=protocol.size,
+                          stride=protocol.stride, attention=attention, image_count=len(dataset),
+                          **segmenter.clip.describe())
+            write_result(cfg, "catseg", of, result[name])
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing, of_paper=()))     # Table 4 has no mean
     return result

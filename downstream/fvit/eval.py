@@ -32,8 +32,8 @@ from downstream.detection import (
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
-from util.files import write_result
 from util.precision import autocast, check_precision
+from util.results import identity, result_path, write_result
 from util.weights import read_record
 
 SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
@@ -66,7 +66,7 @@ SCORE_RULES = {
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what the json holds."""
+    """Evaluates as the command line (or `argv`) says; returns the figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
@@ -77,12 +77,14 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
+    result_path(cfg, Path(cfg.DATASET).stem)
     rules = score_rules(cfg, cfg.DATASET)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
     images[0]       # a wrong folder is found before a model is loaded
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
+    of = identity(cfg, fvit, annotations.classes, **rules._asdict(), image_count=len(images))
     if annotations.classes != fvit.classes:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
     results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)
@@ -91,7 +93,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     figures = score(annotations, results, fvit)
     print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
           f"{table(figures)}")
-    write_result(cfg, Path(cfg.DATASET).stem, figures)
+    write_result(cfg, Path(cfg.DATASET).stem, of, figures)
     return figures
 
 
