@@ -342,7 +342,8 @@ def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
                                            ("crop", "[CLS] of crops"))}
                  for kind in ("thing", "stuff")}
         scale = f", scale {of['scale'] or '1/√d'}" if of["attention"] in DECOUPLED else ""
-        title = f"{of['model']}, attention {of['attention']}{scale}, {of['ckpt'] or of['pretrained']}"
+        weights = of["ckpt"] or of["pretrained"]
+        title = f"{of['model']}, attention {of['attention']}{scale}, {weights}"
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for axis, kind in zip(axes, lines):
         for label, values in lines[kind].items():

@@ -38,7 +38,8 @@ SCENES = (5, 0, 9)                  # scenes of toy/benchmark.json that the figu
 FIGURE = "out/toy/demo.png"         # where the figure goes
 
 # Each method's folder in RESULTS and its attention, None for the trained model's own.
-METHODS = {"CLIP": ("", "clip"), "decoupled block, untrained": ("", "q"), "DeCLIP": ("declip", None)}
+METHODS = {"CLIP": ("", "clip"), "decoupled block, untrained": ("", "q"),
+           "DeCLIP": ("declip", None)}
 
 
 def main(argv: list[str] | None = None) -> None:

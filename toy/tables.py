@@ -81,8 +81,9 @@ def report(cfg: SimpleNamespace, table: Table) -> str:
     return layout(f"{cfg.SCENES} scenes, {table.unit}", found)
 
 
-def layout(corner: str, found: dict[str, list[dict[str, float]]]) -> str:
-    """The figures of each row's runs -> their means and, of several, standard deviations."""
+def layout(corner: str, found: dict[str, list[dict[str, float | None]]]) -> str:
+    """The figures of each row's runs -> their means and, of several, standard deviations;
+    blank where one is None."""
     width, columns = max(map(len, [corner, *found])) + 3, [*next(iter(found.values()))[0]]
     lines = [f"{corner:{width}}" + "".join(f"{column:>14}" for column in columns)]
     for row, runs in found.items():
@@ -164,7 +165,7 @@ def alone(cfg: SimpleNamespace, table: Table, options: list[str]) -> dict[str, f
 BENCHMARKS = {"val": "toy", "dev": "toy/dev.json"}
 
 
-def of_declip(folder: Path, scenes: str) -> dict[str, float]:
+def of_declip(folder: Path, scenes: str) -> dict[str, float | None]:
     """Table 1: how right regions are named by box and by mask, and mIoU; on the val scenes also
     mIoU in windows and with PAMR, and the seconds of the training's steps."""
     model, root = ["--ckpt", f"{folder}/declip.safetensors"], f"data/toy/{scenes}"

@@ -37,10 +37,11 @@ def options_of(cfg: SimpleNamespace) -> dict:
             if name not in NOT_IDENTIFYING}
 
 
-def identity(cfg: SimpleNamespace, model: nn.Module, classes: object, **found: object) -> dict:
-    """What a result is of: the settings, the model's weights, and what json can hold of the classes.
+def identity(cfg: SimpleNamespace, model: nn.Module, classes: object, /, **found: object) -> dict:
+    """What a result is of, the `of` above: settings, the model's weights, the classes' names.
 
-    found: what else was evaluated, and values of settings that leave them to the model or the data.
+    classes: anything that json can hold. found: what else was evaluated, and what stands for
+    settings that are None.
     """
     device = next(model.parameters()).device
     return options_of(cfg) | {"precision": find_precision(cfg.PRECISION, device)} | found | {
@@ -106,15 +107,15 @@ def results_there(path: Path) -> list[dict]:
         return []
     try:
         return read_results(path)
-    except UserError as error:
+    except UserError:
         aside = next(name for number in count(1)
                      if not (name := path.with_name(f"{path.stem}.old{number}.json")).exists())
         path.rename(aside)
-        print(f"{error} That file is {aside} now.")
+        print(f"{path} held no results in the present layout; it is kept as {aside}")
         return []
 
 
-def read_results(path: str | Path, **wanted: object) -> list[dict]:
+def read_results(path: str | Path, /, **wanted: object) -> list[dict]:
     """The results in a file whose `of` has what is wanted, the newest last.
 
     Raises UserError if there is no such file, or if it is not as write_result makes it.
@@ -124,7 +125,7 @@ def read_results(path: str | Path, **wanted: object) -> list[dict]:
     with as_written(path):
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if content.keys() != {"results"} or not isinstance(content["results"], list):
-            raise ValueError("it has other fields")
+            raise ValueError("its fields are others, perhaps an earlier version's")
         return [result for result in content["results"] if result["of"] | wanted == result["of"]]
 
 
@@ -134,5 +135,5 @@ def as_written(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} holds no results as evaluations write them ({error!r}); name "
+        raise UserError(f"{path} holds no results as evaluations write them ({error}); name "
                         "another file, or evaluate again.") from None
