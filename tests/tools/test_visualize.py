@@ -20,6 +20,7 @@ from tools import visualize
 from tools.visualize import attention_maps
 from toy import world
 from util import settings
+from util.results import write_result
 from util.run import LOG_FIELDS
 from util.towers import projection
 
@@ -300,32 +301,40 @@ def test_what_is_no_log_is_one_sentence(tmp_path, text, problem):
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
-def region_json(path: Path, **settings) -> Path:
-    """A region.json of two sizes; no thing was found by its mask."""
-    def of_size(best: float) -> dict:
-        means = {f"{way} {kind}": {"top1": best + place} for kind in ("thing", "stuff")
+def add_sizes(folder: Path, best: dict[int, float], **of) -> None:
+    """A region.json's results at some sizes; no thing was found by its mask."""
+    cfg = SimpleNamespace(OUT=str(folder), CKPT=None)
+    model = {"model": "EVA02-B-16", "attention": "qk", "scale": 1.0, "ckpt": "out/a.pt",
+             "pretrained": "tag"}
+    for size, first in best.items():
+        means = {f"{way} {kind}": {"top1": first + place} for kind in ("thing", "stuff")
                  for place, way in enumerate(("box", "mask", "crop"))}
-        return {"mAcc": means | {"mask thing": {"top1": None}}}
-    content = {"sizes": {"224": of_size(40), "560": of_size(60)}, "model": "EVA02-B-16",
-               "context": "qk", "scale": 1.0}
-    defaults = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag"}
-    path.write_text(json.dumps(content | {"settings": defaults | settings}))
-    return path
+        write_result(cfg, "region", model | of | {"size": size},
+                     {"mAcc": means | {"mask thing": {"top1": None}}})
 
 
 def test_sizes_are_lines_for_things_and_stuff(tmp_path):
-    path = region_json(tmp_path / "region.json")
-    figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
+    """Of the newest evaluation in the file, or of the one that is asked for."""
+    def sizes(**given) -> plt.Figure:
+        words = ["sizes", str(tmp_path / "region.json"), *options(**given)]
+        cfg = settings.parse(words, visualize, "KIND_AND_FILES")
+        return visualize.sizes(cfg, words[1:2], torch.device("cpu"))
+
+    add_sizes(tmp_path, {224: 1, 560: 2, 784: 3}, attention="clip", ckpt=None, scale=None)
+    add_sizes(tmp_path, {560: 60, 224: 40})
+    figure = sizes()
     things, stuff = ({line.get_label(): line.get_xydata().tolist() for line in axis.lines}
                      for axis in figure.axes)
     assert things == {"boxes": [[224, 40], [560, 60]], "[CLS] of crops": [[224, 42], [560, 62]]}
     assert stuff == things | {"masks": [[224, 41], [560, 61]]}
     assert figure.get_suptitle() == "EVA02-B-16, attention qk, scale 1.0, out/a.pt"
     plt.close(figure)
-    path = region_json(path, ATTENTION="clip", CKPT=None)
-    figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
+    figure = sizes(attention="clip")
     assert figure.get_suptitle() == "EVA02-B-16, attention clip, tag"
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[224, 1], [560, 2], [784, 3]]
     plt.close(figure)
+    with pytest.raises(ValueError, match="no result of this CKPT, MODEL and ATTENTION"):
+        sizes(attention="sclip")
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -337,9 +346,9 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
     (["attention", "PHOTO", "--vfm_model", "samvit_base_patch16", "--vfm_pretrained", "false"],
      "attends within windows"),
     (["segmentation", "PHOTO"], "CLASSES names no class"),
-    (["sizes", "presets/toy_region.txt"], "is not json"),
+    (["sizes", "presets/toy_region.txt"], "presets/toy_region.txt holds no results"),
     (["sizes", "README.md", "README.md"], "2 files were given"),
-    (["sizes", "toy/vfm/config.json"], "is no region.json of eval_region.py"),
+    (["sizes", "toy/vfm/config.json"], "config.json holds no results as evaluations write them"),
     (["curves", "README.md"], "is no log of train.py"),
     (["curves", "toy/clip/log.jsonl"], "is no log of train.py"),
     (["attention", "PHOTO", "toy"], "but this figure is of one"),
