@@ -42,7 +42,7 @@ from util import UserError, distributed, settings
 from util.coco import is_inside
 from util.labels import Panoptic
 from util.precision import autocast, check_precision, find_precision
-from util.results import identity, result_path, told_apart, write_result
+from util.results import identity, told_apart, write_result
 from util.text import find_templates
 from util.weights import read_clip_record, read_published
 
@@ -90,7 +90,6 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Classifies the regions of all images at every size; prints and writes the figures."""
     settings.check_min(cfg, BATCH_SIZE=1, CROP_BATCH=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
-    result_path(cfg, "region")
     dataset = PanopticRegions(cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES, cfg.CROWD, cfg.MIN_AREA)
     classes, templates = class_names(cfg, dataset), find_templates(cfg.TEMPLATES)
     dataset[0]      # a wrong folder is found before a model is loaded
@@ -98,7 +97,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     teacher = DeCLIP(clip.source, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
     text = clip.encode_text(classes.prompts, templates, cfg.CACHE)
-    of = identity(cfg, clip, vars(classes), **clip.describe(), image_count=len(dataset),
+    of = identity(cfg, clip, [vars(classes), len(dataset)], **clip.describe(),
                   attention=cfg.ATTENTION or clip.context)
     result, hits = {}, {}
     for size in cfg.SIZES:
@@ -108,7 +107,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
             print(f"\n{title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
-            write_result(cfg, "region", of | {"size": size}, result[str(size)])
+            figures = {"title": title(cfg, clip)} | result[str(size)]
+            write_result(cfg, "region", of | {"size": size}, figures)
     return result
 
 

@@ -49,7 +49,7 @@ from util.labels import (
 )
 from util.pamr import refine
 from util.precision import autocast, check_precision
-from util.results import identity, result_path, told_apart, write_result
+from util.results import identity, told_apart, write_result
 from util.text import find_templates
 
 # The model, its precision and the run are set as in eval_region.py
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
 def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
-    result_path(cfg, "seg")     # what can be wrong is looked at before a model is loaded
+    # What can be wrong is looked at before a model is loaded.
     protocols, templates = find_protocols(cfg), find_templates(cfg.TEMPLATES)
     sets, missing = find_data(cfg.BENCHMARKS, PAPER_BENCHMARKS, cfg.DATA,
                               partial(find_set, class_file=cfg.CLASSES))
@@ -89,6 +89,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     result = {}
     for name, (dataset, classes) in sets.items():
         protocol = protocols[name].fit(clip)
+        of = identity(cfg, clip, [vars(classes), len(dataset)], **clip.describe(), benchmark=name,
+                      **protocol.recorded(), attention=cfg.ATTENTION or clip.context)
         text = clip.encode_text(classes.prompts, templates, cfg.CACHE)
         segmenter = partial(predict, protocol, clip, classes, text)
         loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
@@ -96,9 +98,6 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         result[name] = summarize(confusion, classes)
         if ranks.is_main:
             print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
-            of = identity(cfg, clip, vars(classes), benchmark=name, **protocol.recorded(),
-                          **clip.describe(), attention=cfg.ATTENTION or clip.context,
-                          image_count=len(dataset))
             write_result(cfg, "seg", of, result[name])
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing, PAPER_BENCHMARKS))

@@ -129,7 +129,7 @@ def evaluate_probe(cfg: SimpleNamespace, probe: LinearProbe, ranks: distributed.
     result = summarize(confusion, classes)
     if ranks.is_main:
         print(table(result))
-        write_result(cfg, "linear_probe", identity(cfg, probe, vars(classes)), result)
+        write_result(cfg, "linear_probe", identity(cfg, probe, classes.names), result)
     return result
 
 

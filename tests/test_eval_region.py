@@ -208,7 +208,7 @@ def test_classes_of_one_name_have_an_accuracy_each():
     result = eval_region.summarize(data.make_classes(["cat", "sea", "cat"]), [True, False, True],
                                    {"box": counts})
     assert result["top1 of each class"] == {"cat": {"box": 25}, "sea": {"box": 50},
-                                            "cat (2)": {"box": 100}}
+                                            "cat, class 2": {"box": 100}}
 
 
 def test_a_size_that_patches_do_not_fill_is_refused(panoptic):

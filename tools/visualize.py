@@ -334,16 +334,13 @@ def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.F
         if not found:
             raise ValueError("no result of this CKPT, MODEL and ATTENTION")
         of = found[-1]["of"]        # the newest, with the other sizes of the same evaluation
-        means = {result["of"]["size"]: result["mAcc"] for result in found
-                 if result["of"] | {"size": 0} == of | {"size": 0}}
-        means = dict(sorted(means.items()))
+        means = dict(sorted((result["of"]["size"], result["mAcc"]) for result in found
+                            if result["of"] | {"size": 0} == of | {"size": 0}))
         lines = {kind: {label: [of_size[f"{way} {kind}"]["top1"] for of_size in means.values()]
                         for way, label in (("box", "boxes"), ("mask", "masks"),
                                            ("crop", "[CLS] of crops"))}
                  for kind in ("thing", "stuff")}
-        scale = f", scale {of['scale'] or '1/√d'}" if of["attention"] in DECOUPLED else ""
-        weights = of["ckpt"] or of["pretrained"]
-        title = f"{of['model']}, attention {of['attention']}{scale}, {weights}"
+        title = found[-1]["title"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for axis, kind in zip(axes, lines):
         for label, values in lines[kind].items():

@@ -30,7 +30,6 @@ from util import UserError, distributed, settings
 from util.files import atomic_write
 from util.results import as_written, options_of, read_results
 from util.text import find_templates
-from util.weights import state_checksum
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
@@ -56,34 +55,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_results(cfg: SimpleNamespace, trained: DeCLIP) -> dict[str, dict[str, dict]]:
-    """For each method the newest results of eval_region.py and eval_seg.py with the presets.
-
-    DeCLIP's are those of the trained model's weights. UserError if there are none.
-    """
-    checksum, results = state_checksum(trained.state_dict(), ""), {}
+    """For each method the newest results of eval_region.py and eval_seg.py with the presets."""
+    region, seg = (settings.parse([f"@presets/toy_{name}.txt"], script)
+                   for name, script in (("region", eval_region), ("seg", eval_seg)))
+    protocol, results = Protocol.of(seg, find_benchmark("toy")).recorded(), {}
+    trained_model = {"attention": trained.context, "context": trained.context,
+                     "scale": trained.scale, "ckpt": cfg.CKPT}
     for method, (folder, attention) in METHODS.items():
-        model = {"ckpt": None} if attention else {"checksum": checksum}
-        for name, of in evaluations().items():
+        model = {"attention": attention, "context": "q"} if attention else trained_model
+        for name, of in (("region", options_of(region) | {"size": 128}),
+                         ("seg", options_of(seg) | protocol | {"benchmark": "toy"})):
             path = Path(cfg.RESULTS) / folder / f"{name}.json"
-            wanted = of | model | {"attention": attention or trained.context}
-            found = read_results(path, **wanted) if path.is_file() else []
+            found = read_results(path, **of | model) if path.is_file() else []
             if not found:
                 raise UserError(f"{path} has no result of {method} with the demo's settings; run "
                                 "toy/demo.sh, which evaluates first.")
             results.setdefault(method, {})[name] = found[-1]
     return results
-
-
-def evaluations() -> dict[str, dict]:
-    """What of the presets' settings identifies the results of eval_region.py and eval_seg.py."""
-    region = settings.parse(["@presets/toy_region.txt"], eval_region)
-    seg = settings.parse(["@presets/toy_seg.txt"], eval_seg)
-    protocol = Protocol.of(seg, find_benchmark("toy")).recorded()
-    found = {"region": options_of(region) | {"size": region.SIZES[0]},
-             "seg": options_of(seg) | protocol | {"benchmark": seg.BENCHMARKS[0]}}
-    of_model = {"ckpt", "pretrained", "context", "scale", "attention"}
-    return {name: {option: value for option, value in of.items() if option not in of_model}
-            for name, of in found.items()}
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:

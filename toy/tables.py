@@ -82,19 +82,16 @@ def report(cfg: SimpleNamespace, table: Table) -> str:
 
 
 def layout(corner: str, found: dict[str, list[dict[str, float | None]]]) -> str:
-    """The figures of each row's runs -> their means and, of several, standard deviations;
-    blank where one is None."""
+    """The figures of each row's runs -> their means and, of several, standard deviations."""
     width, columns = max(map(len, [corner, *found])) + 3, [*next(iter(found.values()))[0]]
     lines = [f"{corner:{width}}" + "".join(f"{column:>14}" for column in columns)]
     for row, runs in found.items():
         line = f"{row:{width}}"
         for column in columns:
             values = [run[column] for run in runs]
-            if None in values:
-                line += " " * 14
-                continue
-            deviation = f" ± {stdev(values):3.1f}" if len(values) > 1 else ""
-            line += f"{mean(values):8.1f}{deviation:6}"
+            known = None not in values
+            deviation = f" ± {stdev(values):3.1f}" if known and len(values) > 1 else ""
+            line += f"{mean(values):8.1f}{deviation:6}" if known else " " * 14
         lines.append(line)
     return "\n".join(lines)
 
@@ -183,15 +180,13 @@ def of_declip(folder: Path, scenes: str) -> dict[str, float | None]:
 
 
 def training_seconds(folder: Path) -> float | None:
-    """The seconds of a run's steps by its log, whatever interrupted it; None if they aren't all in
-    it."""
-    log, model = folder / "log.jsonl", folder / "declip.safetensors"
-    if not (log.is_file() and model.is_file()):
-        return None
-    run, lines = read_record(model)["settings"], read_log(log)
+    """The seconds of a run's steps by its log, in however many parts it was made; None, a blank in
+    the table, if the log lacks the end."""
+    run = read_record(folder / "declip.safetensors")["settings"]
+    lines = read_log(folder / "log.jsonl")
     steps = [0, *(line["step"] for line in lines)]
-    rates = [line["images_per_second"] / run["BATCH_SIZE"] for line in lines]
-    seconds = sum((last - first) / rate for (first, last), rate in zip(pairwise(steps), rates))
+    seconds = sum((last - first) * run["BATCH_SIZE"] / line["images_per_second"]
+                  for (first, last), line in zip(pairwise(steps), lines))
     return seconds if steps[-1] == run["step"] else None
 
 

@@ -28,7 +28,7 @@ from eval_seg import evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.labels import find_data, overview
 from util.precision import autocast, check_precision
-from util.results import identity, result_path, write_result
+from util.results import identity, write_result
 
 SHARED = {"eval_region": ["The evaluation"]}
 
@@ -59,12 +59,15 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     """Segments every benchmark; prints and writes each one's figures."""
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0, WINDOW_BATCH=1, SIZE=1, STRIDE=1)
     check_precision(cfg.PRECISION)
-    result_path(cfg, "catseg")
     sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
     attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():
+        of = identity(cfg, segmenter, [vars(classes), len(dataset)], **segmenter.clip.describe()
+                      | segmenter.design._asdict() | {"attention": attention, "benchmark": name,
+                                                      "size": protocol.size,
+                                                      "stride": protocol.stride})
         segment = partial(predict, protocol, segmenter, classes, encode(segmenter, classes))
         loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
         confusion = evaluate(segment, loader, len(classes), ranks, name)
@@ -73,9 +76,6 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         if ranks.is_main:
             print(f"\n{name}: CAT-Seg over {segmenter.clip.model_name}, attention {attention}, "
                   f"{len(dataset)} images\n{table(result[name])}")
-            of = identity(cfg, segmenter, vars(classes), benchmark=name, size=protocol.size,
-                          stride=protocol.stride, attention=attention, image_count=len(dataset),
-                          **segmenter.clip.describe())
             write_result(cfg, "catseg", of, result[name])
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing, of_paper=()))     # Table 4 has no mean

@@ -33,7 +33,7 @@ from downstream.detection import (
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
 from util.precision import autocast, check_precision
-from util.results import identity, result_path, write_result
+from util.results import identity, write_result
 from util.weights import read_record
 
 SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
@@ -77,14 +77,14 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
-    result_path(cfg, Path(cfg.DATASET).stem)
     rules = score_rules(cfg, cfg.DATASET)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
     images[0]       # a wrong folder is found before a model is loaded
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
-    of = identity(cfg, fvit, annotations.classes, **rules._asdict(), image_count=len(images))
+    of = identity(cfg, fvit, [annotations.classes, len(images)], **fvit.backbone.describe()
+                  | fvit.design._asdict() | rules._asdict())
     if annotations.classes != fvit.classes:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
     results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)

@@ -304,13 +304,13 @@ def test_what_is_no_log_is_one_sentence(tmp_path, text, problem):
 def add_sizes(folder: Path, best: dict[int, float], **of) -> None:
     """A region.json's results at some sizes; no thing was found by its mask."""
     cfg = SimpleNamespace(OUT=str(folder), CKPT=None)
-    model = {"model": "EVA02-B-16", "attention": "qk", "scale": 1.0, "ckpt": "out/a.pt",
-             "pretrained": "tag"}
+    model = {"model": "EVA02-B-16", "attention": "qk", "ckpt": "out/a.pt"}
     for size, first in best.items():
         means = {f"{way} {kind}": {"top1": first + place} for kind in ("thing", "stuff")
                  for place, way in enumerate(("box", "mask", "crop"))}
-        write_result(cfg, "region", model | of | {"size": size},
-                     {"mAcc": means | {"mask thing": {"top1": None}}})
+        write_result(cfg, "region", model | of | {"size": size}, {
+            "title": f"by {(model | of)['attention']}",
+            "mAcc": means | {"mask thing": {"top1": None}}})
 
 
 def test_sizes_are_lines_for_things_and_stuff(tmp_path):
@@ -320,17 +320,17 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
         cfg = settings.parse(words, visualize, "KIND_AND_FILES")
         return visualize.sizes(cfg, words[1:2], torch.device("cpu"))
 
-    add_sizes(tmp_path, {224: 1, 560: 2, 784: 3}, attention="clip", ckpt=None, scale=None)
+    add_sizes(tmp_path, {224: 1, 560: 2, 784: 3}, attention="clip", ckpt=None)
     add_sizes(tmp_path, {560: 60, 224: 40})
     figure = sizes()
     things, stuff = ({line.get_label(): line.get_xydata().tolist() for line in axis.lines}
                      for axis in figure.axes)
     assert things == {"boxes": [[224, 40], [560, 60]], "[CLS] of crops": [[224, 42], [560, 62]]}
     assert stuff == things | {"masks": [[224, 41], [560, 61]]}
-    assert figure.get_suptitle() == "EVA02-B-16, attention qk, scale 1.0, out/a.pt"
+    assert figure.get_suptitle() == "by qk"
     plt.close(figure)
     figure = sizes(attention="clip")
-    assert figure.get_suptitle() == "EVA02-B-16, attention clip, tag"
+    assert figure.get_suptitle() == "by clip"
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[224, 1], [560, 2], [784, 3]]
     plt.close(figure)
     with pytest.raises(ValueError, match="no result of this CKPT, MODEL and ATTENTION"):

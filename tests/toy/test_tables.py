@@ -57,6 +57,7 @@ def made(monkeypatch) -> list[list[str]]:
         groups = {"novel": {"AP50": ap}, "base": {"AP50": ap}}
         return {"boxes": {"AP50": ap, "groups": groups}}
 
+    monkeypatch.setattr(tables, "training_seconds", lambda folder: None)
     for script in (tables.train, tables.fvit_train, tables.catseg_train):
         monkeypatch.setattr(script, "main", made.append)
     for script, evaluate in ((tables.eval_region, regions), (tables.eval_seg, pixels),
@@ -101,7 +102,6 @@ def test_seconds_are_those_of_all_steps(tmp_path):
     lines = [{"step": step, "lr": 0.1, "loss": 1.0, "images_per_second": rate}
              for step, rate in ((1, 2.0), (4, 8.0), (6, 4.0))]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert tables.training_seconds(tmp_path) is None
     write_checkpoint(tmp_path / "declip.safetensors", {}, {
         "model": "x", "context": "q", "scale": None, "settings": {"BATCH_SIZE": 4, "step": 6}})
     assert tables.training_seconds(tmp_path) == 1 * 4 / 2 + 3 * 4 / 8 + 2 * 4 / 4
