@@ -395,8 +395,9 @@ def test_an_evaluation_replaces_no_other(voc, checkpoint, tmp_path, monkeypatch)
     assert [result["pixels"] for result in results] == [40, 60, 80, 105, 120, 140]
 
 
-def test_nothing_is_computed_for_a_folder_that_cannot_be_written(checkpoint, tmp_path, monkeypatch):
+def test_nothing_is_computed_for_a_folder_that_cannot_be_written(voc, checkpoint, tmp_path,
+                                                                monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(eval_seg, "evaluate", lambda *_: pytest.fail("it is evaluated"))
     with pytest.raises(SystemExit, match="Nothing can be written into .*file; set OUT"):
-        eval_seg.main(options(**OF_CHECKPOINT, ckpt=checkpoint, out=tmp_path / "file"))
+        eval_seg.main(options(**OF_CHECKPOINT, data=voc, ckpt=checkpoint, out=tmp_path / "file"))

@@ -30,6 +30,7 @@ from util import UserError, distributed, settings
 from util.files import atomic_write
 from util.results import as_written, options_of, read_results
 from util.text import find_templates
+from util.weights import read_clip_record
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
@@ -45,24 +46,23 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__):
-        trained = DeCLIP(pretrained=cfg.CKPT)
-        results = find_results(cfg, trained)
+        results = find_results(cfg)
         with as_written(cfg.RESULTS):
             print(table(results))
-        draw(cfg, trained)
+        draw(cfg)
     print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
           "README.md says, then\ntorchrun --nproc_per_node 8 train.py")
 
 
-def find_results(cfg: SimpleNamespace, trained: DeCLIP) -> dict[str, dict[str, dict]]:
+def find_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
     """For each method the newest results of eval_region.py and eval_seg.py with the presets."""
     region, seg = (settings.parse([f"@presets/toy_{name}.txt"], script)
                    for name, script in (("region", eval_region), ("seg", eval_seg)))
     protocol, results = Protocol.of(seg, find_benchmark("toy")).recorded(), {}
-    trained_model = {"attention": trained.context, "context": trained.context,
-                     "scale": trained.scale, "ckpt": cfg.CKPT}
     for method, (folder, attention) in METHODS.items():
-        model = {"attention": attention, "context": "q"} if attention else trained_model
+        record = {"context": "q", "scale": None} if attention else read_clip_record(cfg.CKPT)
+        model = {"attention": attention or record["context"], "context": record["context"],
+                 "scale": record["scale"], "ckpt": None if attention else cfg.CKPT}
         for name, of in (("region", options_of(region) | {"size": 128}),
                          ("seg", options_of(seg) | protocol | {"benchmark": "toy"})):
             path = Path(cfg.RESULTS) / folder / f"{name}.json"
@@ -98,8 +98,9 @@ COLOURS = OPACITY * colors.to_rgba_array(PALETTE)[:, :3] + (1 - OPACITY) * 0.85
 
 
 @torch.inference_mode()
-def draw(cfg: SimpleNamespace, after: DeCLIP) -> None:
+def draw(cfg: SimpleNamespace) -> None:
     """A row for each scene: ground truth, segmentation and attention before and after training."""
+    after = DeCLIP(pretrained=cfg.CKPT)
     before = DeCLIP(after.model_name, "own")
     scenes, classes = find_set("toy", "data")
     text = before.encode_text(classes.prompts, find_templates("imagenet"))

@@ -33,7 +33,7 @@ from downstream.detection import (
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
 from util.precision import autocast, check_precision
-from util.results import identity, write_result
+from util.results import identity, result_path, write_result
 from util.weights import read_record
 
 SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
@@ -77,6 +77,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
+    is_free = result_path(cfg, Path(cfg.DATASET).stem).resolve() != Path(cfg.DATASET).resolve()
+    settings.check(cfg, OUT=(is_free, "another folder than DATASET's, whose name the result has"))
     rules = score_rules(cfg, cfg.DATASET)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)

@@ -153,3 +153,8 @@ def test_a_json_of_training_is_not_evaluated_by_default(checkpoint, tmp_path):
     fvit.save(tmp_path / "fvit.safetensors", {"DATASET": "my/train.json"})
     with pytest.raises(SystemExit, match="was trained with my/train.json; say what to evaluate on"):
         evaluation.main(options(ckpt=tmp_path / "fvit.safetensors"))
+
+
+def test_a_result_takes_no_place_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
+    with pytest.raises(SystemExit, match="OUT is .* must be another folder than DATASET's"):
+        evaluation.main(arguments(checkpoint, scenes_json, scenes_json.parent))

@@ -23,12 +23,6 @@ def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="module")
-def trained() -> DeCLIP:
-    """Plain CLIP in the place of the trained model."""
-    return DeCLIP(f"local-dir:{ROOT}/toy/clip", "own")
-
-
 def write(out, start: float, **of) -> None:
     """What the evaluations add, each figure another number from `start` on."""
     cfg, means = SimpleNamespace(OUT=str(out), CKPT=None), {
@@ -46,23 +40,25 @@ def results(tmp_path):
     """Those of the demo, and later ones of others, each of which was mistaken for them once."""
     write(tmp_path, 0.5, attention="clip")
     write(tmp_path, 10.5, attention="q")
-    write(tmp_path / "declip", 20.5, attention="q", ckpt="declip.safetensors")
-    for out, ckpt in ((tmp_path, None), (tmp_path / "declip", "declip.safetensors")):
+    trained = str(tmp_path / "declip.safetensors")
+    DeCLIP("local-dir:toy/clip", "own").save(trained)
+    write(tmp_path / "declip", 20.5, attention="q", ckpt=trained)
+    for out, ckpt in ((tmp_path, None), (tmp_path / "declip", trained)):
         for other in ({"pamr": 10, "crowd": True}, {"benchmark": "voc20", "size": 560},
                       {"classes": "own.txt"}, {"ckpt": "b.safetensors"}, {"context": "qk"}):
             write(out, 90.5, **{"attention": "q", "ckpt": ckpt} | other)
-    write(tmp_path / "declip", 90.5, attention="clip", ckpt="declip.safetensors")
+    write(tmp_path / "declip", 90.5, attention="clip", ckpt=trained)
     return tmp_path
 
 
-def chosen(results, trained) -> dict:
+def chosen(results) -> dict:
     """What the demo finds there."""
-    cfg = settings.parse(options(results=results, ckpt="declip.safetensors"), demo)
-    return demo.find_results(cfg, trained)
+    return demo.find_results(settings.parse(
+        options(results=results, ckpt=results / "declip.safetensors"), demo))
 
 
-def test_the_table_has_each_figure_in_its_place(results, trained):
-    table = demo.table(chosen(results, trained)).splitlines()
+def test_the_table_has_each_figure_in_its_place(results):
+    table = demo.table(chosen(results)).splitlines()
     of_method = {line[:36].strip(): line[36:].split() for line in table}
     assert of_method["CLIP"] == ["0.5", "1.5", "2.5", "3.5", "9.5"]
     assert of_method["decoupled block, untrained"] == ["10.5", "11.5", "12.5", "13.5", "19.5"]
@@ -70,10 +66,9 @@ def test_the_table_has_each_figure_in_its_place(results, trained):
     assert of_method["CLIP on crops cut out of the scenes"] == ["4.5", "5.5"]
 
 
-def test_the_figure_is_drawn(results, trained, toy_home, capsys):
+def test_the_figure_is_drawn(results, toy_home, capsys):
     world.main(options(train=0, dev=0, val=3, size=64))
-    trained.save("declip.safetensors")
-    demo.main(options(results=results, ckpt="declip.safetensors", scenes=(0, 2),
+    demo.main(options(results=results, ckpt=results / "declip.safetensors", scenes=(0, 2),
                       figure="demo.png"))
     with Image.open("demo.png") as figure:
         assert figure.width > figure.height > 300
@@ -81,13 +76,15 @@ def test_the_figure_is_drawn(results, trained, toy_home, capsys):
     assert "torchrun --nproc_per_node 8 train.py" in what_next
 
 
-def test_without_results_it_says_what_to_run(results, trained):
+def test_without_results_it_says_what_to_run(results, tmp_path):
+    with pytest.raises(SystemExit, match="region.json has no result of CLIP .* run toy/demo.sh"):
+        demo.main(options(results=tmp_path / "nothing", ckpt="no/such.safetensors"))
     for path, sentence in ((results / "declip/seg.json", "seg.json has no result of DeCLIP with"),
                            (results / "region.json", "region.json has no result of CLIP with")):
         path.unlink()
         with pytest.raises(ValueError, match=f"{sentence} .* run toy/demo.sh"):
-            chosen(results, trained)
+            chosen(results)
     write(results, 0.5, attention="clip")
     (results / "seg.json").write_text("[]")
     with pytest.raises(ValueError, match="seg.json holds no results as evaluations write them"):
-        chosen(results, trained)
+        chosen(results)
