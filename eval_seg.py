@@ -168,11 +168,12 @@ def find_protocols(cfg: SimpleNamespace) -> dict[str, Protocol]:
     """The protocol of each benchmark; UserError for a setting that is out of range or in vain."""
     names = PAPER_BENCHMARKS if cfg.BENCHMARKS == ("all",) else cfg.BENCHMARKS
     benchmarks = {name: find_benchmark(name) for name in names}
-    idle = [name for name in ("THRESHOLD", "LOGIT_SCALE") if getattr(cfg, name) is not None]
     protocols = {name: Protocol.of(cfg, benchmark) for name, benchmark in benchmarks.items()}
-    if idle and all(benchmark.threshold is None for benchmark in benchmarks.values()):
-        raise UserError(f"{idle[0]} is for background, which gets what no class is sure of, but "
-                        f"{', '.join(names)} has none; leave it out.")
+    no_background = all(benchmark.threshold is None for benchmark in benchmarks.values()) and (
+        "is for background, which gets what no class is sure of, but "
+        f"{', '.join(names)} has none")
+    settings.refuse_unused(cfg, THRESHOLD=no_background, LOGIT_SCALE=no_background,
+                           DATA=of_own_files(benchmarks.values()))
     return protocols
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from downstream.detection import Detections, encode_detections
-from downstream.fvit.eval import detector_settings, score_rules
+from downstream.fvit.eval import detector_settings, refuse_unused_rules, score_rules
 from downstream.fvit.model import open_fvit
 from tools import segment
 from util import distributed, settings
@@ -62,6 +62,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, not names)
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
     for path, out, photo in segment.read_photos(outputs):
         with autocast(cfg.PRECISION, device):

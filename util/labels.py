@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -180,6 +180,12 @@ def read_label(path: Path, palette: str = "") -> np.ndarray:
             raise UserError(f"{path} has another palette than VOC's, so its values may be other "
                             "classes; take the labels as they are downloaded.")
     return values
+
+
+def of_own_files(benchmarks: Iterable[SegmentationBenchmark]) -> str | bool:
+    """Why DATA has no effect on benchmarks, if it has none; for settings.refuse_unused."""
+    return all(Path(benchmark.folder).is_absolute() for benchmark in benchmarks) and (
+        "holds the known data sets, but paths of one's own are relative to their json")
 
 
 def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set: Callable

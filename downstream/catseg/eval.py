@@ -27,7 +27,7 @@ from downstream.catseg.model import CATSeg, open_catseg
 from eval_seg import evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
-from util.labels import find_data, overview
+from util.labels import find_data, of_own_files, overview
 from util.precision import autocast, check_precision
 
 SHARED = {"eval_region": ["The evaluation"]}
@@ -62,6 +62,9 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
+    settings.refuse_unused(
+        cfg, DATA=of_own_files(images.benchmark for images, _ in sets.values()),
+        STRIDE=not protocol.places() and "is of windows, but SIZE is one window")
     attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():
         segment = partial(predict, protocol, segmenter, classes, encode(segmenter, classes))

@@ -28,6 +28,7 @@ from downstream.detection import (
     find_annotations,
     groups_of,
     precisions,
+    refuse_unused_data,
     summarize,
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
@@ -78,13 +79,16 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
     rules = score_rules(cfg, cfg.DATASET)
+    refuse_unused_data(cfg)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
     images[0]       # a wrong folder is found before a model is loaded
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
-    if annotations.classes != fvit.classes:
+    has_names = annotations.classes == fvit.classes
+    if not has_names:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, has_names)
     results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)
     if not ranks.is_main:
         return {}
@@ -120,6 +124,22 @@ def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
     asked = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
     return SCORE_RULES.get(dataset, ScoreRules())._replace(**{
         name: value for name, value in asked.items() if value is not None})
+
+
+def refuse_unused_rules(cfg: SimpleNamespace, fvit: FViT, rules: ScoreRules, has_names: bool
+                        ) -> None:
+    """Raises UserError on an option of the scores that has no effect on this detector's classes.
+
+    has_names: whether they are those that its file has embeddings of.
+    """
+    shares = {name for name, occurs in (("a", any(fvit.seen)), ("b", not all(fvit.seen)))
+              if occurs and getattr(rules, name)}
+    no_vlm = not shares and "is of the VLM's scores, whose share is 0"
+    settings.refuse_unused(
+        cfg, TEMPERATURE=no_vlm, AT_BOXES=no_vlm,
+        A=not any(fvit.seen) and "is of seen classes, and none is",
+        B=all(fvit.seen) and "is of novel classes, and none is",
+        CACHE=has_names and f"keeps embeddings of new names, but {cfg.CKPT} has those of its own")
 
 
 def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detections]],
