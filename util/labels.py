@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from util import UserError
 from util.coco import Instances, files_below, read_coco
 from util.files import ROOT, find, read_json
-from util.images import MAX_DECODED, orientation, read_image, unreadable
+from util.images import MAX_DECODED, orientation, own_ending, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
@@ -127,8 +127,9 @@ class SegmentationImages(Dataset):
             names = [line.strip() for line in lines if line.strip()]
         elif not is_listed:
             before, after = os.path.normpath(self.benchmark.image).split("{}")
-            paths = sorted(path.relative_to(self.root).as_posix()
-                           for path in self.root.glob(pattern))
+            found = [path for path in self.root.glob(pattern)
+                     if own_ending(os.path.basename(pattern)) or not own_ending(path.name)]
+            paths = sorted(path.relative_to(self.root).as_posix() for path in found)
             names = [path[len(before):len(path) - len(after)] for path in paths]
         if not names:
             raise MissingData(f"There is no {place.absolute()}, or it names no image; "

@@ -141,7 +141,6 @@ def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
     check_design(design_of(cfg))
-    used_record(cfg, cfg.BACKBONE, cfg.ATTENTION, DECOUPLED)
     refuse_unused_data(cfg)
     settings.check_min(cfg, CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
                        BACKGROUND=0)
@@ -160,6 +159,7 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     """The detector on its frozen backbone, in training mode; with several GPUs its norms share
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
     clip = open_backbone(vars(cfg)).to(ranks.device)
+    used_record(cfg, cfg.BACKBONE, cfg.ATTENTION, DECOUPLED)
     text = encode_names(clip, dataset.classes, cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights
     fvit = FViT(clip, dataset.classes, dataset.seen, design_of(cfg), text).to(ranks.device)
