@@ -40,6 +40,7 @@ from util import UserError, distributed, settings
 from util.files import find, write_result
 from util.labels import (
     CLASS_FILES,
+    NOT_IN_DATA,
     VOID,
     SegmentationBenchmark,
     SegmentationImages,
@@ -173,7 +174,7 @@ def find_protocols(cfg: SimpleNamespace) -> dict[str, Protocol]:
         "is for background, which gets what no class is sure of, but "
         f"{', '.join(names)} has none")
     settings.refuse_unused(cfg, THRESHOLD=no_background, LOGIT_SCALE=no_background,
-                           DATA=of_own_files(benchmarks.values()))
+                           DATA={*names}.isdisjoint(KNOWN_BENCHMARKS) and NOT_IN_DATA)
     return protocols
 
 

@@ -184,7 +184,7 @@ def check(cfg: SimpleNamespace) -> None:
                    GRID=(has_grid, "two numbers, 1 <= least <= most <= 100"),
                    ENSEMBLE=(0 <= cfg.ENSEMBLE <= 1, "a share, from 0 to 1"))
     no_vfm = not cfg.LAMBDA and "is of the context loss, which LAMBDA 0 leaves out"
-    no_json = not cfg.IMAGES.endswith(".json") and "is for a json, but IMAGES is none"
+    no_json = not str(cfg.IMAGES).endswith(".json") and "is for a json, but IMAGES is none"
     settings.refuse_unused(
         cfg, VFM_MODEL=no_vfm, VFM_PRETRAINED=no_vfm, PADDING=no_vfm, IMAGE_ROOT=no_json,
         OUTSIDE_ROOT=no_json)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import fitted_size, read_classes, resize
-from util import UserError, settings
+from util import UserError
 from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
 from util.distributed import is_main
 from util.files import find
@@ -142,13 +141,6 @@ def find_annotations(dataset: str, split: str, data: str | Path = "data",
         raise UserError(f"{path} names {files[0]}, which is not there; unpack the images there, or "
                         "set IMAGES to the folder that holds them.")
     return Annotations(path, benchmark, entries, files, objects, ids, *classes)
-
-
-def refuse_unused_data(cfg: SimpleNamespace) -> None:
-    """Raises UserError on a DATA that nothing is read from: the files are named otherwise."""
-    settings.refuse_unused(cfg, DATA=(
-        cfg.DATASET.endswith(".json") or None not in (cfg.ANNOTATIONS, cfg.IMAGES)) and (
-            "holds the known data sets, but the files are named without it"))
 
 
 def find_files(dataset: str, split: str, data: str | Path

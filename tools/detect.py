@@ -58,16 +58,13 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     names = segment.typed_classes(cfg.CLASSES).names
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
-
-    def load() -> FViT:
-        fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
-        if names:
-            fvit.set_classes(names, cache=cfg.CACHE)
-        refuse_unused_rules(cfg, fvit, rules, not names)
-        return fvit
+    fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
+    if names:
+        fvit.set_classes(names, cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, not names)
+    titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
 
     def detect_one(fvit: FViT, photo: Tensor, path: Path, out: Path) -> str:
-        titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
@@ -75,7 +72,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
             write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
         return f"{out}: {describe(found, titles)}"
 
-    segment.say_failed(segment.each_photo(outputs, load, detect_one))
+    segment.say_failed(segment.each_photo(outputs, lambda: fvit, detect_one))
 
 
 # ------------------------------------------------------------------------------- the numbers

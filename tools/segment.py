@@ -90,7 +90,8 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
         title = printable(path.name)
         atomic_write(out, partial(draw, photo, found, classes, title, cfg.LARGEST))
         if cfg.LABELS:
-            write_labels(of_model, classes, out.with_name(out.name.removesuffix(SUFFIX) + LABELS_SUFFIX))
+            write_labels(of_model, classes, out.with_name(
+                out.name.removesuffix(SUFFIX) + LABELS_SUFFIX))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), {title: shares(prediction, classes)
                                                   for title, prediction in found.items()})
@@ -154,12 +155,12 @@ def by_catseg(cfg: SimpleNamespace, catseg: CATSeg, classes: Classes) -> Segment
 def refuse_unused_by_catseg(cfg: SimpleNamespace, clip: DeCLIP) -> None:
     """Raises UserError on options that say what a CAT-Seg's file says, or that only a CLIP has."""
     of_file = f"is said by {cfg.CKPT}, a CAT-Seg"
-    of_clip = f"is for a CLIP, and {cfg.CKPT}, a CAT-Seg, has its own"
-    names = ("TEMPLATES", "SHORT_SIDE", "LONG_SIDE", "WINDOW", "STRIDE")
+    of_clip = not cfg.ATTENTION and f"is for a CLIP, and {cfg.CKPT}, a CAT-Seg, has its own"
     is_other = cfg.MODEL and locate(cfg.MODEL, None) != clip.source
     settings.refuse_unused(
         cfg, MODEL=is_other and of_file, PRETRAINED=of_file, CONTEXT=of_file, SCALE=of_file,
-        **dict.fromkeys(() if cfg.ATTENTION else (*names, "CACHE"), of_clip),
+        TEMPLATES=of_clip, SHORT_SIDE=of_clip, LONG_SIDE=of_clip, WINDOW=of_clip, STRIDE=of_clip,
+        CACHE=of_clip,
         PAMR=f"refines cosines, and {cfg.CKPT}, a CAT-Seg, has none",
         THRESHOLD=f"is for cosines, and background is a class like others of {cfg.CKPT}, a CAT-Seg",
         LOGIT_SCALE=f"is for a threshold, which {cfg.CKPT}, a CAT-Seg, has not")

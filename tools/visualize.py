@@ -69,7 +69,10 @@ def main(argv: list[str] | None = None) -> None:
         settings.check_min(cfg, LAYERS=1, SIZE=1)
         check_precision(cfg.PRECISION)
         segment.check_figure(cfg)
-        refuse_unused_of_kind(cfg, kind)
+        settings.refuse_unread(cfg, sys.modules[__name__], [kind], READ_BY)
+        settings.refuse_unused(cfg, OUT=cfg.FIGURE and "is for a figure without a name of its own",
+                               SEED=cfg.ANCHOR and "chooses the anchor if ANCHOR does not",
+                               VFM_PRETRAINED=not cfg.VFM_MODEL and "is of the VFM, but none is")
         figure, failed = KINDS[kind](cfg, files, ranks.device), []
         if isinstance(figure, tuple):       # the photographs that it shows, and those that failed
             figure, failed = figure
@@ -79,21 +82,12 @@ def main(argv: list[str] | None = None) -> None:
         segment.say_failed(failed)
 
 
-def refuse_unused_of_kind(cfg: SimpleNamespace, kind: str) -> None:
-    """Raises UserError on an option that a kind of figure does not read."""
-    blocks = {name: setting.block for name, setting in settings.constants(
-        sys.modules[__name__]).items()}
-    of_photo = {"LAYERS", "SIZE", "VFM_MODEL", "VFM_PRETRAINED", "PRECISION",
-                *(name for name in blocks if blocks[name] == "The model")} - {"ATTENTION"}
-    used = {"attention": of_photo | {"ANCHOR", "SEED"}, "cls": of_photo,
-            "correlation": of_photo | {"ANCHOR", "SEED"},
-            "segmentation": {"METHODS", *(name for name in blocks if blocks[name] not in (
-                "What is shown", "What is written"))} - {"ATTENTION"}}.get(kind, set())
-    settings.refuse_unused(cfg, **{
-        name: f"is not for a figure of {kind}" for name in {*blocks} - used - {"FIGURE", "OUT"}})
-    settings.refuse_unused(cfg, OUT=cfg.FIGURE and "is for a figure without a name of its own",
-                           SEED=cfg.ANCHOR and "chooses the anchor if ANCHOR does not",
-                           VFM_PRETRAINED=not cfg.VFM_MODEL and "is of a VFM, which is left out")
+# Which kinds of figure read a setting, or a block of them; others are read by all.
+LAYERWISE = "attention cls correlation"
+READ_BY = {"The model": f"{LAYERWISE} segmentation", "ATTENTION": "", "What is shown": LAYERWISE,
+           "ANCHOR": "attention correlation", "SEED": "attention correlation",
+           "PRECISION": f"{LAYERWISE} segmentation", **dict.fromkeys((
+               "TEMPLATES", "CACHE", "The windows", "What is named", "METHODS"), "segmentation")}
 
 
 # ------------------------------------------------------------------------------ attention maps

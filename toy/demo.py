@@ -21,16 +21,8 @@ from torch import Tensor
 from data import Classes, student_image
 from eval_seg import find_set
 from model import DeCLIP
-from tools.segment import (
-    LEGEND,
-    OPACITY,
-    PALETTE,
-    balanced,
-    check_figure,
-    deepest,
-    save_figure,
-    seen_classes,
-)
+from tools import segment
+from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
 from tools.visualize import Shown, token_of
 from toy.world import THINGS
 from util import UserError, distributed, settings
@@ -49,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__):
-        check_figure(cfg)
+        segment.check_figure(cfg)
         print(table(read_results(cfg)))
         draw(cfg)
     print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
@@ -114,7 +106,7 @@ def draw(cfg: SimpleNamespace) -> None:
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen_classes(labels, classes))
-    save_figure(figure, cfg.FIGURE)
+    segment.save_figure(figure, cfg.FIGURE)
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from util.images import MAX_DECODED, orientation, own_ending, read_image, unread
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
+# Why DATA has no effect where all that is read are jsons of one's own.
+NOT_IN_DATA = "holds the known data sets, but files of one's own are beside their json"
 UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
 # VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first.
 VOC_PALETTE = np.stack([sum((np.arange(256) >> 3 * place + channel & 1) << 7 - place
@@ -181,12 +183,6 @@ def read_label(path: Path, palette: str = "") -> np.ndarray:
             raise UserError(f"{path} has another palette than VOC's, so its values may be other "
                             "classes; take the labels as they are downloaded.")
     return values
-
-
-def of_own_files(benchmarks: Iterable[SegmentationBenchmark]) -> str | bool:
-    """Why DATA has no effect on benchmarks, if it has none; for settings.refuse_unused."""
-    return all(Path(benchmark.folder).is_absolute() for benchmark in benchmarks) and (
-        "holds the known data sets, but paths of one's own are relative to their json")
 
 
 def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set: Callable

@@ -241,6 +241,19 @@ def check(cfg: SimpleNamespace, **expected: tuple[bool, str]) -> None:
             raise UserError(f"{name} is {getattr(cfg, name)!r}; it must be {what}.")
 
 
+def refuse_unread(cfg: SimpleNamespace, script: ModuleType, modes: Sequence[str],
+                  read_by: dict[str, str]) -> None:
+    """As refuse_unused, of the settings of a script that none of the `modes` of this run reads.
+
+    read_by: of a setting or a block of them, the modes that read it, with spaces between.
+    """
+    refuse_unused(cfg, **{
+        name: f"is for {readers.replace(' ', ', ') or 'other scripts'}"
+        for name, setting in constants(script).items()
+        if (readers := read_by.get(name, read_by.get(setting.block))) is not None
+        and {*readers.split()}.isdisjoint(modes)})
+
+
 def refuse_unused(cfg: SimpleNamespace, **why: str | bool | None) -> None:
     """Raises UserError on an option that was given and has no effect. `why` says it of each, with
     the option as the subject; nothing of one that has.

@@ -24,10 +24,10 @@ from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import evaluate, summarize, table, window_starts
+from eval_seg import KNOWN_BENCHMARKS, evaluate, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
-from util.labels import find_data, of_own_files, overview
+from util.labels import NOT_IN_DATA, find_data, overview
 from util.precision import autocast, check_precision
 
 SHARED = {"eval_region": ["The evaluation"]}
@@ -63,7 +63,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
     settings.refuse_unused(
-        cfg, DATA=of_own_files(images.benchmark for images, _ in sets.values()),
+        cfg, DATA={*sets}.isdisjoint({**TABLE_4, **KNOWN_BENCHMARKS}) and NOT_IN_DATA,
         STRIDE=not protocol.places() and "is of windows, but SIZE is one window")
     attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():

@@ -24,7 +24,7 @@ from downstream.catseg.data import LabelledImages, augment, find_training
 from downstream.catseg.model import CATSeg, Design
 from eval_region import open_model
 from util import distributed, settings
-from util.labels import of_own_files
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
 from util.samples import Batch
 
@@ -74,7 +74,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
     scenes, names = find_training(cfg.IMAGES, cfg.DATA)
-    settings.refuse_unused(cfg, DATA=of_own_files([scenes.benchmark]))
+    settings.refuse_unused(cfg, DATA=cfg.IMAGES.endswith(".json") and NOT_IN_DATA)
     dataset = LabelledImages(scenes, cfg.READ_TIMEOUT)
     dataset.read(0)     # a label of another data set is found before a model is loaded
     with Run(cfg, ranks, dataset, "catseg.safetensors", MAY_CHANGE_ON_RESUME,

@@ -28,12 +28,12 @@ from downstream.detection import (
     find_annotations,
     groups_of,
     precisions,
-    refuse_unused_data,
     summarize,
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
 from util.files import write_result
+from util.labels import NOT_IN_DATA
 from util.precision import autocast, check_precision
 from util.weights import read_record
 
@@ -79,7 +79,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
     rules = score_rules(cfg, cfg.DATASET)
-    refuse_unused_data(cfg)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
@@ -128,13 +128,12 @@ def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
 
 def refuse_unused_rules(cfg: SimpleNamespace, fvit: FViT, rules: ScoreRules, has_names: bool
                         ) -> None:
-    """Raises UserError on an option of the scores that has no effect on this detector's classes.
+    """Raises UserError on an option of the scores that changes nothing for a detector's classes.
 
     has_names: whether they are those that its file has embeddings of.
     """
-    shares = {name for name, occurs in (("a", any(fvit.seen)), ("b", not all(fvit.seen)))
-              if occurs and getattr(rules, name)}
-    no_vlm = not shares and "is of the VLM's scores, whose share is 0"
+    no_vlm = not any(rules.a if seen else rules.b for seen in fvit.seen) and (
+        "is of the VLM's scores, whose share is 0")
     settings.refuse_unused(
         cfg, TEMPERATURE=no_vlm, AT_BOXES=no_vlm,
         A=not any(fvit.seen) and "is of seen classes, and none is",

@@ -19,17 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from data import training_batches
-from downstream.detection import (
-    DetectionData,
-    Objects,
-    augment,
-    find_annotations,
-    refuse_unused_data,
-)
+from downstream.detection import DetectionData, Objects, augment, find_annotations
 from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
 from model import DECOUPLED
 from train import build_optimizer
 from util import distributed, settings
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
 from util.weights import used_record
 
@@ -141,7 +136,7 @@ def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
     check_design(design_of(cfg))
-    refuse_unused_data(cfg)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     settings.check_min(cfg, CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
                        BACKGROUND=0)
     has_scales = len(cfg.SCALES) == 2 and 0 < cfg.SCALES[0] <= cfg.SCALES[1] <= 10
