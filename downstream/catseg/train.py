@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
-    scenes, names = find_training(cfg.IMAGES, cfg.DATA)
     settings.refuse_unused(cfg, DATA=cfg.IMAGES.endswith(".json") and NOT_IN_DATA)
+    scenes, names = find_training(cfg.IMAGES, cfg.DATA)
     dataset = LabelledImages(scenes, cfg.READ_TIMEOUT)
     dataset.read(0)     # a label of another data set is found before a model is loaded
     with Run(cfg, ranks, dataset, "catseg.safetensors", MAY_CHANGE_ON_RESUME,
