@@ -127,7 +127,7 @@ def test_memory_counts_what_is_alive_at_once():
     ({"repeats": 0}, "REPEATS is 0; it must be at least 1"),
     ({"window": 30}, "WINDOW 30 is no multiple"),
     ({"images": "nowhere"}, "nowhere does not exist"),
-    ({"parts": "train", "window": 32}, "WINDOW is for segment, so it has no effect; leave --window"),
+    ({"parts": "train", "window": 32}, "WINDOW is for segment, so it has no effect"),
     ({"parts": "segment", "scales": (1, 2)}, "SCALES is for fvit, so it has no effect"),
     ({"worker_counts": 0}, "WORKER_COUNTS is (0,); it must be from 1"),
 ])

@@ -182,7 +182,7 @@ def test_a_failure_of_one_photograph_is_its_own(checkpoint, photo, finds, tmp_pa
                         in more[-1] else json.loads("no figure"))
     with pytest.raises(SystemExit, match="a.png failed"):
         run(checkpoint, tmp_path, json="true")
-    assert len([*tmp_path.glob("*.detection.png")]) == len([*tmp_path.glob("*.detection.json")]) == 2
+    assert [len([*tmp_path.glob(f"*.detection.{kind}")]) for kind in ("png", "json")] == [2, 2]
 
 
 @pytest.mark.parametrize("given, words", [

@@ -223,7 +223,8 @@ def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
         assert min(figure.size) > 200
 
 
-@pytest.mark.parametrize("suffix, first", [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
+@pytest.mark.parametrize("suffix, first", [
+    ("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
 def test_a_figure_has_the_format_that_its_name_says(tmp_path, suffix, first):
     path = tmp_path / f"c.{suffix}"
     segment.save_figure(plt.figure(), path)

@@ -191,8 +191,7 @@ def test_an_option_without_effect_is_refused(script, tmp_path, capsys):
     (tmp_path / "x.txt").write_text("--lr 2")
     preset, why = f"@{tmp_path / 'x.txt'}", {"LR": "is for trainings", "STEPS": "is too"}
     for words in (["--lr", "1"], ["--lr=1e-5"], [preset, "--lr", "1"]):
-        with pytest.raises(ValueError, match="^LR is for trainings, so it has no effect; leave --lr "
-                                             "out.$"):
+        with pytest.raises(ValueError, match="^LR is for trainings, so it has no effect; leave "):
             settings.refuse_unused(settings.parse(words, script), **why)
     for words in ([], ["--steps", "none"], ["--fast"]):
         settings.refuse_unused(settings.parse(words, script), **why)
@@ -210,11 +209,11 @@ def test_an_option_without_effect_is_refused(script, tmp_path, capsys):
     ("eval_region --attention k --context q", "CONTEXT is for a model without ATTENTION"),
     ("eval_region --context maskclip --scale 1", "SCALE is of decoupled blocks, but maskclip"),
     ("eval_seg --attention sclip --scale 1", "SCALE is of decoupled blocks, but sclip"),
-    ("eval_seg --ckpt CKPT --pretrained openai", "PRETRAINED is for files that don't say what they"),
-    ("downstream.catseg.train --attention catseg --scale 1", "SCALE is of decoupled blocks, but cat"),
+    ("eval_seg --ckpt CKPT --pretrained openai", "PRETRAINED is for files that"),
+    ("downstream.catseg.train --attention catseg --scale 1", "SCALE is of decoupled blocks"),
     ("docs.linear_probe --attention clip --context q", "CONTEXT is for a model without ATTENTION"),
     ("tools.segment --classes x --ckpt CKPT --pretrained openai", "PRETRAINED is for files"),
-    ("tools.segment --classes x --context clip --scale 1", "SCALE is of decoupled blocks, but clip")])
+    ("tools.segment --classes x --context clip --scale 1", "SCALE is of decoupled blocks")])
 def test_settings_of_a_model_in_vain_are_refused_by_every_script(tmp_path, monkeypatch, command,
                                                                  words):
     """Before it is loaded."""
@@ -230,7 +229,7 @@ def test_settings_of_a_model_in_vain_are_refused_by_every_script(tmp_path, monke
 
 
 @pytest.mark.parametrize("command, words", [
-    ("train --lambda 0 --vfm_model x", "VFM_MODEL is of the context loss, which LAMBDA 0 leaves out"),
+    ("train --lambda 0 --vfm_model x", "VFM_MODEL is of the context loss, which LAMBDA 0"),
     ("train --lambda 0 --padding false", "PADDING is of the context loss"),
     ("train --context clip --scale 1", "SCALE is of decoupled blocks, but clip"),
     ("train --image_root x", "IMAGE_ROOT is for a json, but IMAGES is none"),
@@ -239,11 +238,11 @@ def test_settings_of_a_model_in_vain_are_refused_by_every_script(tmp_path, monke
     ("downstream.fvit.eval --dataset my.json --data x", "DATA holds the known data sets"),
     ("downstream.catseg.train --images my.json --data x", "DATA holds the known data sets"),
     ("eval_seg --benchmarks toy --data x", "DATA holds the known data sets"),
-    ("eval_seg --benchmarks toy --threshold 0.5", "THRESHOLD is for background, which gets what no"),
+    ("eval_seg --benchmarks toy --threshold 0.5", "THRESHOLD is for background, which gets"),
     ("toy.tables table1 --ckpt x", "CKPT is for detection, catseg, so it has no effect"),
     ("toy.tables detection --lrs 1", "LRS is for --search, so it has no effect"),
     ("toy.tables detection --search", "SEARCH is for --search, table1, so it has no effect"),
-    ("toy.tables table1 --search --seeds 1", "SEEDS is for table1, detection, catseg, so it has no")])
+    ("toy.tables table1 --search --seeds 1", "SEEDS is for table1, detection, catseg")])
 def test_an_option_that_a_script_does_not_use_is_refused(monkeypatch, command, words):
     monkeypatch.chdir(ROOT)
     name, *options = command.split()
