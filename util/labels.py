@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from util import UserError
 from util.coco import Instances, files_below, read_coco
+from util.distributed import is_main
 from util.files import ROOT, find, read_json
 from util.images import MAX_DECODED, orientation, own_ending, read_image, unreadable
 
@@ -129,9 +130,13 @@ class SegmentationImages(Dataset):
             names = [line.strip() for line in lines if line.strip()]
         elif not is_listed:
             before, after = os.path.normpath(self.benchmark.image).split("{}")
-            found = [path for path in self.root.glob(pattern)
-                     if own_ending(os.path.basename(pattern)) or not own_ending(path.name)]
-            paths = sorted(path.relative_to(self.root).as_posix() for path in found)
+            found = {*self.root.glob(pattern)}
+            ours = {path for path in found if own_ending(path.name)}
+            if own_ending(os.path.basename(pattern)):       # named by the user
+                ours = set()
+            if ours and is_main():
+                print(f"left out of {self.root}: {len(ours)} images that our tools drew")
+            paths = sorted(path.relative_to(self.root).as_posix() for path in found - ours)
             names = [path[len(before):len(path) - len(after)] for path in paths]
         if not names:
             raise MissingData(f"There is no {place.absolute()}, or it names no image; "

@@ -159,9 +159,10 @@ def test_what_the_tools_draw_is_no_photograph(photo, tmp_path, capsys):
         "my attention", "scene"]
     assert SegmentationImages(SegmentationBenchmark(image="{}.labels.png", **given), "").names == [
         "scene"]
-    capsys.readouterr()
+    assert f"left out of {tmp_path}: 3 images that our tools drew" in capsys.readouterr().out
     segment.find_photos([str(tmp_path)])
-    assert "left out of" in capsys.readouterr().out
+    assert f"left out of {tmp_path}: 1 .labels.png" in capsys.readouterr().out.replace(
+        "1 .detection.png, ", "")
 
 
 def test_a_failure_of_one_photograph_is_its_own(photo, tmp_path, monkeypatch):
