@@ -44,7 +44,7 @@ from util.labels import Panoptic
 from util.precision import autocast, check_precision, find_precision
 from util.results import identity, told_apart, write_result
 from util.text import find_templates
-from util.weights import read_clip_record, read_published
+from util.weights import read_published, used_record
 
 # The model
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
@@ -135,11 +135,11 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     """The model of CKPT, MODEL, PRETRAINED, CONTEXT and SCALE, to be used with ATTENTION.
 
     A `declip.safetensors` says what it is; any other CKPT is loaded over MODEL with PRETRAINED, and
-    its attention must be named. UserError if the settings contradict it, or are missing.
+    its attention must be named. UserError if settings contradict it, are missing or in vain.
     """
     settings.check(cfg, ATTENTION=(cfg.ATTENTION in (None, *ATTENTIONS),
                                    f"one of {', '.join(ATTENTIONS)}"))
-    if cfg.CKPT and read_clip_record(cfg.CKPT):
+    if used_record(cfg, cfg.CKPT, cfg.ATTENTION, DECOUPLED):
         return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
     is_described = cfg.ATTENTION or None not in (cfg.MODEL, cfg.CONTEXT, cfg.SCALE)
     weights = read_published(cfg.CKPT, is_described) if cfg.CKPT else {}    # before any download

@@ -40,6 +40,7 @@ from util import UserError, distributed, settings
 from util.files import find
 from util.labels import (
     CLASS_FILES,
+    NOT_IN_DATA,
     VOID,
     SegmentationBenchmark,
     SegmentationImages,
@@ -171,11 +172,12 @@ def find_protocols(cfg: SimpleNamespace) -> dict[str, Protocol]:
     """The protocol of each benchmark; UserError for a setting that is out of range or in vain."""
     names = PAPER_BENCHMARKS if cfg.BENCHMARKS == ("all",) else cfg.BENCHMARKS
     benchmarks = {name: find_benchmark(name) for name in names}
-    idle = [name for name in ("THRESHOLD", "LOGIT_SCALE") if getattr(cfg, name) is not None]
     protocols = {name: Protocol.of(cfg, benchmark) for name, benchmark in benchmarks.items()}
-    if idle and all(benchmark.threshold is None for benchmark in benchmarks.values()):
-        raise UserError(f"{idle[0]} is for background, which gets what no class is sure of, but "
-                        f"{', '.join(names)} has none; leave it out.")
+    no_background = all(benchmark.threshold is None for benchmark in benchmarks.values()) and (
+        "is for background, which gets what no class is sure of, but "
+        f"{', '.join(names)} has none")
+    settings.refuse_unused(cfg, THRESHOLD=no_background, LOGIT_SCALE=no_background,
+                           DATA={*names}.isdisjoint(KNOWN_BENCHMARKS) and NOT_IN_DATA)
     return protocols
 
 

@@ -7,7 +7,6 @@
 import math
 import sys
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +22,11 @@ import eval_seg
 from data import Classes, student_image
 from eval_seg import Protocol, find_benchmark, find_set
 from model import DeCLIP
+from tools import segment
 from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
 from tools.visualize import Shown, token_of
 from toy.world import THINGS
 from util import UserError, distributed, settings
-from util.files import atomic_write
 from util.results import as_written, options_of, read_results
 from util.text import find_templates
 from util.weights import read_clip_record
@@ -46,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__):
+        segment.check_figure(cfg)
         results = find_results(cfg)
         with as_written(cfg.RESULTS):
             print(table(results))
@@ -119,8 +119,7 @@ def draw(cfg: SimpleNamespace) -> None:
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen_classes(labels, classes))
-    atomic_write(cfg.FIGURE, partial(figure.savefig, dpi=110, format="png"))
-    plt.close(figure)
+    segment.save_figure(figure, cfg.FIGURE)
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],

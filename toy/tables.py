@@ -68,9 +68,15 @@ def run(cfg: SimpleNamespace) -> str:
     splits = range(len(NOVEL)) if name == "detection" else cfg.SEEDS
     settings.check(cfg, TABLE=(name in TABLES, f"one of {', '.join(TABLES)}"),
                    SCENES=(cfg.SCENES in BENCHMARKS, "val or dev"),
-                   SEARCH=(name == "table1" or not cfg.SEARCH, "false but for table1"),
                    SEEDS=({*cfg.SEEDS} <= {*splits}, "from 0 to 2, which have a split each"))
+    mode = "--search" if cfg.SEARCH and name == "table1" else name
+    settings.refuse_unread(cfg, sys.modules[__name__], [mode], READ_BY)
     return search(cfg) if cfg.SEARCH else report(cfg, TABLES[name])
+
+
+# Which tables read a setting; others are read by all, and by --search.
+READ_BY = {"SEARCH": "--search table1", "CKPT": "detection catseg", "LRS": "--search",
+           "LAMBDAS": "--search", **dict.fromkeys(("SEEDS", "SCENES"), "table1 detection catseg")}
 
 
 def report(cfg: SimpleNamespace, table: Table) -> str:

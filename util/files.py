@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from util import UserError
 
 ROOT = Path(__file__).parent.parent     # the repository
+MAX_NAME = 255      # bytes that a file's name may have
 
 
 def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
@@ -22,7 +23,8 @@ def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A process's number would not do: containers that share a disk count their own from 1.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    short = os.fsdecode(os.fsencode(path.name)[:MAX_NAME - 37])
+    temporary = path.with_name(f"{short}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode     # safetensors would make it readable by its owner only

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -27,7 +28,7 @@ from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
 from eval_seg import evaluate, resized_size, summarize, table, window_starts
 from util import UserError, distributed, settings
-from util.labels import find_data, overview
+from util.labels import NOT_IN_DATA, find_data, overview
 from util.precision import autocast, check_precision
 from util.results import identity, write_result
 
@@ -63,6 +64,10 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
+    settings.refuse_unused(
+        cfg, DATA=all(Path(images.benchmark.folder).is_absolute() for images, _ in sets.values())
+        and NOT_IN_DATA,
+        STRIDE=not protocol.places() and "is of windows, but SIZE is one window")
     attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():
         of = identity(cfg, segmenter, [vars(classes), len(dataset)], **segmenter.clip.describe()

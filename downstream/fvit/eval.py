@@ -32,6 +32,7 @@ from downstream.detection import (
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
+from util.labels import NOT_IN_DATA
 from util.precision import autocast, check_precision
 from util.results import identity, result_path, write_result
 from util.weights import read_record
@@ -80,6 +81,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     is_free = result_path(cfg, Path(cfg.DATASET).stem).resolve() != Path(cfg.DATASET).resolve()
     settings.check(cfg, OUT=(is_free, "another folder than DATASET's, whose name the result has"))
     rules = score_rules(cfg, cfg.DATASET)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
@@ -87,8 +89,10 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
     of = identity(cfg, fvit, [annotations.classes, len(images)], **fvit.backbone.describe()
                   | fvit.design._asdict() | rules._asdict())
-    if annotations.classes != fvit.classes:
+    has_names = annotations.classes == fvit.classes
+    if not has_names:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, has_names)
     results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)
     if not ranks.is_main:
         return {}
@@ -124,6 +128,21 @@ def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
     asked = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
     return SCORE_RULES.get(dataset, ScoreRules())._replace(**{
         name: value for name, value in asked.items() if value is not None})
+
+
+def refuse_unused_rules(cfg: SimpleNamespace, fvit: FViT, rules: ScoreRules, has_names: bool
+                        ) -> None:
+    """Raises UserError on an option of the scores that changes nothing for a detector's classes.
+
+    has_names: whether they are those that its file has embeddings of.
+    """
+    no_vlm = not any(rules.a if seen else rules.b for seen in fvit.seen) and (
+        "is of the VLM's scores, whose share is 0")
+    settings.refuse_unused(
+        cfg, TEMPERATURE=no_vlm, AT_BOXES=no_vlm,
+        A=not any(fvit.seen) and "is of seen classes, and none is",
+        B=all(fvit.seen) and "is of novel classes, and none is",
+        CACHE=has_names and f"keeps embeddings of new names, but {cfg.CKPT} has those of its own")
 
 
 def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detections]],

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options
+from conftest import options, preset
 from PIL import Image
 from test_model import images
 from tiny import ROOT
 
 from model import DeCLIP, load_vfm
-from tools import visualize
+from tools import segment, visualize
 from tools.visualize import attention_maps
 from toy import world
 from util import settings
@@ -217,11 +217,57 @@ def checkpoint(tmp_path_factory) -> str:
     ("segmentation",
      {"classes": "dots, star", "methods": ("clip", "clearclip"), "templates": "a {}."})])
 def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
-    given = {key: value for key, value in (TOY | given).items() if key not in ("scale",)}
-    visualize.main([kind, str(photo),
-                    *options(**given | {"ckpt": checkpoint, "figure": tmp_path / "a.png"})])
+    given |= {"ckpt": checkpoint, "figure": tmp_path / "a.png"}
+    toy = {key: value for key, value in TOY.items() if key != "scale"}
+    visualize.main([kind, str(photo), preset(tmp_path, **toy), *options(**given)])
     with Image.open(tmp_path / "a.png") as figure:
         assert min(figure.size) > 200
+
+
+@pytest.mark.parametrize("suffix, first", [
+    ("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_figure_has_the_format_that_its_name_says(tmp_path, suffix, first):
+    path = tmp_path / f"c.{suffix}"
+    segment.save_figure(plt.figure(), path)
+    assert path.read_bytes().startswith(first)
+
+
+def test_all_photographs_are_shown_and_a_broken_one_is_named(photo, checkpoint, tmp_path,
+                                                             monkeypatch):
+    """More than six in one figure, or a sentence; what can't be read costs no other one its row."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.png").write_bytes(photo.read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    figures, save = [], segment.save_figure
+    monkeypatch.setattr(segment, "save_figure",
+                        lambda figure, *more, **how: figures.append(len(figure.axes)) or save(
+                            figure, *more, **how))
+    words = ["segmentation", str(folder), *options(
+        classes="dots, star", methods="clip", ckpt=checkpoint, templates="a {}.",
+        figure=tmp_path / "a.png")]
+    with pytest.raises(SystemExit, match="broken.png can't be read as an image"):
+        visualize.main(words)
+    assert figures == [7 * 3] and (tmp_path / "a.png").exists()
+    monkeypatch.setattr(visualize, "MAX_ROWS", 5)
+    with pytest.raises(SystemExit, match="8 photographs were given, but a figure has room for 5"):
+        visualize.main(words)
+
+
+@pytest.mark.parametrize("kind, given, words", [
+    ("attention", {"methods": "clip"}, "METHODS is for segmentation"),
+    ("cls", {"anchor": "3,4"}, "ANCHOR is for attention, correlation"),
+    ("cls", {"window": 32}, "WINDOW is for segmentation"),
+    ("curves", {"model": "ViT-B-16"}, "MODEL is for attention, cls, correlation, segmentation"),
+    ("segmentation", {"attention": "clip"}, "ATTENTION is for other scripts"),
+    ("attention", {"anchor": "3,4", "seed": 3}, "SEED chooses the anchor if ANCHOR does not"),
+    ("curves", {"out": "x", "figure": "y.png"}, "OUT is for a figure without a name"),
+    ("curves", {"figure": "y.gif"}, "FIGURE is 'y.gif'; it must be a file of a kind"),
+    ("curves", {"figure": "y"}, "FIGURE is 'y'; it must be a file of a kind")])
+def test_an_option_that_a_figure_does_not_read_is_refused(kind, given, words):
+    with pytest.raises(SystemExit, match=words):
+        visualize.main([kind, "nothing", *options(**given)])
 
 
 def test_a_row_is_the_model_that_it_is_called(photo, tmp_path):
@@ -358,6 +404,6 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
 def test_bad_input_is_one_sentence(photo, tmp_path, words, sentence):
     with pytest.raises(SystemExit) as error:
         visualize.main([str(photo) if word == "PHOTO" else word for word in words]
-                       + options(**{key: value for key, value in TOY.items()
-                                    if f"--{key}" not in words}))
+                       + [preset(tmp_path, **{key: value for key, value in TOY.items()
+                                              if f"--{key}" not in words})])
     assert sentence in str(error.value) and "\n" not in str(error.value)

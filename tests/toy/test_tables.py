@@ -229,7 +229,7 @@ def test_a_run_learns_from_seen_classes_alone(toy_home, monkeypatch):
 @pytest.mark.parametrize("words, sentence", [
     ("catseg --scenes train", "SCENES is 'train'; it must be val or dev"),
     ("detection --seeds 1 3", r"SEEDS is \(1, 3\); it must be from 0 to 2"),
-    ("detection --search", "SEARCH is True; it must be false but for table1"),
+    ("detection --search", "SEARCH is for --search, table1, so it has no effect"),
     ("table2", "it must be one of table1, detection, catseg")])
 def test_refusals(words, sentence):
     with pytest.raises(SystemExit, match=sentence):
