@@ -1,8 +1,11 @@
 """tools/bench.py: it measures what it says, beside the plain forms, and refuses in a sentence."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import options
+from conftest import options, preset
 
 from tools import bench, reference
 from util import settings
@@ -17,7 +20,9 @@ TINY = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_si
 
 def measured(*more: str, **changed) -> dict[str, dict[str, bench.Row]]:
     """The rows of a tiny bench, by part and name."""
-    found = bench.main([*options(**TINY | changed), *more])
+    with tempfile.TemporaryDirectory() as folder:
+        words = [preset(Path(folder), **TINY), *options(**changed), *more]
+        found = bench.main(words)
     return {part: {row.name: row for row in rows} for part, rows in found.items()}
 
 
@@ -122,6 +127,8 @@ def test_memory_counts_what_is_alive_at_once():
     ({"repeats": 0}, "REPEATS is 0; it must be at least 1"),
     ({"window": 30}, "WINDOW 30 is no multiple"),
     ({"images": "nowhere"}, "nowhere does not exist"),
+    ({"parts": "train", "window": 32}, "WINDOW is for segment, so it has no effect"),
+    ({"parts": "segment", "scales": (1, 2)}, "SCALES is for fvit, so it has no effect"),
     ({"worker_counts": 0}, "WORKER_COUNTS is (0,); it must be from 1"),
 ])
 def test_refusals_say_what_to_do(wrong, sentence):
