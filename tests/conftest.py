@@ -44,8 +44,11 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector need not go through it again."""
+    """What is imported by now stays: the garbage collector need not go through it again, and the
+    processes of warm.py share it."""
     gc.freeze()
+    if warm := sys.modules.get("warm"):
+        warm.server()
 
 
 @pytest.fixture(autouse=True)
