@@ -5,13 +5,14 @@
     python -m tools.detect photo.jpg --ckpt ...                 # the classes that it was made for
 
 Writes photo.detection.png beside each photograph (or into OUT). Classes that training has not seen
-have a dashed frame and an asterisk. --json writes photo.detection.json: COCO results, whose
-category_id counts the classes from 1.
+have a dashed frame and an asterisk. --json writes photo.detection.json: COCO results with names of
+file and class, whose category_id counts the classes from 1. Of `--classes instances.json`, a
+COCO-style json that lists the photographs, they have the ids, so that they can be scored with it.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -29,14 +30,16 @@ from downstream.detection import Detections, encode_detections
 from downstream.fvit.eval import detector_settings, score_rules
 from downstream.fvit.model import open_fvit
 from tools import segment
-from util import distributed, settings
+from util import UserError, distributed, settings
+from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
 from util.precision import autocast, check_precision
 
 SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
 
 # What is looked for
-CLASSES = ""                        # names with commas between, or a .txt file; none: its own
+CLASSES = ""                        # names with commas between, a .txt or COCO-style .json file;
+                                    # none: its own
 LEAST = 0.3                         # score from which a detection is shown
 CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
 
@@ -57,8 +60,11 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; one that can't be read is named at the end."""
     check_precision(cfg.PRECISION)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
-    names = segment.typed_classes(cfg.CLASSES).names
+    coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None
+    names = ([category["name"] for category in coco.categories] if coco
+             else segment.typed_classes(cfg.CLASSES).names)
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
+    images = find_images(outputs, coco) if cfg.JSON else {}
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
@@ -68,17 +74,40 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
             found, = fvit.detect([photo.to(device)], rules)
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
-            write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
+            write_json(out.with_suffix(".json"), coco_results(
+                images[path], found, fvit.classes, coco))
         tqdm.write(f"{out}: {describe(found, titles)}")
 
 
 # ------------------------------------------------------------------------------- the numbers
 
-def coco_results(path: Path, found: Detections, classes: Sequence[str]) -> list[dict]:
-    """Detections as COCO results, with the names. image_id: a file's name, as COCO's the number."""
-    image = int(path.stem) if path.stem.isdecimal() else path.stem
-    return [result | {"category": classes[result["category_id"] - 1]}
-            for result in encode_detections(image, found)]
+def find_images(photos: Iterable[Path], coco: Coco | None) -> dict[Path, dict]:
+    """Each photograph's entry in a json, found by its file's name, with or without folders.
+
+    Without a json its id is the name, as COCO's the number. UserError if the json lacks one.
+    """
+    if coco is None:
+        return {path: {"id": int(path.stem) if path.stem.isdecimal() else path.stem,
+                       "file_name": path.name} for path in photos}
+    listed, found = {image["file_name"]: image for image in coco.images}, {}
+    for path in photos:
+        parts = path.absolute().parts
+        names = ("/".join(parts[start:]) for start in range(len(parts)))
+        found[path] = next((listed[name] for name in names if name in listed), None)
+        if found[path] is None:
+            raise UserError(f"{coco.path} does not list {path}; give photographs of that json, or "
+                            "names as CLASSES.")
+    return found
+
+
+def coco_results(image: dict, found: Detections, classes: Sequence[str], coco: Coco | None
+                 ) -> list[dict]:
+    """Detections as COCO results, under the ids of a json's classes; without one, from 1."""
+    ids = [category["id"] for category in coco.categories] if coco else range(1, len(classes) + 1)
+    return [result | {"file_name": image["file_name"], "category_id": ids[number - 1],
+                      "category": classes[number - 1]}
+            for result in encode_detections(image["id"], found)
+            for number in [result["category_id"]]]
 
 
 def describe(found: Detections, titles: Sequence[str]) -> str:
