@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 from data import fitted_size, read_classes, resize
 from util import UserError
 from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
-from util.distributed import collect_lines, is_main
+from util.distributed import is_main
 from util.files import atomic_write, find
 from util.images import read_image
 from util.labels import CLASS_FILES
@@ -371,11 +371,10 @@ AT_ONCE = 80        # classes that are scored at once
 
 class Results:
     """COCO results of encode_detections on the disk, where temporary files go (TMPDIR): OV-LVIS has
-    six million, with masks. A file holds those of AT_ONCE classes, a line each."""
+    six million, with masks. A file has those of AT_ONCE classes, a line each."""
 
     def __init__(self, num_classes: int):
-        self.starts = range(0, num_classes, AT_ONCE)
-        self.files = [TemporaryFile() for _ in self.starts]
+        self.files = [TemporaryFile() for _ in range(0, num_classes, AT_ONCE)]
 
     def add(self, results: list[dict]) -> None:
         """Appends results."""
@@ -383,26 +382,18 @@ class Results:
             file = self.files[(result["category_id"] - 1) // AT_ONCE]
             file.write(json.dumps(result).encode() + b"\n")
 
-    def collect(self) -> None:
-        """Brings those of all ranks to rank 0; to be called by each."""
-        for file in self.files:
-            collect_lines(file)
-
     def parts(self) -> Iterator[tuple[slice, list[dict]]]:
         """Some classes and all their results, until there are no more classes."""
-        for start, file in zip(self.starts, self.files):
+        for number, file in enumerate(self.files):
             file.seek(0)
-            yield slice(start, start + AT_ONCE), [json.loads(line) for line in file]
+            yield slice(number * AT_ONCE, (number + 1) * AT_ONCE), [*map(json.loads, file)]
 
-    def write(self, path: str | Path, annotations: Annotations) -> None:
+    def write(self, path: str, annotations: Annotations) -> None:
         """Writes all as one json, with the names and under the ids of the annotations' json."""
         categories = [*zip(annotations.ids, annotations.classes)]
-        named = (result | {
-            "image_id": image["id"], "file_name": image["file_name"], "category_id": id,
-            "category": name} for _, results in self.parts() for result in results
-            for image in [annotations.images[result["image_id"]]]
-            for id, name in [categories[result["category_id"] - 1]] if id is not None)
-        lines = map(json.dumps, named)
+        lines = (json.dumps(named) for _, results in self.parts() for result in results
+                 for named in name_results([result], annotations.images[result["image_id"]],
+                                           categories))
 
         def write_to(temporary: str) -> None:
             with open(temporary, "w") as file:
@@ -410,6 +401,15 @@ class Results:
                 file.writelines(f",\n{line}" for line in lines)
                 file.write("]\n")
         atomic_write(path, write_to)
+
+
+def name_results(results: list[dict], image: dict, categories: Sequence[tuple[int | None, str]]
+                 ) -> list[dict]:
+    """Results on an image, with the names and under the ids of a json: its entry of the image, and
+    (id, name) of each class; no results of those whose id is None."""
+    return [result | {"image_id": image["id"], "file_name": image["file_name"], "category_id": id,
+                      "category": name} for result in results
+            for id, name in [categories[result["category_id"] - 1]] if id is not None]
 
 
 def truth_of(annotations: Annotations, classes: slice = slice(None)) -> dict:

@@ -12,7 +12,7 @@ COCO-style json that lists the photographs, they have the ids, so that they can 
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 from tqdm import tqdm
 
-from downstream.detection import Detections, encode_detections
+from downstream.detection import Detections, encode_detections, name_results
 from downstream.fvit.eval import detector_settings, score_rules
 from downstream.fvit.model import open_fvit
 from tools import segment
@@ -38,8 +38,7 @@ from util.precision import autocast, check_precision
 SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
 
 # What is looked for
-CLASSES = ""                        # names with commas between, a .txt or COCO-style .json file;
-                                    # none: its own
+CLASSES = ""                        # names with commas between, a .txt or .json file; none: its own
 LEAST = 0.3                         # score from which a detection is shown
 CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
 
@@ -61,53 +60,40 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     check_precision(cfg.PRECISION)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None
-    names = ([category["name"] for category in coco.categories] if coco
-             else segment.typed_classes(cfg.CLASSES).names)
+    categories = ([(category["id"], category["name"]) for category in coco.categories] if coco
+                  else [*enumerate(segment.typed_classes(cfg.CLASSES).names, 1)])
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
-    images = find_images(outputs, coco) if cfg.JSON else {}
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
-    if names:
-        fvit.set_classes(names, cache=cfg.CACHE)
+    if categories:
+        fvit.set_classes([name for _, name in categories], cache=cfg.CACHE)
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
     for path, out, photo in segment.read_photos(outputs):
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
-            write_json(out.with_suffix(".json"), coco_results(
-                images[path], found, fvit.classes, coco))
+            write_json(out.with_suffix(".json"), name_results(
+                encode_detections(0, found), find_image(path, coco),
+                categories or [*enumerate(fvit.classes, 1)]))
         tqdm.write(f"{out}: {describe(found, titles)}")
 
 
 # ------------------------------------------------------------------------------- the numbers
 
-def find_images(photos: Iterable[Path], coco: Coco | None) -> dict[Path, dict]:
-    """Each photograph's entry in a json, found by its file's name, with or without folders.
+def find_image(path: Path, coco: Coco | None) -> dict:
+    """A photograph's entry in a json, found by its file's name, with or without folders.
 
-    Without a json its id is the name, as COCO's the number. UserError if the json lacks one.
+    Without a json its id is the name, as COCO's the number. UserError if the json lacks it.
     """
     if coco is None:
-        return {path: {"id": int(path.stem) if path.stem.isdecimal() else path.stem,
-                       "file_name": path.name} for path in photos}
-    listed, found = {image["file_name"]: image for image in coco.images}, {}
-    for path in photos:
-        parts = path.absolute().parts
-        names = ("/".join(parts[start:]) for start in range(len(parts)))
-        found[path] = next((listed[name] for name in names if name in listed), None)
-        if found[path] is None:
-            raise UserError(f"{coco.path} does not list {path}; give photographs of that json, or "
-                            "names as CLASSES.")
-    return found
-
-
-def coco_results(image: dict, found: Detections, classes: Sequence[str], coco: Coco | None
-                 ) -> list[dict]:
-    """Detections as COCO results, under the ids of a json's classes; without one, from 1."""
-    ids = [category["id"] for category in coco.categories] if coco else range(1, len(classes) + 1)
-    return [result | {"file_name": image["file_name"], "category_id": ids[number - 1],
-                      "category": classes[number - 1]}
-            for result in encode_detections(image["id"], found)
-            for number in [result["category_id"]]]
+        return {"id": int(path.stem) if path.stem.isdecimal() else path.stem,
+                "file_name": path.name}
+    parts = path.absolute().parts
+    names = {"/".join(parts[start:]) for start in range(len(parts))}
+    for image in coco.images:
+        if image["file_name"] in names:
+            return image
+    raise UserError(f"{coco.path} does not list {path}; give its photographs, or other CLASSES.")
 
 
 def describe(found: Detections, titles: Sequence[str]) -> str:

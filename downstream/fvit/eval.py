@@ -96,12 +96,12 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks, len(fvit.classes))
     if not ranks.is_main:
         return {}
-    if cfg.DETECTIONS:
-        results.write(cfg.DETECTIONS, annotations)
     figures = score(annotations, masked, results, fvit)
     print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
           f"{table(figures)}")
     write_result(cfg, Path(cfg.DATASET).stem, figures)
+    if cfg.DETECTIONS:
+        results.write(cfg.DETECTIONS, annotations)
     return figures
 
 
@@ -159,7 +159,8 @@ def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detecti
             for (number, _), detections in zip(samples, found):
                 results.add(encode_detections(number, detections))
             progress.update(len(samples))
-    results.collect()
+    for file in results.files:
+        distributed.collect_lines(file)
     return results
 
 
