@@ -335,9 +335,9 @@ def score_images(protocol: Protocol, clip: DeCLIP, images: Sequence[Tensor], tex
 
 def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:
     """Height and width of an image (..., H, W) with its shorter side resized to `short_side`, or
-    its longer one to `long_side` if that would be exceeded."""
+    its longer one to `long_side` if that would be exceeded; halves are rounded up (published)."""
     factor = min(short_side / min(image.shape[-2:]), long_side / max(image.shape[-2:]))
-    return tuple(max(1, round(side * factor)) for side in image.shape[-2:])
+    return tuple(max(1, int(side * factor + 0.5)) for side in image.shape[-2:])
 
 
 def window_scores(protocol: Protocol, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class Run:
             else:
                 self.model.load_state_dict(state["model"], strict=False)
                 self.optimizer.load_state_dict(state["optimizer"])
-        except KeyError:
+        except (KeyError, ValueError):      # other names; other groups of the optimiser
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
                             "before, or begin in another OUT.") from None

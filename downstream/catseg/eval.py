@@ -4,8 +4,9 @@
     python -m downstream.catseg.eval --benchmarks ade150 voc20 --ckpt ...
     torchrun --nproc_per_node 4 -m downstream.catseg.eval --ckpt ...
 
-Published inference: the image stretched to 640 x 640, four windows of 384, and all of it at 384;
-the mean of the windows' probabilities and of the whole's, at the original size. The checkpoint says
+Published inference: the image is resized to a short side of 640 (at most 2,560 long), and that,
+without antialiasing, stretched to 640 x 640 for four windows of 384, and to 384 as a whole; the
+mean of the windows' probabilities and of the whole's, at the original size. The checkpoint says
 which model it is. Prints mIoU and each class's IoU; writes them to catseg.json beside it.
 """
 
@@ -24,7 +25,7 @@ from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import evaluate, summarize, table, window_starts
+from eval_seg import evaluate, resized_size, summarize, table, window_starts
 from util import UserError, distributed, settings
 from util.files import write_result
 from util.labels import find_data, overview
@@ -137,9 +138,13 @@ def predict(protocol: Protocol, segmenter: CATSeg, classes: Classes, text: Tenso
 def make_views(protocol: Protocol, segmenter: CATSeg, image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> normalised (n + 1, 3, S, S): its windows, then all of it."""
     size, window, clip = protocol.size, protocol.window, segmenter.clip
-    stretched = resize(image, size, size)
+    how = segmenter.design.resize
+    if how == "pil":        # published: two steps
+        image, how = resize(image, *resized_size(image, size, 4 * size), how), "cv2"
+    stretched = resize(image, size, size, how)
     views = [stretched[:, y:y + window, x:x + window] for y, x in protocol.places()]
-    return normalize(torch.stack([*views, resize(image, window, window)]), clip.mean, clip.std)
+    return normalize(torch.stack([*views, resize(image, window, window, how)]),
+                     clip.mean, clip.std)
 
 
 def best_prompt(protocol: Protocol, logits: Tensor, size: tuple[int, int], most: int = 2**25

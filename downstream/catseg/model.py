@@ -30,7 +30,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
-from data import constant
+from data import RESIZES, constant
 from model import ATTENTIONS, DeCLIP
 from util import UserError
 from util.text import check_lengths
@@ -48,6 +48,7 @@ class Design(NamedTuple):
     layers: int = 2
     max_classes: int = 256      # fewer are padded; of more, the most similar ones are kept
     template: str = "A photo of a {} in the scene"
+    resize: str = "pil"         # one of data.RESIZES; of files that do not say, bicubic
 
 
 class CATSeg(nn.Module):
@@ -162,7 +163,8 @@ def open_catseg(path: str | Path) -> CATSeg:
     Raises UserError if there is no such file, or if it holds something else.
     """
     state, record = read_weights(path)
-    design = {RENAMED.get(name, name): value for name, value in record.get("catseg", {}).items()}
+    design = {"resize": "bicubic"} | {RENAMED.get(name, name): value
+                                      for name, value in record.get("catseg", {}).items()}
     if set(design) != set(Design._fields):
         raise UserError(f"{path} is no segmenter; give the catseg.safetensors that "
                         "downstream.catseg.train writes.")
@@ -192,6 +194,8 @@ def check_design(clip: DeCLIP, design: Design) -> None:
         raise UserError(f"The width is {design.width}, the heads are {design.heads}, the layers "
                         f"{design.layers}; the width must be a multiple of 16 and of the heads, "
                         "and there must be a layer.")
+    if design.resize not in RESIZES:
+        raise UserError(f"RESIZE is {design.resize!r}; it must be one of {', '.join(RESIZES)}.")
     if design.template.count("{}") != 1:
         raise UserError(f"The template is {design.template!r}; it must have one {{}}.")
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import reference_catseg as reference
 import torch
+import torch.nn.functional as F
 import warm
 from conftest import options, succeeds
+from PIL import Image
 from test_catseg_data import write
 from test_catseg_model import NAMES, make
 
@@ -65,6 +67,24 @@ def test_windows_and_the_whole_image(segmenter, sides, size, starts):
         assert prediction.shape == image.shape[1:]
         assert (prediction == expected.argmax(dim=0)).float().mean() > 0.99
     assert len(found[0].unique()) > 1
+
+
+@pytest.mark.parametrize("how, first, mode", [
+    ("pil", Image.Resampling.BILINEAR, {"mode": "bilinear"}),
+    ("cv2", None, {"mode": "bilinear"}), ("bicubic", None, {"mode": "bicubic", "antialias": True})])
+def test_images_are_resized_as_in_training(segmenter, monkeypatch, how, first, mode):
+    """Published: PIL makes the shorter side 640, here 53, and what it gives is then stretched."""
+    monkeypatch.setattr(segmenter, "design", segmenter.design._replace(resize=how))
+    monkeypatch.setattr(catseg_eval, "normalize", lambda images, mean, std: images)
+    image = images()[0].repeat(1, 3, 2)[:, :, :90]      # 120 x 90
+    seen = Image.fromarray(image.permute(1, 2, 0).numpy())
+    seen = seen.resize((53, 71), first) if first else seen
+    seen = torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None] / 255
+    *windows, whole = catseg_eval.make_views(Protocol.of(segmenter), segmenter, image)
+    exact = [F.interpolate(seen, (side, side), **mode)[0].clamp(0, 1) for side in (53, 32)]
+    corners = exact[0][:, :32, :32], exact[0][:, 21:, 21:]
+    for found, expected in zip((windows[0], windows[3], whole), (*corners, exact[1])):
+        assert (found - expected).abs().max() < (1.01 if how != "bicubic" else 0.01) / 255
 
 
 @pytest.mark.parametrize("most", [1, 2 * 53**2 * 5, 2**25])
