@@ -90,10 +90,11 @@ def find_image(path: Path, coco: Coco | None) -> dict:
                 "file_name": path.name}
     parts = path.absolute().parts
     names = {"/".join(parts[start:]) for start in range(len(parts))}
-    for image in coco.images:
-        if image["file_name"] in names:
-            return image
-    raise UserError(f"{coco.path} does not list {path}; give its photographs, or other CLASSES.")
+    images = [image for image in coco.images if image["file_name"] in names]
+    if not images:
+        raise UserError(f"{coco.path} does not list {path}; give its photographs, or other "
+                        "CLASSES.")
+    return max(images, key=lambda image: len(image["file_name"]))
 
 
 def describe(found: Detections, titles: Sequence[str]) -> str:
