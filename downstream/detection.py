@@ -38,6 +38,7 @@ from util.distributed import is_main
 from util.files import atomic_write, find
 from util.images import read_image
 from util.labels import CLASS_FILES
+from util.results import told_apart
 from util.samples import TrainingData
 
 
@@ -479,7 +480,7 @@ def summarize(precision: np.ndarray, classes: Sequence[str], groups: dict[str, S
     result["groups"] = {name: {"AP": mean(part), "AP50": mean(part[0])}
                         for name, part in of_groups.items()}
     result["classes"] = {name: mean(precision[0, :, number, 0])
-                         for number, name in enumerate(classes)}
+                         for number, name in enumerate(told_apart(classes))}
     return result
 
 

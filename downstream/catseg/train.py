@@ -24,6 +24,7 @@ from downstream.catseg.data import LabelledImages, augment, find_training
 from downstream.catseg.model import CATSeg, Design
 from eval_region import open_model
 from util import distributed, settings
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
 from util.samples import Batch
 
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
+    settings.refuse_unused(cfg, DATA=cfg.IMAGES.endswith(".json") and NOT_IN_DATA)
     scenes, names = find_training(cfg.IMAGES, cfg.DATA)
     dataset = LabelledImages(scenes, cfg.READ_TIMEOUT)
     dataset.read(0)     # a label of another data set is found before a model is loaded

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
 from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
+from model import DECOUPLED
 from util import distributed, settings
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
+from util.weights import used_record
 
 SHARED = {"util.run": ["The machinery"]}
 
@@ -133,6 +136,7 @@ def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
     check_design(design_of(cfg))
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     settings.check_min(cfg, CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
                        BACKGROUND=0)
     has_scales = len(cfg.SCALES) == 2 and 0 < cfg.SCALES[0] <= cfg.SCALES[1] <= 10
@@ -150,6 +154,7 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     """The detector on its frozen backbone, in training mode; with several GPUs its norms share
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
     clip = open_backbone(vars(cfg)).to(ranks.device)
+    used_record(cfg, cfg.BACKBONE, cfg.ATTENTION, DECOUPLED)
     text = encode_names(clip, dataset.classes, cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights
     fvit = FViT(clip, dataset.classes, dataset.seen, design_of(cfg), text).to(ranks.device)
