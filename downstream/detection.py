@@ -370,7 +370,7 @@ def encode_detections(number: int, detections: Detections) -> list[dict]:
     return found
 
 
-AT_ONCE = 80        # classes that are scored at once
+AT_ONCE = 40        # classes that are scored at once
 
 
 class Results:
@@ -445,9 +445,6 @@ def precisions(annotations: Annotations, results: list[dict], masks: bool = Fals
     results: of encode_detections, of all images. masks: whether overlaps are those of masks.
     classes: those to score, as each is by itself; results are of no others.
     """
-    if masks:       # areas are those of masks then, not of boxes
-        results = [{name: value for name, value in result.items() if name != "bbox"}
-                   for result in results]
     content = truth_of(annotations, classes)
     if annotations.benchmark.is_lvis:
         # Others don't count, and COCOeval_faster fails where an image has masks of none but these.
@@ -456,6 +453,9 @@ def precisions(annotations: Annotations, results: list[dict], masks: bool = Fals
         counted |= {(entry["image_id"], entry["category_id"]) for entry in content["annotations"]}
         results = [result for result in results
                    if (result["image_id"], result["category_id"]) in counted]
+    if masks:       # areas are those of masks then, not of boxes
+        results = [{name: value for name, value in result.items() if name != "bbox"}
+                   for result in results]
     truth = COCO(content)
     evaluation = COCOeval_faster(truth, truth.loadRes(results), "segm" if masks else "bbox",
                                  lvis_style=annotations.benchmark.is_lvis)
