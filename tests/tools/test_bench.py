@@ -84,12 +84,12 @@ def test_ratios_say_how_much_better_this_code_is():
     assert bench.Row("images/s", {"this code": 10.0, "plain": 2.0}).ratio == 5
 
 
-def test_operations_are_those_of_the_formula():
+def test_operations_are_those_of_the_formula(tmp_path):
     """Of a ViT of L blocks with N tokens of width D: 2N(4D² + 2D·hidden) + 4N²D for each block.
 
     Patches and projection are added to these.
     """
-    made = bench.Bench(settings.parse(options(**TINY), bench), Ranks(0, 1, CPU), None)
+    made = bench.Bench(settings.parse([preset(tmp_path, **TINY)], bench), Ranks(0, 1, CPU), None)
     student = made.clip.visual
     trunk = student.trunk
     depth, D, C = len(trunk.blocks), trunk.embed_dim, trunk.num_classes
@@ -102,8 +102,8 @@ def test_operations_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("crops, rows, columns", [(12, 3, 4), (36, 6, 6), (7, 1, 7)])
-def test_grids_have_the_wanted_number_of_crops(crops, rows, columns):
-    made = bench.Bench(settings.parse(options(**TINY | {"crops": crops}), bench),
+def test_grids_have_the_wanted_number_of_crops(crops, rows, columns, tmp_path):
+    made = bench.Bench(settings.parse([preset(tmp_path, **TINY | {"crops": crops})], bench),
                        Ranks(0, 1, CPU), None)
     assert made.grid == (rows, columns, list(range(crops)))
 
