@@ -25,7 +25,7 @@ from pycocotools import mask as coco_masks
 
 from util import UserError
 from util.distributed import is_main
-from util.files import read_json
+from util.files import is_text, read_json
 
 NUMBERS = {int, float}
 REQUIRED = object()         # default of a field that every entry must have
@@ -133,13 +133,6 @@ def unique(column: Column) -> list:
         column.refuse(next(place for place, value in enumerate(values) if counts[value] > 1),
                       "an id that no other entry has")
     return values
-
-
-def is_text(value: object) -> bool:
-    """Whether a value is a text that a file or a class may be called by."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return False
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)     # not in any encoding
 
 
 def check_images(coco: Coco, needs: set[str]) -> None:
