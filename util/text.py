@@ -47,7 +47,7 @@ def check_names(names: Sequence[str], templates: Sequence[Template]) -> None:
     texts = [template for template in templates if isinstance(template, str)]
     if isinstance(names, str) or not all(map(is_template, texts)):
         raise UserError(f"names are {names!r} and templates {templates!r}; give a list of names, "
-                        "and templates with one {}.")
+                        "and templates with {}.")
 
 
 def check_lengths(tokenizer: Callable, names: Sequence[str], templates: Sequence[Template],

@@ -15,13 +15,11 @@ all places, are called guidance.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
@@ -34,7 +32,7 @@ from data import constant
 from model import ATTENTIONS, DeCLIP
 from util import UserError
 from util.text import check_lengths, is_template
-from util.towers import SplitQKV, paths_inside, projection, recorded_model
+from util.towers import SplitQKV, projection, recorded_model, tokenizer_of
 from util.weights import check_fit, read_design, read_record, read_weights, write_checkpoint
 
 
@@ -142,13 +140,6 @@ class CATSeg(nn.Module):
             "mean": self.clip.mean, "std": self.clip.std, "settings": settings or {},
             "catseg": self.design._asdict(),
             "use": "python -m downstream.catseg.eval or tools.segment"})
-
-
-@cache
-def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of a model as open_clip finds it."""
-    with paths_inside(source):
-        return open_clip.get_tokenizer(source)
 
 
 def is_catseg(path: str | Path | None) -> bool:
