@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as OpenClipViT
+from safetensors import safe_open
 from timm.layers import PatchEmbed
 from timm.models import eva, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
@@ -70,11 +71,27 @@ def paths_inside(source: str) -> Iterator[None]:
         raise UserError(f"{folder} says that it needs {' and '.join(named)}, which is not there; "
                         "put the folder back to where it was written, or write it again.")
     try:
+        check_sizes(path, config)
+        if tower.startswith("local-dir:"):
+            of_tower = Path(tower.removeprefix("local-dir:")) / "config.json"
+            check_sizes(of_tower, read_json(of_tower, "architecture"))
         if merges:
             check_merges(merges)
         yield
     finally:
         os.chdir(before)
+
+
+def check_sizes(path: Path, config: dict) -> None:
+    """Raises UserError on a number of a model's configuration that is out of any usual range."""
+    parts = [*config.items()]
+    for name, value in parts:       # grows, since a configuration may be as deep as it likes
+        if isinstance(value, dict | list):
+            parts += value.items() if isinstance(value, dict) else [(name, one) for one in value]
+        elif isinstance(value, int | float) and not (
+                abs(value) <= {"layers": 256, "depth": 256, "vocab_size": 2**20}.get(name, 2**13)):
+            raise UserError(f"{path} has {name} {value!r:.40}, which no model has; copy the "
+                            "model's folder again.")
 
 
 def check_merges(path: str) -> None:
@@ -121,7 +138,7 @@ def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
         return open_clip.get_tokenizer(source)
 
 
-def create_open_clip(model_name: str, tag: str | None, device: str = "cpu") -> nn.Module:
+def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
     """open_clip's model with its text tower as `.text`.
 
     A model in a folder, `local-dir:FOLDER`, or on the Hugging Face hub brings its own weights; tag
@@ -140,7 +157,7 @@ def create_open_clip(model_name: str, tag: str | None, device: str = "cpu") -> n
     try:
         with building(model_name):
             return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
-                                          force_custom_text=True, device=device)
+                                          force_custom_text=True)
     except (RuntimeError, OSError) as error:
         if "download" not in str(error):
             raise
@@ -291,18 +308,18 @@ def recorded_model(file: str | None, record: dict) -> str:
     if is_remote or not is_plain(config):
         raise UserError(f"{file} says that it is {name}, for which open_clip asks a hub or runs "
                         f"code; if you trust it, say --model {name}.")
-    if "model" in record and os.path.isfile(file):      # nothing is made that it can't hold
-        with torch.device("meta"):
-            model = create_open_clip(locate(name, file), None, "meta")
-        if sum(weight.numel() for weight in model.parameters()) > os.path.getsize(file):
-            raise UserError(f"{file} does not fit {name}, since it is smaller than that model; "
-                            "name the model that the file was made with.")
+    if config and "model" in record and os.path.isfile(file):
+        with safe_open(file, "pt") as weights:      # another model may be large: not made in vain
+            widths = [weights.get_slice(weight).get_shape()[:1] for weight in weights.keys()
+                      if weight.endswith(("visual.head.weight", "visual.trunk.head.weight"))]
+        if any(width != [config.get("embed_dim")] for width in widths):
+            raise UserError(f"{file} does not fit {name}, which it says it is: its embeddings have "
+                            "another width; name the model that the file was made with.")
     return name
 
 
 def is_plain(config: dict) -> bool:
-    """Whether open_clip builds a configuration from itself alone, in a usual size: no hub, no code
-    of others."""
+    """Whether open_clip builds a configuration from itself alone: no hub, no code of others."""
     if not isinstance(config, dict):
         return False
     vision, text = (config.get(name, {}) for name in ("vision_cfg", "text_cfg"))
@@ -310,20 +327,8 @@ def is_plain(config: dict) -> bool:
         return False
     tower, options = str(vision.get("timm_model_name", "")), text.get("tokenizer_kwargs", {})
     is_local = tower.startswith("local-dir:") or ":" not in tower
-    return (is_local and not any(name.startswith("hf_") for name in text) and is_small(config)
+    return (is_local and not any(name.startswith("hf_") for name in text)
             and set(options or {}) <= {"bpe_path"} and not vision.get("timm_model_pretrained"))
-
-
-def is_small(config: dict) -> bool:
-    """Whether all numbers of a configuration are in usual ranges."""
-    parts = [*config.items()]
-    for name, value in parts:       # grows: a dictionary may be as deep as it likes
-        if isinstance(value, dict | list):
-            parts += value.items() if isinstance(value, dict) else ((name, one) for one in value)
-        elif isinstance(value, int | float) and not (
-                abs(value) <= (256 if name in ("layers", "depth") else 2**20)):
-            return False
-    return True
 
 
 def create_vit(name: str, pretrained: bool) -> nn.Module:
