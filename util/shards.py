@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -312,7 +313,12 @@ def index_all(shards: Sequence[str], suffixes: Sequence[str], cache: str = CACHE
     with ProcessPoolExecutor(count) if count > 1 else nullcontext() as pool:
         made = tqdm((pool.map if pool else map)(make, missing), "index", len(missing),
                     unit="shard", disable=not missing or bool(ranks and not ranks.is_main))
-        found |= dict(zip(missing, made))
+        try:
+            found |= dict(zip(missing, made))
+        except BrokenProcessPool:
+            raise UserError(f"A process that indexed {len(missing)} shards, such as {missing[0]}, "
+                            "has died, mostly because memory ran out; free some and start again: "
+                            "what is indexed is kept.") from None
     failed = [index for index in found.values() if isinstance(index, UserError)]
     if failed:
         more = f" ({len(failed) - 1} more of {len(shards)} shards can't be indexed)"
