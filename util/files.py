@@ -60,7 +60,8 @@ def sync_folder(folder: Path) -> None:
 def find(path: str | Path) -> Path:
     """A path as seen from the present folder or, if nothing is there, from the repository."""
     in_repository = ROOT / path
-    return in_repository if in_repository.exists() and not Path(path).exists() else Path(path)
+    is_there = os.path.exists(in_repository) and not os.path.exists(path)
+    return in_repository if is_there else Path(path)
 
 
 def write_json(path: str | Path, content: dict) -> None:

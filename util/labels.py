@@ -1,8 +1,8 @@
 """Label images as files: the benchmarks that have them, and one's own, described in a json."""
 
-import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +57,7 @@ def read_benchmark(path: str | Path) -> SegmentationBenchmark:
     content = read_json(path, "image", "label", "classes")
     wrong = next((key for key, value in content.items() if not is_field(key, value)), None)
     if wrong:
-        raise UserError(f"{path} has {wrong!r}: {json.dumps(content[wrong])[:60]}, which is no "
+        raise UserError(f"{path} has {wrong!r}: {reprlib.repr(content[wrong])}, which is no "
                         "field of a benchmark or has a wrong value; docs/data.md shows a whole "
                         "file.")
     home = Path(os.path.abspath(path)).parent

@@ -5,6 +5,7 @@ CustomTextCLIP). A record is what a `declip.safetensors` says of itself.
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Collection
@@ -113,7 +114,7 @@ def read_clip_record(path: str | Path) -> dict:
 
     Raises UserError also if there is no such file, or if it is more than a CLIP.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no checkpoint {path}; train.py writes declip.safetensors into "
                         "its OUT folder.")
     record = read_record(path)
@@ -124,7 +125,7 @@ def read_clip_record(path: str | Path) -> dict:
 
 def is_weights_file(name: str) -> bool:
     """Whether a name is a file of weights, there or not, and no tag."""
-    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or Path(name).is_file()
+    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.isfile(name)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -132,7 +133,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises UserError if there is no such file, or if it holds anything but tensors by name.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
                         "tag, or none.")
     if Path(path).suffix == ".safetensors":

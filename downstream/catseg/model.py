@@ -159,7 +159,8 @@ def open_catseg(path: str | Path) -> CATSeg:
     design = read_design(path, {RENAMED.get(name, name): value
                                 for name, value in record["catseg"].items()}, Design)
     clip = DeCLIP(recorded_model(path, record), None, record["context"], record["scale"])
-    clip.visual.mean, clip.visual.std = (tuple(record[name]) for name in ("mean", "std"))
+    clip.visual.mean, clip.visual.std = (
+        tuple(record.get(name, getattr(clip, name))) for name in ("mean", "std"))
     check_design(clip, design)
     with torch.device("meta"):      # nothing is made that the file does not hold
         parts = Aggregator(design, design.image_size // clip.patch_size,

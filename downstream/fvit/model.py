@@ -15,6 +15,7 @@ background is the last row, n regions, k labelled objects, A anchors. Boxes are 
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -672,7 +673,7 @@ def backbone_checksum(clip: DeCLIP) -> str:
 def open_backbone(settings: dict) -> DeCLIP:
     """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
     file = settings.get("BACKBONE")
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
                         "detector needs that of its training; --backbone none --attention clip is "
                         "plain CLIP.")
@@ -687,12 +688,15 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     that open_clip itself lists are fetched.
     """
     file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
+    if (file, model, tag) == (None, None, None):
+        raise UserError(f"{path} does not name the backbone that it was trained on; say where that "
+                        "is (--backbone).")
     file = str(find(file)) if file else None
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"{path} was trained on {file}, which is not there; say where that "
                         "backbone is (--backbone).")
     model = recorded_model(path, {"model": model} if model else {})
-    is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
+    is_known = tag is None or os.path.isfile(tag) or model.startswith("local-dir:")
     if not (is_known or (model, tag) in open_clip.list_pretrained()):
         raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
                         "does not list; give that backbone.")
