@@ -33,6 +33,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
@@ -213,16 +214,13 @@ class Run:
                 set_optimizer_state_dict(self.model, self.optimizer, own)
             else:
                 own = self.optimizer.state_dict()
-                moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
-                if layout(state["model"]) != layout(self.trained()) or any(
-                        layout(moment) != layout(own["state"].get(number))
-                        for number, moment in moments.items()) or [
-                            group["params"] for group in groups] != [
-                            group["params"] for group in own["param_groups"]]:
+                if not is_like(state, self.trained(), own):
                     raise KeyError("model")
                 self.model.load_state_dict(state["model"], strict=False)
-                self.optimizer.load_state_dict(own | {"state": moments})
-        except (KeyError, TypeError, AttributeError):
+                self.optimizer.load_state_dict(own | {"state": {
+                    number: {name: value.contiguous() for name, value in moments.items()}
+                    for number, moments in state["optimizer"]["state"].items()}})
+        except KeyError:
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
                             "before, or begin in another OUT.") from None
@@ -851,16 +849,29 @@ def is_files(value: object) -> bool:
     return isinstance(value, dict) and all(map(is_text, (*value, *value.values())))
 
 
+SCALER = {"scale": partial(is_number, least=1e-30, most=1e38), "growth_factor": is_number,
+          "backoff_factor": is_number, "growth_interval": partial(is_number, least=1, most=2**31),
+          "_growth_tracker": partial(is_number, least=0, most=2**31 - 1)}
 # The fields of a checkpoint; those of before had no checksums of files.
 STATE = {"step": lambda value: type(value) is int and 0 <= value < 2**53,
          "bad_steps": lambda value: type(value) is int and value >= 0,
          "settings": lambda value: isinstance(value, dict), "images": is_text,
-         "scaler": lambda value: isinstance(value, dict) and all(
-             is_number(number, 0, 1e38) for number in value.values()),
+         "scaler": lambda value: value == {} or not wrong_field(value, SCALER, SCALER),
          "model": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(
              value, dict) and isinstance(value.get("state"), dict)}
 
 
-def layout(tensors: dict[str, Tensor] | None) -> dict | None:
-    """Names, shapes and types; of two equal ones each can be loaded in the other's place."""
-    return tensors and {name: (value.shape, value.dtype) for name, value in tensors.items()}
+def is_like(state: dict, weights: dict[str, Tensor], own: dict) -> bool:
+    """Whether a checkpoint has tensors of these weights' names, shapes and types, and moments as an
+    optimizer's `own` state has them, if perhaps not of all weights."""
+    def layout(tensors: dict[str, Tensor]) -> dict:
+        return {name: (value.shape, value.dtype, value.layout, value.is_meta)
+                for name, value in tensors.items()}
+    try:
+        groups, others = state["optimizer"]["param_groups"], own["param_groups"]
+        return (layout(state["model"]) == layout(weights)
+                and [group["params"] for group in groups] == [one["params"] for one in others]
+                and all(layout(moments) == layout(own["state"][number])
+                        for number, moments in state["optimizer"]["state"].items()))
+    except Exception:       # what is no such state raises anything
+        return False
