@@ -113,6 +113,12 @@ def is_text(value: object) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in value)     # not in any encoding
 
 
+def is_name(value: object) -> bool:
+    """Whether a value is a text that a file system takes as a path."""
+    return is_text(value) and len(value) < MOST_TEXT and max(
+        map(len, os.fsencode(value).split(b"/"))) < 256
+
+
 def is_number(value: object, least: float = -1e9, most: float = 1e9) -> bool:
     """Whether a value is a number in a range; nan is in none."""
     return type(value) in (int, float) and least <= value <= most

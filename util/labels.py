@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from util import UserError
 from util.coco import Instances, files_below, read_coco
-from util.files import ROOT, find, is_list, is_number, is_of, is_text, read_json
+from util.files import ROOT, find, is_list, is_name, is_number, is_of, read_json
 from util.images import MAX_DECODED, orientation, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
@@ -96,12 +96,12 @@ def is_field(key: str, value: object) -> bool:
         return is_inner(value) and re.fullmatch(pattern, value) is not None
     if key == "names":
         return is_inner(value)
-    return key in ("folder", "classes", "origin") and (is_text(value) or value == "")
+    return key in ("folder", "classes", "origin") and (is_name(value) or value == "")
 
 
 def is_inner(path: object) -> bool:
     """Whether a value is a relative path that never goes up."""
-    return is_text(path) and not path.startswith("/") and ".." not in path.split("/")
+    return is_name(path) and not path.startswith("/") and ".." not in path.split("/")
 
 
 class MissingData(UserError):
@@ -144,11 +144,11 @@ class SegmentationImages(Dataset):
             try:
                 names = [line.strip() for line in place.read_text("utf-8-sig").splitlines()
                          if line.strip()]
-                if not all(map(is_text, names)):
+                if not all(map(is_name, names)):
                     raise ValueError
             except ValueError:
-                raise UserError(f"{place} is not text in UTF-8; it must be the images' names, one "
-                                "a line.") from None
+                raise UserError(f"{place} is not text in UTF-8 that files can be "
+                                "called by; it must be the images' names, one a line.") from None
         elif not is_listed:
             before, after = os.path.normpath(self.benchmark.image).split("{}")
             paths = sorted(path.relative_to(self.root).as_posix()

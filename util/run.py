@@ -858,7 +858,7 @@ STATE = {"step": lambda value: type(value) is int and 0 <= value < 2**53,
          "settings": lambda value: isinstance(value, dict), "images": is_text,
          "scaler": lambda value: value == {} or not wrong_field(value, SCALER, SCALER),
          "model": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(
-             value, dict) and isinstance(value.get("state"), dict)}
+             value, dict) and isinstance(value.get("param_groups"), list)}
 
 
 def is_like(state: dict, weights: dict[str, Tensor], own: dict) -> bool:
@@ -868,9 +868,9 @@ def is_like(state: dict, weights: dict[str, Tensor], own: dict) -> bool:
         return {name: (value.shape, value.dtype, value.layout, value.is_meta)
                 for name, value in tensors.items()}
     try:
-        groups, others = state["optimizer"]["param_groups"], own["param_groups"]
-        return (layout(state["model"]) == layout(weights)
-                and [group["params"] for group in groups] == [one["params"] for one in others]
+        groups = [[dict(group)["params"] for group in of_one["param_groups"]]
+                  for of_one in (state["optimizer"], own)]
+        return (layout(state["model"]) == layout(weights) and groups[0] == groups[1]
                 and all(layout(moments) == layout(own["state"][number])
                         for number, moments in state["optimizer"]["state"].items()))
     except Exception:       # what is no such state raises anything

@@ -179,6 +179,8 @@ def members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
             while member := tar.next():
                 tar.members.clear()         # or it would keep all of them
+                if member.size < 0:         # the next header would be one of before
+                    raise tarfile.TarError("a size below 0")
                 yield member
             offset = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:

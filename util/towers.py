@@ -346,8 +346,8 @@ def create_vit(name: str, pretrained: bool) -> nn.Module:
     try:
         trunk = timm.create_model(source, pretrained=pretrained, num_classes=0, **any_size)
         kind = type(trunk).__name__
-    except TypeError:       # a model that does not know dynamic_img_size
-        trunk, kind = None, "a model of images of one size"
+    except TypeError:       # unless its class, or a folder's arguments, have another mistake
+        trunk, kind = None, "it does not take dynamic_img_size, timm's option for any size"
     except Exception as error:      # timm raises anything on weights and folders of others
         if isinstance(error, OSError) and not is_local:
             raise           # a download that fails

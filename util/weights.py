@@ -137,7 +137,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
                         "tag, or none.")
     if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
+        state, record = read_safetensors(path)
+        check_layout(path, state)
+        return state, record
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:       # not written by torch.save, or more than tensors
@@ -151,8 +153,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                         "declip.safetensors beside it.")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    return {name.removeprefix("module."): value for name, value in state.items()
-            if isinstance(value, Tensor)}, {}
+    state = {name.removeprefix("module."): value for name, value in state.items()
+             if isinstance(name, str) and isinstance(value, Tensor)}
+    check_layout(path, state)
+    return state, {}
+
+
+def check_layout(path: str | Path, state: dict[str, Tensor]) -> None:
+    """Raises UserError for weights under the names that the transformers library gives them."""
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        raise UserError(f"{path} has the layout of Hugging Face's transformers (vision_model.*), "
+                        "which is not read; give the same weights in open_clip's or the authors' "
+                        "own layout.")
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -173,7 +173,7 @@ def open_catseg(path: str | Path) -> CATSeg:
     return segmenter.eval()
 
 
-MAX_SIDE = 2**13        # of the images that a segmenter sees, in pixels
+MAX_SIDE = 2**13        # of the images that a segmenter sees
 RENAMED = {"most_classes": "max_classes"}       # fields of Design as older files have them
 
 
@@ -184,10 +184,11 @@ def check_design(clip: DeCLIP, design: Design) -> None:
         raise UserError("The weights hold no text tower, which CAT-Seg trains too; give a file "
                         "that has both, such as a declip.safetensors.")
     twice = 2 * clip.patch_size
-    if design.image_size % twice or not twice <= design.image_size <= MAX_SIDE:
+    side = max(1, round(min(design.image_size, MAX_SIDE) / twice)) * twice
+    if design.image_size != side:
         raise UserError(f"The image size is {design.image_size}, but it must be an even number of "
                         f"{clip.model_name}'s patches of {clip.patch_size} px; set it to "
-                        f"{max(1, round(design.image_size / twice)) * twice}.")
+                        f"{side}.")
     if (design.width % 16 or not 16 <= design.width <= 2**13 or not 1 <= design.layers <= 64
             or design.heads < 1 or design.width % design.heads or design.max_classes < 1):
         raise UserError(f"The width is {design.width}, the heads are {design.heads}, the layers "
