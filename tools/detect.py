@@ -1,4 +1,4 @@
-"""Finds what you name on your own segment.photographs: boxes, and masks if the detector has them.
+"""Finds what you name on your own photographs: boxes, and masks if the detector has them.
 
     python -m tools.detect photo.jpg --classes "person, red kite" --ckpt out/fvit/fvit.safetensors
     python -m tools.detect photos/ --classes names.txt --json --ckpt ...    # numbers, too
@@ -23,11 +23,10 @@ import torch
 from matplotlib import patches
 from matplotlib import pyplot as plt
 from torch import Tensor
-from tqdm import tqdm
 
 from downstream.detection import Detections, encode_detections
-from downstream.fvit.eval import detector_settings, score_rules
-from downstream.fvit.model import open_fvit
+from downstream.fvit.eval import detector_settings, refuse_unused_rules, score_rules
+from downstream.fvit.model import FViT, open_fvit
 from tools import segment
 from util import distributed, settings
 from util.files import atomic_write, write_json
@@ -47,14 +46,14 @@ OUT: str | None = None              # folder of all files; None: that of each ph
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Looks at the segment.photographs that the command line (or `argv`) names."""
+    """Looks at the photographs that the command line (or `argv`) names."""
     cfg = settings.parse(argv, sys.modules[__name__], positional="PHOTOS")
     with distributed.session(__file__) as ranks:
         run(cfg, ranks.device)
 
 
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
-    """Finds and draws on every photograph; one that can't be read is named at the end."""
+    """Finds and draws on every photograph; those that fail are named at the end."""
     check_precision(cfg.PRECISION)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
     names = segment.typed_classes(cfg.CLASSES).names
@@ -62,14 +61,18 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
     if names:
         fvit.set_classes(names, cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, not names)
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
-    for path, out, photo in segment.read_photos(outputs):
+
+    def detect_one(fvit: FViT, photo: Tensor, path: Path, out: Path) -> str:
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
-        tqdm.write(f"{out}: {describe(found, titles)}")
+        return f"{out}: {describe(found, titles)}"
+
+    segment.say_failed(segment.each_photo(outputs, lambda: fvit, detect_one))
 
 
 # ------------------------------------------------------------------------------- the numbers

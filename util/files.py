@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
-from types import NoneType, SimpleNamespace
+from types import NoneType
 from typing import get_args, get_type_hints
 
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from util import UserError
 
 ROOT = Path(__file__).parent.parent     # the repository
+MAX_NAME = 255      # bytes that a file's name may have
 
 
 def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
@@ -26,7 +27,8 @@ def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A process's number would not do: containers that share a disk count their own from 1.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    short = os.fsdecode(os.fsencode(path.name)[:MAX_NAME - 37])
+    temporary = path.with_name(f"{short}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode     # safetensors would make it readable by its owner only
@@ -68,20 +70,6 @@ def write_json(path: str | Path, content: dict) -> None:
     """Writes `content` as indented json."""
     text = json.dumps(content, indent=2)
     atomic_write(path, lambda file: Path(file).write_text(text + "\n"))
-
-
-def write_result(cfg: SimpleNamespace, name: str, content: dict) -> Path:
-    """Writes an evaluation's result and settings beside the checkpoint or into OUT -> the path.
-
-    The file is `name`.json, or `name`.ATTENTION.json for a baseline, so that a baseline does not
-    replace the result of the model itself.
-    """
-    folder = Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out"))
-    attention = getattr(cfg, "ATTENTION", None)
-    path = folder / (f"{name}.{attention}.json" if attention else f"{name}.json")
-    write_json(path, content | {"settings": vars(cfg)})
-    print(f"written to {path}")
-    return path
 
 
 def read_json(path: str | Path, *fields: str) -> dict:

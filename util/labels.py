@@ -16,11 +16,14 @@ from torch.utils.data import Dataset
 
 from util import UserError
 from util.coco import Instances, files_below, read_coco
+from util.distributed import is_main
 from util.files import ROOT, find, is_list, is_name, is_number, is_of, read_json
-from util.images import MAX_DECODED, orientation, read_image, unreadable
+from util.images import MAX_DECODED, orientation, own_ending, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
+# Why DATA has no effect where all that is read are jsons of one's own.
+NOT_IN_DATA = "holds the known data sets, but files of one's own are beside their json"
 UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
 # VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first.
 VOC_PALETTE = np.stack([sum((np.arange(256) >> 3 * place + channel & 1) << 7 - place
@@ -151,8 +154,13 @@ class SegmentationImages(Dataset):
                                 "called by; it must be the images' names, one a line.") from None
         elif not is_listed:
             before, after = os.path.normpath(self.benchmark.image).split("{}")
-            paths = sorted(path.relative_to(self.root).as_posix()
-                           for path in self.root.glob(pattern))
+            found = {*self.root.glob(pattern)}
+            ours = {path for path in found if own_ending(path.name)}
+            if own_ending(os.path.basename(pattern)):       # named by the user
+                ours = set()
+            if ours and is_main():
+                print(f"left out of {self.root}: {len(ours)} images that our tools drew")
+            paths = sorted(path.relative_to(self.root).as_posix() for path in found - ours)
             names = [path[len(before):len(path) - len(after)] for path in paths]
         if not names:
             raise MissingData(f"There is no {place.absolute()}, or it names no image; "

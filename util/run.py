@@ -220,7 +220,7 @@ class Run:
                 self.optimizer.load_state_dict(own | {"state": {
                     number: {name: value.contiguous() for name, value in moments.items()}
                     for number, moments in state["optimizer"]["state"].items()}})
-        except KeyError:
+        except (KeyError, ValueError):      # other names; other groups of the optimiser
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
                             "before, or begin in another OUT.") from None

@@ -33,10 +33,11 @@ from tqdm import tqdm
 from util import UserError
 from util.distributed import Ranks
 from util.files import atomic_write
+from util.images import own_ending
 from util.order import RUN
 
 CACHE = "out/cache/index"       # folder of the indices that can't lie beside their shards
-VERSION = 1                     # of an index; one of another version is made again
+VERSION = 2                     # of an index; one of another version is made again
 BLOCK = 512                     # bytes; a tar's headers and files begin at multiples
 ENTRY = np.dtype([("block", "<u4"), ("headers", "<u4"), ("size", "<u4"), ("check", "<u4")])
 OPEN_SHARDS = 64                # kept open by a process
@@ -201,8 +202,8 @@ def kind_of(member: tarfile.TarInfo, suffixes: Sequence[str]) -> str | None:
         return "folders, links and such"
     if name.startswith("."):
         return "hidden"
-    if suffix not in suffixes:
-        return suffix or "no suffix"
+    if suffix not in suffixes or own_ending(name):
+        return own_ending(name) or suffix or "no suffix"
     return None if member.size < 2**32 else "too large"
 
 

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from util import UserError
+from util import UserError, settings
 from util.files import (
     Schema,
     atomic_write,
@@ -120,6 +121,21 @@ def read_clip_record(path: str | Path) -> dict:
     record = read_record(path)
     if "use" in record:
         raise UserError(f"{path} is more than a CLIP; use it by {record['use']}.")
+    return record
+
+
+def used_record(cfg: SimpleNamespace, path: str | None, attention: str | None,
+                decoupled: Sequence[str]) -> dict:
+    """As read_clip_record, {} without a path; UserError also for settings of the model in vain.
+
+    attention: what alone is computed, None for the context. decoupled: those that have a SCALE.
+    """
+    record = read_clip_record(path) if path else {}
+    used = attention or cfg.CONTEXT or record.get("context", "q")
+    settings.refuse_unused(
+        cfg, CONTEXT=attention and f"is for a model without ATTENTION, which is {attention}",
+        SCALE=used not in decoupled and f"is of decoupled blocks, but {used} always has 1/√d",
+        PRETRAINED=record and f"is for files that don't say what they are, but {path} does")
     return record
 
 

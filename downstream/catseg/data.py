@@ -62,20 +62,21 @@ def find_training(name: str, data: str | Path) -> tuple[SegmentationImages, list
     return scenes, classes.names
 
 
-LONGEST = 16        # times the short side that the long one may have: a strip is not blown up
+MAX_SIDE = 1333     # of an image that is resized for training (published)
 
 
-def augment(sample: Labelled, size: int, key: str) -> Labelled:
+def augment(sample: Labelled, size: int, key: str, how: str = "pil") -> Labelled:
     """A random crop, in colours of its own and perhaps flipped, the same for the same `key`: float
     [0, 1] (3, size, size) and labels int64 (size, size).
 
-    The shorter side is resized to `size`; what an image lacks is grey, and void.
+    The shorter side is resized to `size`, `how` as data.resize says; what an image lacks then,
+    because its longer side would be more than MAX_SIDE, is grey, and void.
     """
     rng, (image, label) = random.Random(key), sample
     H, W = label.shape
-    h, w = resized_size(image, size, LONGEST * size)
+    h, w = resized_size(image, size, MAX_SIDE)
     top, left = rng.randint(0, max(0, h - size)), rng.randint(0, max(0, w - size))
-    image = resize(image, h, w)[:, top:top + size, left:left + size]
+    image = resize(image, h, w, how)[:, top:top + size, left:left + size]
     label = label[nearest(top, image.shape[1], h, H, label.device)]
     label = label[:, nearest(left, image.shape[2], w, W, label.device)].long()
     image = jitter(image, rng)
@@ -87,9 +88,9 @@ def augment(sample: Labelled, size: int, key: str) -> Labelled:
 
 
 def nearest(start: int, count: int, length: int, original: int, device: torch.device) -> Tensor:
-    """For pixels `start` ... of a side resized to `length`, the nearest ones of the original."""
-    places = torch.arange(start, start + count, device=device)
-    return ((places + 0.5) * (original / length)).long().clamp(max=original - 1)
+    """For pixels `start` ... of a side resized to `length`, what OpenCV and torch call the nearest
+    ones of the original: rounded down."""
+    return torch.arange(start, start + count, device=device) * original // length
 
 
 def jitter(image: Tensor, rng: random.Random) -> Tensor:
@@ -241,4 +242,4 @@ class Reduced(SegmentationImages):
         (H, W), (h, w) = label.shape, resized_size(image, 512, max(label.shape))
         rows, columns = (nearest(0, side, side, original, label.device)
                          for side, original in ((h, H), (w, W)))
-        return (resize(image, h, w) * 255).round().byte(), label[rows][:, columns]
+        return (resize(image, h, w, "cv2") * 255).round().byte(), label[rows][:, columns]

@@ -28,7 +28,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
-from data import constant
+from data import RESIZES, constant
 from model import ATTENTIONS, DeCLIP
 from util import UserError
 from util.text import check_lengths, is_template
@@ -46,6 +46,7 @@ class Design(NamedTuple):
     layers: int = 2
     max_classes: int = 256      # fewer are padded; of more, the most similar ones are kept
     template: str = "A photo of a {} in the scene"
+    resize: str = "pil"         # one of data.RESIZES; of files that do not say, bicubic
 
 
 class CATSeg(nn.Module):
@@ -156,8 +157,8 @@ def open_catseg(path: str | Path) -> CATSeg:
     if "catseg" not in record:
         raise UserError(f"{path} is no segmenter; give the catseg.safetensors that "
                         "downstream.catseg.train writes.")
-    design = read_design(path, {RENAMED.get(name, name): value
-                                for name, value in record["catseg"].items()}, Design)
+    design = read_design(path, {"resize": "bicubic"} | {
+        RENAMED.get(name, name): value for name, value in record["catseg"].items()}, Design)
     clip = DeCLIP(recorded_model(path, record), None, record["context"], record["scale"])
     clip.visual.mean, clip.visual.std = (
         tuple(record.get(name, getattr(clip, name))) for name in ("mean", "std"))
@@ -195,6 +196,8 @@ def check_design(clip: DeCLIP, design: Design) -> None:
                         f"{design.layers}, the most classes {design.max_classes}; the width must "
                         "be a multiple of 16 and of the heads, at most 8192, and there must be 1 "
                         "to 64 layers and a class.")
+    if design.resize not in RESIZES:
+        raise UserError(f"RESIZE is {design.resize!r}; it must be one of {', '.join(RESIZES)}.")
     if not is_template(design.template):
         raise UserError(f"The template is {design.template[:60]!r}; it must have one {{}}.")
 

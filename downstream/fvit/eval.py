@@ -32,8 +32,9 @@ from downstream.detection import (
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
-from util.files import write_result
+from util.labels import NOT_IN_DATA
 from util.precision import autocast, check_precision
+from util.results import identity, result_path, write_result
 from util.weights import read_record
 
 SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
@@ -66,7 +67,7 @@ SCORE_RULES = {
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what the json holds."""
+    """Evaluates as the command line (or `argv`) says; returns the figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
@@ -77,21 +78,28 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
+    is_free = result_path(cfg, Path(cfg.DATASET).stem).resolve() != Path(cfg.DATASET).resolve()
+    settings.check(cfg, OUT=(is_free, "another folder than DATASET's, whose name the result has"))
     rules = score_rules(cfg, cfg.DATASET)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
     images[0]       # a wrong folder is found before a model is loaded
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
-    if annotations.classes != fvit.classes:
+    of = identity(cfg, fvit, [annotations.classes, len(images)], **fvit.backbone.describe()
+                  | fvit.design._asdict() | rules._asdict())
+    has_names = annotations.classes == fvit.classes
+    if not has_names:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, has_names)
     results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)
     if not ranks.is_main:
         return {}
     figures = score(annotations, results, fvit)
     print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
           f"{table(figures)}")
-    write_result(cfg, Path(cfg.DATASET).stem, figures)
+    write_result(cfg, Path(cfg.DATASET).stem, of, figures)
     return figures
 
 
@@ -120,6 +128,21 @@ def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
     asked = {name: getattr(cfg, name.upper()) for name in ScoreRules._fields if name != "masks"}
     return SCORE_RULES.get(dataset, ScoreRules())._replace(**{
         name: value for name, value in asked.items() if value is not None})
+
+
+def refuse_unused_rules(cfg: SimpleNamespace, fvit: FViT, rules: ScoreRules, has_names: bool
+                        ) -> None:
+    """Raises UserError on an option of the scores that changes nothing for a detector's classes.
+
+    has_names: whether they are those that its file has embeddings of.
+    """
+    no_vlm = not any(rules.a if seen else rules.b for seen in fvit.seen) and (
+        "is of the VLM's scores, whose share is 0")
+    settings.refuse_unused(
+        cfg, TEMPERATURE=no_vlm, AT_BOXES=no_vlm,
+        A=not any(fvit.seen) and "is of seen classes, and none is",
+        B=all(fvit.seen) and "is of novel classes, and none is",
+        CACHE=has_names and f"keeps embeddings of new names, but {cfg.CKPT} has those of its own")
 
 
 def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detections]],

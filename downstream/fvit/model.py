@@ -30,9 +30,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import constant, fitted_size, normalize, pad_to, resize
+from data import RESIZES, constant, normalize, pad_to, resize
 from downstream.detection import Detections
 from eval_region import open_model
+from eval_seg import resized_size
 from model import DeCLIP, region_features
 from util import UserError, distributed
 from util.files import find
@@ -63,6 +64,7 @@ class Design(NamedTuple):
     background: float = 0.6         # weight of background regions; OV-LVIS: 0.9
     candidates: int = 2000          # best anchors of a level, before NMS
     proposals: int = 1000           # and what NMS keeps of all levels
+    resize: str = "cv2"             # one of data.RESIZES; of files that do not say, bicubic
 
 
 class Target(NamedTuple):
@@ -276,6 +278,7 @@ class BoxHead(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
         self.deltas = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
         initialize(self, nn.init.xavier_uniform_)
+        initialize(self.shared[:4], kaiming_normal)
         nn.init.normal_(self.deltas[-1].weight, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +295,7 @@ class MaskHead(nn.Module):
         self.layers = nn.Sequential(
             *convs(4, channels, norm), nn.ConvTranspose2d(channels, channels, 2, stride=2),
             nn.ReLU(), nn.Conv2d(channels, 1, 1))
-        initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
+        initialize(self, kaiming_normal)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(n, channels, 14, 14) -> (n, 28, 28)."""
@@ -300,6 +303,8 @@ class MaskHead(nn.Module):
 
 
 REGION_SIDE, MASK_SIDE = 7, 14      # of pooled regions, for boxes and for masks
+
+kaiming_normal = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 
 
 def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
@@ -419,7 +424,8 @@ class FViT(nn.Module):
 
     def proposal_losses(self, scores: list[Tensor], deltas: list[Tensor], anchors: Tensor,
                         targets: list[tuple[Target, torch.Generator]]) -> dict[str, Tensor]:
-        """BCE and L1 of the sampled anchors, both divided by the number of all of them."""
+        """BCE and L1 of the sampled anchors, both divided by the number of all of them, where an
+        image counts one of each kind that it lacks (published)."""
         class_loss, box_loss, count = 0.0, 0.0, 0
         for score, delta, (target, generator) in zip(torch.cat(scores, 1), torch.cat(deltas, 1),
                                                      targets):
@@ -428,7 +434,7 @@ class FViT(nn.Module):
             wanted = encode_boxes(target.boxes[matched[positive]], anchors[positive])
             class_loss += F.softplus(-score[positive]).sum() + F.softplus(score[negative]).sum()
             box_loss += F.l1_loss(delta[positive], wanted, reduction="sum")
-            count += len(positive) + len(negative)
+            count += max(len(positive), 1) + max(len(negative), 1)
         count = mean_over_ranks(count, anchors.device)
         return {"proposal class": class_loss / count, "proposal box": box_loss / count}
 
@@ -506,7 +512,8 @@ class FViT(nn.Module):
         rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
         """
         rules = rules or ScoreRules()
-        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        side, how = self.design.image_size, self.design.resize
+        views = [resize(image, *resized_size(image, side, side), how) for image in images]
         sizes = [view.shape[-2:] for view in views]
         taps = self.look(views)
         levels = self.pyramid(taps)
@@ -560,7 +567,8 @@ class FViT(nn.Module):
 def check_design(design: Design, patch_size: int | None = None) -> None:
     """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
     if a level of the pyramid would not have a whole number of places."""
-    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
+    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip")),
+                        ("resize", RESIZES)):
         if getattr(design, name) not in known:
             raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
                             f"{', '.join(known)}.")
@@ -715,7 +723,7 @@ def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
         raise UserError(f"{path} is no detector; give a fvit.safetensors of "
                         "downstream/fvit/train.py.")
     about, settings = record["fvit"], record.get("settings", {})
-    design = read_design(path, about["design"], Design)
+    design = read_design(path, {"resize": "bicubic"} | about["design"], Design)
     if isinstance(backbone, str):
         backbone = open_backbone(settings | {"BACKBONE": backbone})
     backbone = backbone or recorded_backbone(path, settings)

@@ -217,13 +217,18 @@ def test_a_file_describes_itself(name, given, tmp_path):
     assert read_record(tmp_path / "catseg.safetensors")["settings"] == {"LR": 1}
 
 
-def test_files_of_before_name_a_field_otherwise(tmp_path):
+def test_files_of_before(tmp_path):
+    """They name a field otherwise, and images were resized as eval_seg.py does."""
     segmenter = make()
     segmenter.save(tmp_path / "catseg.safetensors")
     record = read_record(tmp_path / "catseg.safetensors")
     record["catseg"]["most_classes"] = record["catseg"].pop("max_classes")
     write_checkpoint(tmp_path / "old.safetensors", segmenter.state_dict(), record)
     assert open_catseg(tmp_path / "old.safetensors").design == segmenter.design
+    del record["catseg"]["resize"]
+    write_checkpoint(tmp_path / "older.safetensors", segmenter.state_dict(), record)
+    older = open_catseg(tmp_path / "older.safetensors").design
+    assert older == segmenter.design._replace(resize="bicubic")
 
 
 def test_a_segmenter_is_no_clip_and_a_clip_no_segmenter(tmp_path):

@@ -15,6 +15,7 @@ from downstream.fvit import eval as evaluation
 from downstream.fvit.model import Design, FViT, ScoreRules, open_fvit
 from model import DeCLIP
 from util import settings
+from util.results import read_results
 
 NAMES, SEEN = ["ground", "disc", "box"], [False, True, True]
 SMALL = Design(image_size=64, channels=16, candidates=100, proposals=20, templates="{}", masks=True)
@@ -56,7 +57,8 @@ def test_a_perfect_detector_has_100(checkpoint, scenes_json, tmp_path, monkeypat
     for way in ("boxes", "masks"):
         assert figures[way]["AP"] == pytest.approx(100), way
         assert figures[way]["groups"]["novel"]["AP50"] == pytest.approx(100)
-    assert json.loads((tmp_path / "instances.json").read_text())["boxes"] == figures["boxes"]
+    result, = read_results(tmp_path / "instances.json", dataset=str(scenes_json), least=0, b=0.8)
+    assert result["boxes"] == figures["boxes"]
     monkeypatch.setattr(FViT, "detect", perfect(scenes_json, lambda labels: labels.clamp(min=1)))
     groups = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))["boxes"]["groups"]
     assert groups["novel"] == {"AP": 0, "AP50": 0}
@@ -67,7 +69,7 @@ def test_two_ranks_find_what_one_process_finds(checkpoint, scenes_json, tmp_path
     one = evaluation.main(arguments(checkpoint, scenes_json, tmp_path / "one"))
     succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.eval",
                         *arguments(checkpoint, scenes_json, tmp_path / "two")))
-    two = json.loads((tmp_path / "two" / "instances.json").read_text())
+    two, = read_results(tmp_path / "two" / "instances.json")
     assert {way: two[way] for way in one} == one and set(one) == {"boxes", "masks"}
 
 
@@ -151,3 +153,8 @@ def test_a_json_of_training_is_not_evaluated_by_default(checkpoint, tmp_path):
     fvit.save(tmp_path / "fvit.safetensors", {"DATASET": "my/train.json"})
     with pytest.raises(SystemExit, match="was trained with my/train.json; say what to evaluate on"):
         evaluation.main(options(ckpt=tmp_path / "fvit.safetensors"))
+
+
+def test_a_result_takes_no_place_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
+    with pytest.raises(SystemExit, match="OUT is .* must be another folder than DATASET's"):
+        evaluation.main(arguments(checkpoint, scenes_json, scenes_json.parent))

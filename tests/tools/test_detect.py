@@ -2,6 +2,7 @@
 of any shape, bad input."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -169,6 +170,29 @@ def test_names_cover_no_others_and_stay_inside():
             along = min(chip.y1, other.y1) - max(chip.y0, other.y0)
             assert across < 3 or along < 3
     plt.close(figure)
+
+
+def test_a_failure_of_one_photograph_is_its_own(checkpoint, photo, finds, tmp_path, monkeypatch):
+    """And one of a name that is no text, or too long for a suffix, is done."""
+    photo("a.png"), photo("b.png"), photo(f"{'n' * 250}.png")
+    os.rename(tmp_path / "b.png", os.fsencode(tmp_path) + b"/b\xff.png")
+    finds()
+    draw = detect.draw
+    monkeypatch.setattr(detect, "draw", lambda photo, *more: draw(photo, *more) if "a.detection" not
+                        in more[-1] else json.loads("no figure"))
+    with pytest.raises(SystemExit, match="a.png failed"):
+        run(checkpoint, tmp_path, json="true")
+    assert [len([*tmp_path.glob(f"*.detection.{kind}")]) for kind in ("png", "json")] == [2, 2]
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"a": 0, "b": 0, "temperature": 50}, "TEMPERATURE is of the VLM's scores"),
+    ({"cache": "x"}, "CACHE keeps embeddings of new names, but"),
+    ({"classes": "disc", "b": 0.5}, "B is of novel classes, and none is"),
+    ({"classes": "kite", "a": 0.5}, "A is of seen classes, and none is")])
+def test_an_option_without_effect_is_refused(checkpoint, photo, given, words):
+    with pytest.raises(SystemExit, match=words):
+        run(checkpoint, photo(), **given)
 
 
 @pytest.mark.parametrize("photos, given, words", [
