@@ -91,7 +91,7 @@ def read_json(path: str | Path, *fields: str) -> dict:
 # ------------------------------------------------------------------ what a file says of itself
 
 Schema = dict[str, Callable[[object], bool]]        # whether a field may have a value
-MOST_TEXT = 4096
+MAX_TEXT = 4096
 
 
 def is_text(value: object) -> bool:
@@ -103,7 +103,7 @@ def is_text(value: object) -> bool:
 
 def is_name(value: object) -> bool:
     """Whether a value is a text that a file system takes as a path."""
-    return is_text(value) and len(value) < MOST_TEXT and max(
+    return is_text(value) and len(value) < MAX_TEXT and max(
         map(len, os.fsencode(value).split(b"/"))) < 256
 
 
@@ -119,7 +119,7 @@ def is_list(value: object, fits: Callable[[object], bool], length: int | None = 
 
 # Values by annotation: of the fields of a NamedTuple, and of settings.
 KINDS = {bool: lambda value: isinstance(value, bool), str: lambda value: is_text(value)
-         and len(value) <= MOST_TEXT, float: is_number, NoneType: lambda value: value is None,
+         and len(value) <= MAX_TEXT, float: is_number, NoneType: lambda value: value is None,
          int: lambda value: type(value) is int and 0 <= value < 2**16}
 
 

@@ -829,24 +829,19 @@ def read_state(path: Path) -> dict | None:
     """A checkpoint, without the tensors of one in parts; None if it is damaged."""
     try:
         if path.is_dir():
-            state, needed = read_about(path), STATE.keys() - {"model", "optimizer"}
+            state, needed = read_about(path), STATE.keys() - {"files", "model", "optimizer"}
         else:       # torch.load does not look at the checksums that the file, a zip archive, has
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
-            state, needed = torch.load(path, map_location="cpu", weights_only=True), STATE.keys()
-        if not wrong_field(state, STATE | {"files": is_files}, needed) and (
-                path.stem == f"resume-{state['step']:08}"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            needed = STATE.keys() - {"files"}
+        if not wrong_field(state, STATE, needed) and path.stem == f"resume-{state['step']:08}":
             return state
     except Exception:       # damaged files raise anything
         pass
     print(f"{path} is damaged, so the one before it is taken")
     return None
-
-
-def is_files(value: object) -> bool:
-    """Whether a value is the checksums of files."""
-    return isinstance(value, dict) and all(map(is_text, (*value, *value.values())))
 
 
 SCALER = {"scale": partial(is_number, least=1e-30, most=1e38), "growth_factor": is_number,
@@ -856,6 +851,7 @@ SCALER = {"scale": partial(is_number, least=1e-30, most=1e38), "growth_factor": 
 STATE = {"step": lambda value: type(value) is int and 0 <= value < 2**53,
          "bad_steps": lambda value: type(value) is int and value >= 0,
          "settings": lambda value: isinstance(value, dict), "images": is_text,
+         "files": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
          "scaler": lambda value: value == {} or not wrong_field(value, SCALER, SCALER),
          "model": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(
              value, dict) and isinstance(value.get("param_groups"), list)}

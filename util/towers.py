@@ -214,10 +214,10 @@ def reason_against(trunk: nn.Module) -> str:
     is_open_clip = isinstance(trunk, OpenClipViT)       # and could not be converted
     if not isinstance(trunk, TIMM_VITS | OpenClipViT):
         return f"is not a transformer with a projected [CLS] token but a {type(trunk).__name__}"
-    pool = ("attention" if trunk.attn_pool is not None else trunk.pool_type) if is_open_clip else (
-        trunk.global_pool if isinstance(trunk.head, nn.Linear) else trunk.global_pool or "none")
-    if pool not in ("tok", "token") or not (is_open_clip or isinstance(trunk.head, nn.Linear)):
-        return f"is not a transformer with a projected [CLS] token but pools them all ({pool})"
+    pool = trunk.pool_type if is_open_clip else trunk.global_pool
+    has_projection = trunk.attn_pool is None if is_open_clip else isinstance(trunk.head, nn.Linear)
+    if pool not in ("tok", "token") or not has_projection:
+        return f"is not a transformer with a projected [CLS] token (its tokens' pooling is {pool})"
     block = trunk.transformer.resblocks[-1] if is_open_clip else trunk.blocks[-1]
     if not all(isinstance(getattr(block, name, None), nn.Identity | None)
                for name in ("ls1", "ls_1", "gamma_1")):

@@ -574,8 +574,8 @@ def check_design(design: Design, patch_size: int | None = None) -> None:
                             f"{', '.join(known)}.")
     for name, (least, most) in RANGES.items():
         if not least <= getattr(design, name) <= most:
-            raise UserError(f"{name.upper()} is {getattr(design, name)}; it must be from {least} "
-                            f"to {most}.")
+            raise UserError(f"{name.upper()} is {getattr(design, name)}; it must be at least "
+                            f"{least} and at most {most}.")
     side, coarsest = design.image_size, 2 * (patch_size or 0)
     if coarsest and side % coarsest:
         raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "

@@ -84,8 +84,8 @@ def test_a_package_that_is_missing_is_named(use):
 
 @pytest.mark.parametrize("name, sentence", [
     ("ViT-M-16-alt", "scales what its blocks add .LayerScale."),
-    ("ViT-B-16-SigLIP", "is not a transformer with a projected .CLS. token but pools them all"),
-    ("ViT-L-14-CLIPA", "pools them all .avg"), ("RN50", "token but a ModifiedResNet"),
+    ("ViT-B-16-SigLIP", "is not a transformer with a projected .CLS. token .* pooling is map"),
+    ("ViT-L-14-CLIPA", "pooling is avg"), ("RN50", "token but a ModifiedResNet"),
     ("MobileCLIP-B", "makes its patches by several layers .HybridEmbed")])
 def test_a_tower_is_refused_for_what_it_is(name, sentence, monkeypatch):
     """Built without weights: nothing is computed."""
