@@ -15,11 +15,12 @@ import difflib
 import json
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ from eval_seg import resized_size
 from util import UserError
 from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
 from util.distributed import is_main
-from util.files import find
+from util.files import atomic_write, find
 from util.images import read_image
 from util.labels import CLASS_FILES
 from util.results import told_apart
@@ -370,36 +371,93 @@ def encode_detections(number: int, detections: Detections) -> list[dict]:
     return found
 
 
-def truth_of(annotations: Annotations) -> dict:
-    """The annotations as a COCO json under the numbers of encode_detections.
+AT_ONCE = 40        # classes that are scored at once
+
+
+class Results:
+    """COCO results of encode_detections on the disk, where temporary files go (TMPDIR): OV-LVIS has
+    six million, with masks. A file has those of AT_ONCE classes, a line each."""
+
+    def __init__(self, num_classes: int):
+        self.files = [TemporaryFile() for _ in range(0, num_classes, AT_ONCE)]
+
+    def add(self, results: list[dict]) -> None:
+        """Appends results."""
+        for result in results:
+            file = self.files[(result["category_id"] - 1) // AT_ONCE]
+            file.write(json.dumps(result).encode() + b"\n")
+
+    def parts(self) -> Iterator[tuple[slice, list[dict]]]:
+        """Some classes and all their results, until there are no more classes."""
+        for number, file in enumerate(self.files):
+            file.seek(0)
+            yield slice(number * AT_ONCE, (number + 1) * AT_ONCE), [*map(json.loads, file)]
+
+    def write(self, path: str, annotations: Annotations) -> None:
+        """Writes all as one json, with the names and under the ids of the annotations' json."""
+        categories = [*zip(annotations.ids, annotations.classes)]
+        lines = (json.dumps(named) for _, results in self.parts() for result in results
+                 for named in name_results([result], annotations.images[result["image_id"]],
+                                           categories))
+
+        def write_to(temporary: str) -> None:
+            with open(temporary, "w") as file:
+                file.write("[" + next(lines, ""))
+                file.writelines(f",\n{line}" for line in lines)
+                file.write("]\n")
+        atomic_write(path, write_to)
+
+
+def name_results(results: list[dict], image: dict, categories: Sequence[tuple[int | None, str]]
+                 ) -> list[dict]:
+    """Results on an image, with the names and under the ids of a json: its entry of the image, and
+    (id, name) of each class; no results of those whose id is None."""
+    return [result | {"image_id": image["id"], "file_name": image["file_name"], "category_id": id,
+                      "category": name} for result in results
+            for id, name in [categories[result["category_id"] - 1]] if id is not None]
+
+
+def truth_of(annotations: Annotations, classes: slice = slice(None)) -> dict:
+    """The annotations of some classes as a COCO json under the numbers of encode_detections.
 
     Numbers of objects begin with 1: COCO's evaluation takes 0 for none.
     """
     place = {image["id"]: number for number, image in enumerate(annotations.images)}
-    class_of = {id: number for number, id in enumerate(annotations.ids, 1)}
+    rows = [*zip(count(1), annotations.ids, annotations.classes, annotations.frequencies)][classes]
+    class_of = {id: number for number, id, *_ in rows}
     images = [image | {"id": number} | {
         field: [class_of[id] for id in image[field] if id in class_of]
         for field in ("neg_category_ids", "not_exhaustive_category_ids") if field in image}
         for number, image in enumerate(annotations.images)]
     objects = [{"iscrowd": 0} | entry | {"id": number, "image_id": place[entry["image_id"]],
                                          "category_id": class_of[entry["category_id"]]}
-               for number, entry in enumerate(annotations.objects, 1)]
+               for number, entry in enumerate(annotations.objects, 1)
+               if entry["category_id"] in class_of]
     categories = [{"id": number, "name": name, "frequency": frequency or "f"}
-                  for number, name, frequency in zip(count(1), annotations.classes,
-                                                     annotations.frequencies)]
+                  for number, _, name, frequency in rows]
     return {"images": images, "annotations": objects, "categories": categories}
 
 
-def precisions(annotations: Annotations, results: list[dict], masks: bool = False) -> np.ndarray:
+def precisions(annotations: Annotations, results: list[dict], masks: bool = False,
+               classes: slice = slice(None)) -> np.ndarray:
     """Precision at 10 IoUs, 101 recalls, of K classes and 4 areas: (10, 101, K, 4), -1 where there
     is no object. COCO's rules, or LVIS's.
 
     results: of encode_detections, of all images. masks: whether overlaps are those of masks.
+    classes: those to score, as each is by itself; results are of no others.
     """
+    content = truth_of(annotations, classes)
+    if annotations.benchmark.is_lvis:
+        # Others don't count, and COCOeval_faster fails where an image has masks of none but these.
+        counted = {(image["id"], number) for image in content["images"]
+                   for number in image["neg_category_ids"]}
+        counted |= {(entry["image_id"], entry["category_id"]) for entry in content["annotations"]}
+        results = [result for result in results
+                   if (result["image_id"], result["category_id"]) in counted]
     if masks:       # areas are those of masks then, not of boxes
         results = [{name: value for name, value in result.items() if name != "bbox"}
                    for result in results]
-    truth = COCO(truth_of(annotations))
+    truth = COCO(content)
     evaluation = COCOeval_faster(truth, truth.loadRes(results), "segm" if masks else "bbox",
                                  lvis_style=annotations.benchmark.is_lvis)
     evaluation.params.maxDets = [annotations.benchmark.most]
@@ -436,10 +494,13 @@ def mean(precision: np.ndarray) -> float | None:
 def groups_of(annotations: Annotations, seen: Sequence[bool]) -> dict[str, list[bool]]:
     """The groups of classes that a table tells apart: LVIS's frequencies, else novel and base.
 
-    seen: what the detector's training has seen, where the data set itself has no split.
+    seen: (K,) what the detector's training has seen: novel is only what it has not, and of that
+    what the data set calls novel, if it has a split.
     """
     if annotations.benchmark.is_lvis:
         return {letter: [frequency == letter for frequency in annotations.frequencies]
                 for letter in "rcf"}
-    seen = seen if all(annotations.seen) else annotations.seen
-    return {} if all(seen) else {"novel": [not is_seen for is_seen in seen], "base": list(seen)}
+    has_split = not all(annotations.seen)
+    novel = [not (is_seen or has_split and is_base)
+             for is_seen, is_base in zip(seen, annotations.seen)]
+    return {"novel": novel, "base": list(seen)} if any(novel) else {}

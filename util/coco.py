@@ -4,7 +4,7 @@
     content.images, content.categories, content.annotations     # entries that can be trusted
     print(content.report())                                     # how many are used, and why not all
 
-A reader says what it needs: boxes, masks, segments (of a panoptic json), lvis.
+A reader says what it needs: boxes, masks, segments (of a panoptic json), lvis, or names alone.
 What is of a wrong type or refers to what is not there is refused, with the json, the entry's id and
 the field; an annotation that is only empty is left out and counted. Whole columns are looked at
 first, one by one only to name a wrong entry: COCO has 860,000 annotations.
@@ -65,11 +65,13 @@ class Coco:
 def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
     """The content of a COCO-style json, all entries checked. Paths in it are only texts here.
 
-    needs: any of boxes, masks, segments, lvis; without one of them only images are read.
+    needs: any of boxes, masks, segments, lvis; {"names"}: images and categories, without
+    annotations, which test sets lack; without one of them only images are read.
     Raises UserError that names the json, the entry's id and the field.
     """
     needs, path = set(needs), Path(path)
-    sections = ("images", "annotations", "categories") if needs else ("images",)
+    count = 3 if needs - {"names"} else 2 if needs else 1
+    sections = ("images", "categories", "annotations")[:count]
     content = read_json(path, *sections)
     for section in sections:
         if not isinstance(content[section], list) or not all(
@@ -80,7 +82,7 @@ def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
     check_images(coco, needs)
     if needs:
         coco.categories = check_categories(path, content["categories"], needs)
-        coco.annotations = content["annotations"]
+        coco.annotations = content["annotations"] if count == 3 else []
         if "segments" in needs:
             check_segments(coco)
         else:

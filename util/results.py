@@ -28,7 +28,7 @@ from util.weights import state_checksum
 
 # Settings that change no figure, and those that name what several results are of.
 NOT_IDENTIFYING = (*MAY_CHANGE_ON_RESUME, "CACHE", "BATCH_SIZE", "CROP_BATCH", "WINDOW_BATCH",
-                   "BENCHMARKS", "SIZES")
+                   "BENCHMARKS", "SIZES", "DETECTIONS")
 
 
 def options_of(cfg: SimpleNamespace) -> dict:

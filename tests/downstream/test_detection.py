@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import read_classes, resize
+from downstream import detection
 from downstream.detection import (
     Annotations,
     DetectionBenchmark,
@@ -25,6 +26,7 @@ from downstream.detection import (
     Detections,
     EvaluationImages,
     Objects,
+    Results,
     augment,
     encode_detections,
     find_annotations,
@@ -54,6 +56,7 @@ OBJECTS = [annotation(40, "person", 10, 12, 20, 30), annotation(40, "cat", 3, 4,
            annotation(40, "dog", 30, 30, 20, 20, iscrowd=1)]
 # Image 0 has no annotation; ids are in another order than files.
 IDS = [40, 30, 20, 10, 0]
+LVIS_NAMES = ["ant", "bag_of_chips", "cup"]
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_ov_coco_is_derived_from_the_official_files(coco):
     data = DetectionData(train, masks=False)
     assert [len(data.read(index).boxes) for index in (0, 1)] == [1, 0]
     assert data.classes[data.read(0).labels[0]] == "person"
-    assert groups_of(val, [True] * 65)["novel"] == [not seen for seen in val.seen]
+    assert groups_of(val, val.seen)["novel"] == [not seen for seen in val.seen]
 
 
 @pytest.mark.parametrize("categories", ["all", "seen"])
@@ -129,20 +132,26 @@ def test_zero_shot_files_of_other_code_give_the_same(coco, categories):
                                                               for k in given.labels]
 
 
-def test_ov_lvis_is_derived_from_the_official_files(coco):
-    """Rare classes are novel; images have no names but addresses; all images are evaluated."""
-    names = ["ant", "bag_of_chips", "cup"]
+@pytest.fixture
+def lvis(coco) -> Path:
+    """The scenes as LVIS, below the folder of the data sets."""
     (coco / "lvis").mkdir()
     images = [{"id": id, "coco_url": f"http://images.example/val2017/{number:012}.png",
                "height": 64, "width": 64, "neg_category_ids": [20],
                "not_exhaustive_category_ids": []} for number, id in enumerate((40, 30, 20))]
-    objects = [annotation(40, "ant", 5, 5, 20, 20, names=names),
-               annotation(40, "cup", 5, 5, 20, 20, names=names),
-               annotation(30, "ant", 5, 5, 20, 20, names=names)]
+    objects = [annotation(40, "ant", 5, 5, 20, 20, names=LVIS_NAMES),
+               annotation(40, "cup", 5, 5, 20, 20, names=LVIS_NAMES),
+               annotation(30, "ant", 5, 5, 20, 20, names=LVIS_NAMES)]
     categories = [{"id": 10 * number, "name": name, "frequency": letter}
-                  for number, (name, letter) in enumerate(zip(names, "rfc"))]
+                  for number, (name, letter) in enumerate(zip(LVIS_NAMES, "rfc"))]
     for split in ("train", "val"):
         write(coco / f"lvis/lvis_v1_{split}.json", images, objects, categories)
+    return coco
+
+
+def test_ov_lvis_is_derived_from_the_official_files(lvis):
+    """Rare classes are novel; images have no names but addresses; all images are evaluated."""
+    coco, names = lvis, LVIS_NAMES
     train, val = (find_annotations("ovlvis", split, coco)
                   for split in ("train", "val"))
     assert (train.classes, train.seen) == (names, [False, True, True])
@@ -150,6 +159,28 @@ def test_ov_lvis_is_derived_from_the_official_files(coco):
     assert numbers(val.files) == [0, 1, 2] and len(val.objects) == 3
     assert groups_of(val, val.seen) == {"r": [True, False, False], "c": [False, False, True],
                                         "f": [False, True, False]}
+
+
+LIST = "a list of ids of categories, as LVIS's"
+
+
+@pytest.mark.parametrize("section, field, values, words", [
+    ("images", "neg_category_ids", ["absent", None, {}, 20, "20", [None], ["20"], [2.0], [True]],
+     LIST),
+    ("images", "not_exhaustive_category_ids", ["absent", None, 0, [[20]]], LIST),
+    ("categories", "frequency", ["absent", None, "", "R", "rare", 1, ["r"]], "r, c or f")])
+def test_a_field_of_lvis_that_is_none_is_refused(lvis, section, field, values, words):
+    """Before anything else: without it, all that is found would count in another way."""
+    path = lvis / "lvis/lvis_v1_val.json"
+    content = json.loads(path.read_text())
+    for value in values:
+        wrong = copy.deepcopy(content)
+        wrong[section][1].pop(field)
+        wrong[section][1] |= {} if value == "absent" else {field: value}
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError) as error:
+            find_annotations("ovlvis", "val", lvis)
+        assert f"{field!r}; it must be {words}" in str(error.value), value
 
 
 def test_ones_own_json_is_split_by_names(coco):
@@ -197,9 +228,13 @@ def test_only_boxes_inside_the_image_are_trained_with(coco, bbox, more, expected
     assert found == ([expected] if expected else [])
 
 
-def test_an_annotation_that_says_no_area_counts(coco):
-    change(coco / "coco/annotations/instances_val2017.json",
-           lambda content: [each.pop("area") for each in content["annotations"]])
+@pytest.mark.parametrize("area", [None, "600", 0, -1, math.nan, True, [600], "absent"])
+def test_an_annotation_that_says_no_area_has_its_box_s(coco, area):
+    def changed(content):
+        for each in content["annotations"]:
+            each.pop("area") if area == "absent" else each.update(area=area)
+    change(coco / "coco/annotations/instances_val2017.json", changed)
+    assert len(DetectionData(find_annotations("ovcoco", "train", coco), masks=False).boxes) == 1
     val = find_annotations("ovcoco", "val", coco)
     perfect = [encode_detections(0, Detections(torch.tensor([[10.0, 12, 30, 42]]),
                                                torch.tensor([0.9]), torch.tensor([0]), None))]
@@ -399,6 +434,52 @@ def test_average_precision_is_pycocotools(kind):
     of_classes = list(result["classes"].values())
     assert result["groups"]["novel"]["AP50"] == pytest.approx(np.mean(of_classes[::2]))
     assert result["AP50"] == pytest.approx(np.mean(of_classes))
+
+
+@pytest.mark.parametrize("is_lvis", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_classes_scored_apart_have_the_same_precision(monkeypatch, is_lvis, masks):
+    """Bit for bit, from the disk; also where LVIS looked for nothing that was found on an image."""
+    monkeypatch.setattr(detection, "AT_ONCE", 3)
+    annotations, found, _ = synthetic()
+    images = [image | {"neg_category_ids": [image["id"] % 4] * (image["id"] < 9),
+                       "not_exhaustive_category_ids": [2]} for image in annotations.images]
+    objects = [each for each in annotations.objects if each["image_id"] < 9]
+    annotations = annotations._replace(images=images, objects=objects,
+                                       benchmark=DetectionBenchmark(is_lvis=is_lvis))
+    results = Results(4)
+    results.add(found)
+    parts = [precisions(annotations, part, masks, classes) for classes, part in results.parts()]
+    assert [part.shape[2] for part in parts] == [3, 1]
+    assert np.array_equal(np.concatenate(parts, axis=2), precisions(annotations, found, masks))
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_written_detections_are_scored_by_pycocotools(kind, tmp_path):
+    """Against the json that was given, under its ids of images and classes."""
+    annotations, found, _ = synthetic()
+    images = [image | {"id": 7 * image["id"] + 40, "file_name": f"{image['id']}.jpg"}
+              for image in annotations.images]
+    objects = [each | {"id": number, "image_id": 7 * each["image_id"] + 40,
+                       "category_id": 90 - each["category_id"]}
+               for number, each in enumerate(annotations.objects, 1)]
+    annotations = annotations._replace(images=images, objects=objects, ids=[90, 89, 88, 87])
+    results = Results(4)
+    results.add(found)
+    results.write(tmp_path / "found.json", annotations)
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert len(written) == len(found) and all(
+        (each["file_name"], each["category"]) == (f"{(each['image_id'] - 40) // 7}.jpg",
+                                                  "abcd"[90 - each["category_id"]])
+        for each in written)
+    truth = {"images": images, "annotations": objects, "categories": [
+        {"id": id, "name": name} for id, name in zip(annotations.ids, "abcd")]}
+    ours = summarize(precisions(annotations, found, kind == "segm"), [*"abcd"], {})
+    assert [ours[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")] == pytest.approx(
+        list(100 * official(truth, written, kind).stats[:6]))
+    results = Results(4)
+    results.write(tmp_path / "found.json", annotations)
+    assert json.loads((tmp_path / "found.json").read_text()) == []
 
 
 def test_nothing_found_is_zero_and_no_object_is_none():

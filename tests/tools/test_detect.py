@@ -12,6 +12,7 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 from PIL import Image
 from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
 
 from downstream.detection import Detections
 from downstream.fvit.model import Design, FViT
@@ -73,8 +74,31 @@ def test_numbers_are_coco_results(checkpoint, photo, finds, tmp_path):
     assert [result["category_id"] for result in results] == [1, 3]
     assert [result["category"] for result in results] == ["disc", "kite"]
     assert {result["image_id"] for result in results} == {139}
+    assert {result["file_name"] for result in results} == {"000000000139.png"}
     assert results[0]["bbox"] == [8, 6, 22, 22] and results[0]["score"] == pytest.approx(0.9)
     assert np.array_equal(coco_masks.decode(results[0]["segmentation"]), mask.numpy())
+
+
+def test_numbers_have_the_ids_of_a_json(checkpoint, photo, finds, tmp_path):
+    """So that pycocotools scores them with it; photographs that it does not list are refused."""
+    images = [{"id": 40, "file_name": "scene.png", "height": 48, "width": 64},
+              {"id": 7, "file_name": "val/scene.png", "height": 48, "width": 64}]
+    categories = [{"id": 90, "name": "kite"}, {"id": 3, "name": "box"}]
+    truth = tmp_path / "instances.json"
+    truth.write_text(json.dumps({"images": images, "categories": categories}))
+    (tmp_path / "val").mkdir()
+    finds(labels=(0, 1))
+    run(checkpoint, photo("val/scene.png"), classes=truth, json="true")
+    results = json.loads((tmp_path / "val/scene.detection.json").read_text())
+    assert [(each["category_id"], each["category"]) for each in results] == [(3, "box"),
+                                                                             (90, "kite")]
+    assert {(each["image_id"], each["file_name"]) for each in results} == {(7, "val/scene.png")}
+    reference = COCO()
+    reference.dataset = json.loads(truth.read_text()) | {"annotations": []}
+    reference.createIndex()
+    assert reference.loadRes(results).getAnnIds(imgIds=[7], catIds=[90])
+    with pytest.raises(SystemExit, match="instances.json does not list .*other.png"):
+        run(checkpoint, photo("other.png"), classes=truth, json="true")
 
 
 def test_frames_are_where_objects_are(checkpoint, photo, finds, tmp_path):
