@@ -221,6 +221,7 @@ class DetectionData(TrainingData):
         super().__init__(annotations.files, read_timeout)
         annotations = with_masks(annotations) if masks else annotations
         self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
+        self.sources = [self.path]
         self.sizes = [(image["height"], image["width"]) for image in annotations.images]
         place = {image["id"]: number for number, image in enumerate(annotations.images)}
         objects = sorted((entry for entry in annotations.objects if not entry.get("iscrowd", 0)),

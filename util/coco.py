@@ -25,7 +25,7 @@ from pycocotools import mask as coco_masks
 
 from util import UserError
 from util.distributed import is_main
-from util.files import read_json
+from util.files import is_name, is_text, read_json
 
 NUMBERS = {int, float}
 REQUIRED = object()         # default of a field that every entry must have
@@ -137,13 +137,6 @@ def unique(column: Column) -> list:
     return values
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is a text that a file or a class may be called by."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return False
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)     # not in any encoding
-
-
 def check_images(coco: Coco, needs: set[str]) -> None:
     """Ids, names and, if needed, sizes of images. One without a name has LVIS's address."""
     column = partial(Column, coco.path, "images", coco.images)
@@ -153,7 +146,7 @@ def check_images(coco: Coco, needs: set[str]) -> None:
         # LVIS has no names: an image of COCO's is where its address says, split/number.jpg.
         if "file_name" not in image and is_text(image.get("coco_url")):
             coco.images[place] = image | {"file_name": "/".join(image["coco_url"].split("/")[-2:])}
-    column("file_name").must(is_text, "the name of a file")
+    column("file_name").must(is_name, "the name of a file")
     if needs & {"boxes", "masks"}:
         for side in ("height", "width"):
             column(side).must(lambda value: type(value) is int and 1 <= value < 2**20,
@@ -206,7 +199,10 @@ def four_numbers(column: Column) -> np.ndarray:
     if {*map(len, column.values)} - {4} or (
             {*map(type, chain.from_iterable(column.values))} - NUMBERS):
         column.must(lambda box: len(box) == 4 and {*map(type, box)} <= NUMBERS, what)
-    boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
+    try:
+        boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
+    except OverflowError:
+        column.must(lambda box: max(map(abs, box)) < 1e300, what)
     is_right = np.isfinite(boxes).all(axis=1)
     if not is_right.all():
         column.refuse(int(np.flatnonzero(~is_right)[0]), what)
@@ -271,7 +267,11 @@ def check_polygons(column: Column, longest: np.ndarray) -> None:
         column.must(lambda shape: not isinstance(shape, list)
                     or {*map(type, chain.from_iterable(shape))} <= NUMBERS, what)
     lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-    number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
+    try:
+        number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
+    except OverflowError:
+        column.must(lambda shape: not isinstance(shape, list) or max(
+            map(abs, chain.from_iterable(shape)), default=0) < 1e300, what)
     of_image = np.repeat(longest[entry], lengths)
     is_near = (number >= -MAX_OUTSIDE * of_image) & (number <= (1 + MAX_OUTSIDE) * of_image)
     wrong = np.concatenate([entry[lengths % 2 == 1], np.repeat(entry, lengths)[~is_near]])
@@ -317,7 +317,7 @@ def check_segments(coco: Coco) -> None:
         raise UserError(f"{coco.path} has no field 'segments_info' in its annotations; give the "
                         "panoptic json, such as panoptic_val2017.json, not instances or captions.")
     column = partial(Column, coco.path, "annotations", coco.annotations)
-    column("file_name").must(is_text, "the name of a PNG")
+    column("file_name").must(is_name, "the name of a PNG")
     column("segments_info").must(lambda value: isinstance(value, list) and all(
         isinstance(segment, dict) for segment in value), "a list of segments")
     segments = list(chain.from_iterable(annotation["segments_info"]

@@ -106,6 +106,13 @@ def session(script: str, tf32: bool = False) -> Iterator[Ranks]:
             "if weights were to be downloaded, check the network, name a local file, or try the "
             "toy world of README.md")
         raise SystemExit(f"{name}: {str(error).strip().rstrip('.')}; {advice}.") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"{name}: {' '.join(str(error).split())[:200].rstrip('.')}; a process "
+                         "that reads images has died, mostly because memory ran out: lower "
+                         "NUM_WORKERS or free memory, and start again (a training by --resume)."
+                         ) from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -68,9 +68,11 @@ class TrainingData(Dataset):
     """Images to train with. Item i is that of image i or, if it can't be read, of the next one.
 
     paths: the image files. read_timeout: seconds after which one counts as unreadable. A subclass
-    says what `read` returns: a tensor or a named tuple of tensors, for the device.
+    says what `read` returns: a tensor or a named tuple of tensors, for the device; and `sources`,
+    the files that say what is on the images.
     """
 
+    sources: Sequence[str | Path] = ()
     TRIES = 100         # files in a row that may be unreadable
 
     def __init__(self, paths: Sequence[str], read_timeout: float = 60.0):

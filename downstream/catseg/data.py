@@ -21,7 +21,7 @@ from data import Classes, make_classes, read_classes, resize
 from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
 from util import UserError
 from util.files import find
-from util.labels import VOID, MissingData, SegmentationBenchmark, SegmentationImages
+from util.labels import CLASS_FILES, VOID, MissingData, SegmentationBenchmark, SegmentationImages
 from util.samples import TrainingData
 
 # --------------------------------------------------------------------------- images to train with
@@ -39,6 +39,8 @@ class LabelledImages(TrainingData):
         self.scenes, image = scenes, scenes.benchmark.image
         super().__init__([str(scenes.root / image.format(name)) for name in scenes.names],
                          read_timeout)
+        self.sources = [CLASS_FILES / scenes.benchmark.classes, *(
+            [scenes.instances.content.path] if scenes.instances else [])]
 
     def read(self, index: int) -> Labelled:
         return Labelled(*self.scenes[index])
@@ -141,14 +143,16 @@ def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]
     table = {}
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
-        if line.strip() and not (found and 1 <= int(found[1]) <= most):
+        value = re.match(r"\d{1,9}(?=[\s:])", line.strip())
+        rest = line.strip()[value.end():].lstrip().removeprefix(":") if value else ""
+        name = rest.partition(",")[0].strip()
+        if line.strip() and not (name and 1 <= int(value[0]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
                             f"value from 1 to {most}, and a name.")
-        if found and int(found[1]) in table:
-            raise UserError(f"{path} names label value {found[1]} twice; write one class a line.")
-        if found:
-            table[int(found[1])] = found[2].strip()
+        if name and int(value[0]) in table:
+            raise UserError(f"{path} names label value {value[0]} twice; write one class a line.")
+        if name:
+            table[int(value[0])] = name
     if not table:
         raise UserError(f"{path} names no class; write one class a line.")
     return [*table], [*table.values()]

@@ -15,6 +15,7 @@ background is the last row, n regions, k labelled objects, A anchors. Boxes are 
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,7 +39,13 @@ from util import UserError, distributed
 from util.files import find
 from util.text import find_templates
 from util.towers import recorded_model
-from util.weights import check_fit, read_weights, state_checksum, write_checkpoint
+from util.weights import (
+    check_fit,
+    read_design,
+    read_weights,
+    state_checksum,
+    write_checkpoint,
+)
 
 
 class Design(NamedTuple):
@@ -565,10 +572,19 @@ def check_design(design: Design, patch_size: int | None = None) -> None:
         if getattr(design, name) not in known:
             raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
                             f"{', '.join(known)}.")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(design, name) <= most:
+            raise UserError(f"{name.upper()} is {getattr(design, name)}; it must be at least "
+                            f"{least} and at most {most}.")
     side, coarsest = design.image_size, 2 * (patch_size or 0)
     if coarsest and side % coarsest:
         raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
                         f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
+
+
+RANGES = {"image_size": (1, 2**13), "channels": (1, 2**13), "candidates": (1, 2**20),
+          "proposals": (1, 2**16), "anchors": (2, 2**16), "regions": (4, 2**16),
+          "background": (0, 1e6)}      # of Design
 
 
 def tapped_layers(depth: int) -> list[int]:
@@ -665,7 +681,7 @@ def backbone_checksum(clip: DeCLIP) -> str:
 def open_backbone(settings: dict) -> DeCLIP:
     """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
     file = settings.get("BACKBONE")
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
                         "detector needs that of its training; --backbone none --attention clip is "
                         "plain CLIP.")
@@ -680,12 +696,15 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     that open_clip itself lists are fetched.
     """
     file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
+    if (file, model, tag) == (None, None, None):
+        raise UserError(f"{path} does not name the backbone that it was trained on; say where that "
+                        "is (--backbone).")
     file = str(find(file)) if file else None
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"{path} was trained on {file}, which is not there; say where that "
                         "backbone is (--backbone).")
     model = recorded_model(path, {"model": model} if model else {})
-    is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
+    is_known = tag is None or os.path.isfile(tag) or model.startswith("local-dir:")
     if not (is_known or (model, tag) in open_clip.list_pretrained()):
         raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
                         "does not list; give that backbone.")
@@ -703,21 +722,24 @@ def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
     if "fvit" not in record:
         raise UserError(f"{path} is no detector; give a fvit.safetensors of "
                         "downstream/fvit/train.py.")
-    try:
-        about, settings = record["fvit"], record["settings"]
-        if isinstance(backbone, str):
-            backbone = open_backbone(settings | {"BACKBONE": backbone})
-        backbone = backbone or recorded_backbone(path, settings)
-        if backbone_checksum(backbone) != about["backbone"]:
-            raise UserError(f"{path} was trained on another backbone than this "
-                            f"{backbone.model_name} with context {backbone.context}: their "
-                            f"checksums differ; give the one of its training, "
-                            f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
-        design = Design(**{"resize": "bicubic"} | about["design"])
-        fvit = FViT(backbone, about["classes"], about["seen"], design, state["text"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} has content that downstream/fvit/train.py does not write "
-                        f"({str(error).splitlines()[0]}); write or copy it again.") from None
-    check_fit(path, state, fvit.state(), "the detector that it describes")
+    about, settings = record["fvit"], record.get("settings", {})
+    design = read_design(path, {"resize": "bicubic"} | about["design"], Design)
+    if isinstance(backbone, str):
+        backbone = open_backbone(settings | {"BACKBONE": backbone})
+    backbone = backbone or recorded_backbone(path, settings)
+    if backbone_checksum(backbone) != about["backbone"]:
+        raise UserError(f"{path} was trained on another backbone than this "
+                        f"{backbone.model_name} with context {backbone.context}: their "
+                        f"checksums differ; give the one of its training, "
+                        f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
+    backbone.visual.known(design.attention)
+    shape = len(about["classes"]) + 1, backbone.visual.trunk.num_classes
+    if len(about["seen"]) != shape[0] - 1 or getattr(state.get("text"), "shape", None) != shape:
+        raise UserError(f"{path} does not have a row of text and a mark of having been seen for "
+                        f"each of {shape[0] - 1} classes; write or copy it again.")
+    make = partial(FViT, backbone, about["classes"], about["seen"], design, state["text"].float())
+    with torch.device("meta"):      # nothing is made that the file does not hold
+        check_fit(path, state, make().state(), "the detector that it describes")
+    fvit = make()
     fvit.load_state_dict(state, strict=False)
     return fvit

@@ -137,8 +137,6 @@ def check(cfg: SimpleNamespace) -> None:
     check_training(cfg)
     check_design(design_of(cfg))
     settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
-    settings.check_min(cfg, CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
-                       BACKGROUND=0)
     has_scales = len(cfg.SCALES) == 2 and 0 < cfg.SCALES[0] <= cfg.SCALES[1] <= 10
     settings.check(cfg, SCALES=(has_scales, "two numbers, 0 < least <= most <= 10"),
                    FLIP=(0 <= cfg.FLIP <= 1, "a share, from 0 to 1"),

@@ -142,7 +142,8 @@ def test_a_missing_table_says_where_it_comes_from(tmp_path, name, table, origin)
     ("wall\n", "line 1, is 'wall'; it must be a label value from 1 to 3688, and a name"),
     ("12 wall\n9999 sky\n", "line 2, is '9999 sky'"), ("0 void\n", "line 1, is '0 void'"),
     ("1 a\n1 b\n", "names label value 1 twice"), ("\n", "names no class"),
-    ("\x00\xff", "line 1, is")])
+    ("\x00\xff", "line 1, is"), ("1" + " " * 20_000 + "\n", "line 1, is '1'"),
+    ("9" * 5000 + ": a\n", "line 1, is")])
 def test_tables_of_another_form(tmp_path, text, sentence):
     write(tmp_path, "ade847")
     (tmp_path / "ADE20K_2021_17_01/ade847.txt").write_text(text, encoding="latin-1")

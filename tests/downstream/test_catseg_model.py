@@ -260,7 +260,10 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     ({"image_size": 72}, "an even number of tiny-eva's patches of 8 px; set it to 64"),
     ({"attention": "sum"}, "attention is 'sum'; it must be one of"),
     ({"width": 40}, "The width is 40"), ({"heads": 3}, "the heads are 3"),
-    ({"template": "a photo"}, "The template is 'a photo'; it must have one {}")])
+    ({"template": "a photo"}, "The template is 'a photo'; it must have one {}"),
+    ({"template": "{{}}{0:>3000000000}"}, "it must have one {}"), ({"template": "{:>9}"}, "one {}"),
+    ({"layers": 10**6}, "the layers 1000000"), ({"image_size": 2**20}, "set it to 8192"),
+    ({"max_classes": 0}, "the most classes 0"), ({"heads": 0}, "the heads are 0")])
 def test_designs_that_cannot_be(given, sentence):
     with pytest.raises(ValueError) as error:
         make(**given)

@@ -618,7 +618,7 @@ def test_files_that_are_no_detector(saved, tmp_path, clip):
             open_fvit(name)
     state, record = model.read_weights(path)
     of_detector = {name: value for name, value in state.items() if "mask" not in name}
-    for broken, sentence in (({"classes": NAMES}, "has content that .* does not write"),
+    for broken, sentence in (({"classes": NAMES}, "has metadata that .* does not write"),
                              ({**record["fvit"], "design": {"depth": 3}}, "does not write"),
                              ({**record["fvit"], "design": SMALL._replace(
                                  masks=True)._asdict()}, r"does not fit .*: \d+ weights are")):
