@@ -11,7 +11,7 @@ checkpoint.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,16 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (
-    Classes,
-    constant,
-    in_order,
-    load_share,
-    normalize,
-    pad_to,
-    read_classes,
-    resize,
-)
+from data import Classes, constant, in_order, load_share, normalize, pad_to, read_classes, resize
 from eval_region import open_model, title
 from model import DeCLIP
 from util import UserError, distributed, settings
@@ -49,7 +40,7 @@ from util.labels import (
 )
 from util.pamr import refine
 from util.precision import autocast, check_precision
-from util.text import find_templates
+from util.text import best_text, find_templates
 
 # The model, its precision and the run are set as in eval_region.py
 SHARED = {"eval_region": ["The model", "Names and numbers", "The evaluation"]}
@@ -274,9 +265,9 @@ def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor,
     """
     predictions = []
     for scores, image in zip(score_images(protocol, clip, images, text), images):
-        rows = scores.of_pixels()
-        if protocol.pamr:       # all scores of an image are in memory at once, (P, H, W)
-            rows = [refine(rows, image, protocol.pamr)]
+        rows = ([some] for some in scores.of_pixels())
+        if protocol.pamr:
+            rows = [(refine(some, image, protocol.pamr) for some in scores.of_texts())]
         predictions.append(torch.cat([
             decide(some, classes, protocol.logit_scale, protocol.threshold) for some in rows]))
     return predictions
@@ -298,6 +289,12 @@ class Scores(NamedTuple):
         wide = self.patches @ self.across.T
         for some in self.down.split(max(1, most // wide[:, 0].numel())):
             yield some @ wide
+
+    def of_texts(self, most: int = 2**27) -> Iterator[Tensor]:
+        """Scores of all pixels, (p, H, W), of some texts after the others."""
+        pixels = len(self.down) * len(self.across)
+        for some in self.patches.split(max(1, most // pixels)):
+            yield from self._replace(patches=some).of_pixels(max(most, pixels))
 
 
 @torch.inference_mode()
@@ -373,19 +370,18 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
-def decide(scores: Tensor, classes: Classes, logit_scale: float, threshold: float | None) -> Tensor:
-    """Cosines of all prompts (P, H, W) -> class of each pixel (H, W).
+def decide(scores: Iterable[Tensor], classes: Classes, logit_scale: float,
+           threshold: float | None) -> Tensor:
+    """Cosines of all prompts, (p, H, W) for some after the others -> class of each pixel (H, W).
 
     A class has the probability of its most probable synonym. With a threshold, a pixel where no
     class is that probable is class 0, the background.
     """
-    best, prompt = scores.max(dim=0)
-    prediction = constant(tuple(classes.class_of_prompt), torch.long, scores.device)[prompt]
+    best, prompt, total = best_text(scores, None if threshold is None else logit_scale)
+    prediction = constant(tuple(classes.class_of_prompt), torch.long, best.device)[prompt]
     if threshold is None:
         return prediction
-    total = torch.logsumexp(logit_scale * scores, dim=0)
-    probability = (logit_scale * best - total).exp()
-    return prediction.masked_fill(probability < threshold, 0)
+    return prediction.masked_fill((logit_scale * best - total).exp() < threshold, 0)
 
 
 # ------------------------------------------------------------------------------------- figures

@@ -174,7 +174,7 @@ def test_all_benchmarks_against_a_direct_computation(tmp_path, checkpoint, capsy
             image = read_image(tmp_path / PLACES[name][0].format(index))
             with torch.inference_mode():
                 logits = slow_logits(Protocol(**WINDOWS | windows), clip, image, text)
-            predictions.append(eval_seg.decide(logits, classes, benchmark.logit_scale,
+            predictions.append(eval_seg.decide([logits], classes, benchmark.logit_scale,
                                                benchmark.threshold).flatten())
             labels.append(expected_label(name, index).flatten())
         expected = slow_iou(np.concatenate(labels), np.concatenate(predictions), len(classes))
