@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from util import UserError
 from util.coco import Instances, files_below, read_coco
 from util.files import ROOT, find, read_json
-from util.images import MAX_DECODED, orientation, read_image, unreadable
+from util.images import MAX_DECODED, lies, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
@@ -248,7 +248,8 @@ def check_sizes(label: str | Path, of_label: Sequence[int], image: str | Path,
                 of_image: Sequence[int]) -> None:
     """Raises UserError unless a label has its image's height and width."""
     if tuple(of_label) != tuple(of_image):
-        turned = tuple(of_label) == tuple(of_image)[::-1] and orientation(image) > 4
+        turned = tuple(of_label) == tuple(of_image)[::-1] and lies(image)
         advice = ("its EXIF entry turns the image, which is read as it is stored: store it upright"
                   if turned else "they must be of one size")
-        raise UserError(f"{label} is {tuple(of_label)}, but its image {tuple(of_image)}; {advice}.")
+        raise UserError(f"{label} is {tuple(of_label)}, but its image {image} {tuple(of_image)}; "
+                        f"{advice}.")
