@@ -267,7 +267,7 @@ def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor,
     for scores, image in zip(score_images(protocol, clip, images, text), images):
         rows = ([some] for some in scores.of_pixels())
         if protocol.pamr:
-            rows = [(refine(some, image, protocol.pamr) for some in scores.of_texts())]
+            rows = [map(partial(refine, image=image, steps=protocol.pamr), scores.of_texts())]
         predictions.append(torch.cat([
             decide(some, classes, protocol.logit_scale, protocol.threshold) for some in rows]))
     return predictions
@@ -290,7 +290,7 @@ class Scores(NamedTuple):
         for some in self.down.split(max(1, most // wide[:, 0].numel())):
             yield some @ wide
 
-    def of_texts(self, most: int = 2**27) -> Iterator[Tensor]:
+    def of_texts(self, most: int = 10**8) -> Iterator[Tensor]:
         """Scores of all pixels, (p, H, W), of some texts after the others."""
         pixels = len(self.down) * len(self.across)
         for some in self.patches.split(max(1, most // pixels)):

@@ -91,11 +91,12 @@ def best_text(scores: Iterable[Tensor], scale: float | None = None
         # By rows: a copy of all scores may not fit into memory.
         total = None if scale is None else torch.cat([
             torch.logsumexp(scale * rows, dim=0) for rows in some.split(64, dim=1)])
+        count, before = count + len(some), count
+        del some        # or it would be there together with the next
         if best is None:
             best, winner, sums = score, text, total
         else:
-            winner = torch.where(score > best, text + count, winner)
+            winner = torch.where(score > best, text + before, winner)
             best = torch.maximum(score, best)
             sums = None if scale is None else torch.logaddexp(sums, total)
-        count += len(some)
     return best, winner, sums
