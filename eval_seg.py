@@ -173,6 +173,8 @@ VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg
        "SegmentationClass/{}.png")
 CONTEXT_LAYOUT = ("VOCdevkit/VOC2010", "ImageSets/SegmentationContext/val.txt",
                   "JPEGImages/{}.jpg", "SegmentationClassContext/{}.png")
+CONTEXT_ORIGIN = ("mmsegmentation's tools/dataset_converters/pascal_context.py writes labels and "
+                  "list, of VOC 2010 and PASCAL-Context's json")
 CITYSCAPES = ("cityscapes", "*/*", "leftImg8bit/val/{}_leftImg8bit.png",
               "gtFine/val/{}_gtFine_labelIds.png")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -188,10 +190,12 @@ STUFF_VOID = (*(id - 1 for id in NOT_IN_STUFF), 255)
 # Thresholds and scales are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
     "voc21": SegmentationBenchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0, palette="voc"),
-    "context60": SegmentationBenchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
+    "context60": SegmentationBenchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15,
+                                       origin=CONTEXT_ORIGIN),
     "coco_object": SegmentationBenchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
     "voc20": SegmentationBenchmark(*VOC, "voc20.txt", range(1, 21), (0, 255), palette="voc"),
-    "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
+    "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255),
+                                       origin=CONTEXT_ORIGIN),
     "coco_stuff": SegmentationBenchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
     "cityscapes": SegmentationBenchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS,
                                         CITYSCAPES_VOID),

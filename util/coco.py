@@ -342,21 +342,28 @@ class Instances:
         value = {category["id"]: place + 1
                  for place, category in enumerate(self.content.categories)}
         self.image_of = {image["file_name"]: image["id"] for image in self.content.images}
+        names = Counter(name.rsplit("/", 1)[-1] for name in self.image_of)
+        # By the name alone, too, where it is one image's: names may lie in folders.
+        self.image_of = {name.rsplit("/", 1)[-1]: id for name, id in self.image_of.items()
+                         if names[name.rsplit("/", 1)[-1]] == 1} | self.image_of
         self.of_image: dict[int, list[tuple]] = {}
         for annotation in self.content.annotations:
             shape = annotation["segmentation"], value[annotation["category_id"]]
             self.of_image.setdefault(annotation["image_id"], []).append(shape)
 
-    def render(self, file_name: str, height: int, width: int) -> np.ndarray:
+    def render(self, file: Path, height: int, width: int) -> np.ndarray:
         """The label image (height, width); of overlapping objects the smaller one is on top.
 
-        Raises UserError for an image that the json does not list, or whose size is another there.
+        Raises UserError for an image that the json does not list: neither its name nor, with some
+        of the folders that it lies in, its path.
         """
-        if file_name not in self.image_of:
-            raise UserError(f"{self.content.path} says nothing of {file_name}; give the json and "
+        places = ("/".join(file.parts[start:]) for start in range(len(file.parts)))
+        name = next((place for place in places if place in self.image_of), None)
+        if name is None:
+            raise UserError(f"{self.content.path} says nothing of {file.name}; give the json and "
                             "the images of one split.")
         objects = [(instance_mask(shape, height, width), value)
-                   for shape, value in self.of_image.get(self.image_of[file_name], [])]
+                   for shape, value in self.of_image.get(self.image_of[name], [])]
         label = np.zeros((height, width), np.uint16)
         for mask, value in sorted(objects, key=lambda found: -int(found[0].sum())):
             label[mask] = value

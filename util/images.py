@@ -184,6 +184,9 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
         if images.is_dir() and any(images.glob("*.tar")):
             raise UserError(f"{images.absolute()} {state}; for its shards, set IMAGES to "
                             f"{images}/*.tar.")
+        if images.parts[:2] == ("data", "toy"):
+            raise UserError(f"{images.absolute()} {state}; draw the toy scenes by python -m "
+                            "toy.world first.")
         raise UserError(f"{images.absolute()} {state}; put images there (any folder of "
                         f"{', '.join(IMAGE_SUFFIXES)} files, or a COCO-style json) or set IMAGES "
                         "to where they are.")

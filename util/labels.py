@@ -146,7 +146,7 @@ class SegmentationImages(Dataset):
         with unreadable(path, "a label image"):
             if path.exists() and not path.is_file():
                 raise ValueError("it is no regular file")
-            values = (self.instances.render(file.name, *image.shape[1:]) if self.instances
+            values = (self.instances.render(file, *image.shape[1:]) if self.instances
                       else self.read_label(path))
         label = self.lookup[values]
         unknown = values[label == UNKNOWN]
@@ -197,10 +197,11 @@ def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set
         except MissingData as error:
             if not wants_all:
                 raise
-            missing[name] = str(error)
+            missing[name] = str(error).split(", or ")[0].split("; ")[0]
     if not sets:
+        reasons = "".join(f"\n{name:16}{reason}" for name, reason in missing.items())
         raise UserError(f"None of the benchmarks is in {Path(data).absolute()}; docs/data.md says "
-                        f"how each is unpacked: {next(iter(missing.values()))}")
+                        f"how each is unpacked.{reasons}")
     return sets, missing
 
 

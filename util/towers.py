@@ -261,9 +261,12 @@ def create_vit(name: str, pretrained: bool) -> nn.Module:
         trunk = timm.create_model(source, pretrained=pretrained, num_classes=0, **any_size)
     except TypeError:       # a model of a fixed image size does not know dynamic_img_size
         trunk = None
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:
         if not name.startswith("local-dir:"):
-            raise
+            reason = str(error).split(". ")[0].split("\n")[0]
+            raise UserError(f"The weights of {name} can't be had ({reason}); check the network, or "
+                            "name a VFM that is here by --vfm_model, such as local-dir:toy/vfm."
+                            ) from None
         raise UserError(f"{name} has no weights of a VFM in timm's format; name a folder that has "
                         "them, such as local-dir:toy/vfm.") from None
     if not isinstance(trunk, TIMM_VITS | SAM):

@@ -8,7 +8,7 @@ import random
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,14 @@ class LabelledImages(TrainingData):
 
     def read(self, index: int) -> Labelled:
         return Labelled(*self.scenes[index])
+
+    def look(self, most: int = 16) -> None:
+        """Raises UserError if a label is not this set's, or the first ones are void throughout."""
+        count = min(most, len(self))
+        if not any((self.read(index).label != VOID).any() for index in range(count)):
+            raise UserError(f"The labels of the first {count} of {len(self):,} images, such as "
+                            f"{self.paths[0]}, are void at every pixel, so nothing can be learned "
+                            "from them; take the labels of this data set.")
 
 
 def find_training(name: str, data: str | Path) -> tuple[SegmentationImages, list[str]]:
@@ -131,10 +139,12 @@ ADE_OBJECTS, ADE_CLASSES = 3688, 847        # label values of ADE20K_2021_17_01,
 CONTEXT_OBJECTS = 459
 
 
-def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]]:
+def read_table(path: Path, most: int, origin: str, void: Sequence[int] = ()
+               ) -> tuple[list[int], list[str]]:
     """The label values and first names of a table's lines `12: name, synonym`, the colon optional.
 
-    most: the largest label value. origin: where the file comes from. Raises UserError if there is
+    most: the largest label value. origin: where the file comes from. void: values that lines may
+    name, too, and that are no class. Raises UserError if there is
     no such file, or if a line is none of these, a value is too large, or occurs twice.
     """
     path = find(path)
@@ -144,6 +154,8 @@ def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
+        if found and int(found[1]) in void:
+            continue
         if line.strip() and not (found and 1 <= int(found[1]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
                             f"value from 1 to {most}, and a name.")
@@ -237,11 +249,12 @@ def ade847(data: str | Path) -> LabelledSet:
 
 def context459(data: str | Path) -> LabelledSet:
     """PC-459: all objects of PASCAL-Context."""
+    void = 0, CONTEXT_OBJECTS + 1
     values, names = read_table(
         Path(data) / "VOCdevkit/VOC2010/labels.txt", CONTEXT_OBJECTS,
-        "PASCAL-Context's page has it beside trainval.tar.gz")
+        "PASCAL-Context's page has it beside trainval.tar.gz", void)
     benchmark = replace(KNOWN_BENCHMARKS["context59"], label="trainval/{}.mat", values=values,
-                        void=(0, CONTEXT_OBJECTS + 1), read=read_mat)
+                        void=void, read=read_mat)
     return SegmentationImages(benchmark, data), make_classes(names)
 
 

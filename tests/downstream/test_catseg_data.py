@@ -153,6 +153,25 @@ def test_tables_of_another_form(tmp_path, text, sentence):
     assert sentence in str(error.value)
 
 
+def test_the_table_of_pascal_context_may_name_what_is_no_class(tmp_path):
+    """0 and 460, which are void."""
+    write(tmp_path, "context459")
+    table = tmp_path / "VOCdevkit/VOC2010/labels.txt"
+    table.write_text(f"0: empty\n{table.read_text()}460: unknown\n")
+    images, classes = find_evaluation("context459", tmp_path)
+    assert len(classes) == 459 and classes.names[0] == "thing 1" and images[0][1].max() == 458
+
+
+def test_labels_that_are_void_throughout_are_refused_before_a_model_is_loaded(tmp_path):
+    for values in ([[0, 255]], [[65, 255]]):
+        coco(tmp_path, np.array(values))
+        dataset = LabelledImages(data.find_training("coco_stuff", tmp_path)[0])
+        if values == [[0, 255]]:
+            dataset.look()
+    with pytest.raises(ValueError, match="labels of the first 1 of 1 images, such as .* are void"):
+        dataset.look()
+
+
 @pytest.mark.parametrize("content, sentence", [
     ({"LabelMap": np.zeros((4, 6, 3))}, "has a LabelMap of 4 x 6 x 3"),
     ({"LabelMap": np.full((4, 6), 1.5)}, "must be a class number for each pixel"),

@@ -207,6 +207,7 @@ def named_json(tmp_path):
 
 @pytest.mark.parametrize("make, sentence", [
     (lambda t: list_images(t / "no"), "no does not exist; put images there"),
+    (lambda t: list_images("data/toy/no"), "draw the toy scenes by python -m toy.world first"),
     (lambda t: list_images(t), "holds no image; put images there"),
     (lambda t: list_images(t / "no.json"), "There is no file"),
     (lambda t: list_images(named_json(t), t / "no"), "which is not there; set IMAGE_ROOT"),
