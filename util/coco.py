@@ -11,10 +11,10 @@ first, one by one only to name a wrong entry: COCO has 860,000 annotations.
 """
 
 import json
-import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -180,7 +180,7 @@ def check_annotations(coco: Coco, needs: set[str]) -> None:
     column = partial(Column, coco.path, "annotations", coco.annotations)
     if any("id" in annotation for annotation in coco.annotations):
         unique(column("id"))
-    if len(coco.annotations) > 200_000:
+    if len(coco.annotations) > 200_000 and is_main():
         print(f"checking the {len(coco.annotations):,} annotations of {coco.path}")
     check_references(coco, column("image_id"), column("category_id"))
     column("iscrowd", 0).one_of({0, 1}, "0 or 1")
@@ -197,6 +197,15 @@ def check_references(coco: Coco, images: Column, categories: Column) -> None:
                       "the id of one of 'categories'")
 
 
+@contextmanager
+def finite(column: Column, numbers: Callable[[object], Iterable], what: str) -> Iterator[None]:
+    """Within it, a whole number beyond any float becomes a UserError about its entry."""
+    try:
+        yield
+    except OverflowError:
+        column.must(lambda value: all(abs(number) < 1e300 for number in numbers(value)), what)
+
+
 def four_numbers(column: Column) -> np.ndarray:
     """Boxes x, y, width, height -> (n, 4); UserError for anything but finite numbers."""
     what = "four finite numbers: x, y, width and height in pixels"
@@ -204,7 +213,8 @@ def four_numbers(column: Column) -> np.ndarray:
     if {*map(len, column.values)} - {4} or (
             {*map(type, chain.from_iterable(column.values))} - NUMBERS):
         column.must(lambda box: len(box) == 4 and {*map(type, box)} <= NUMBERS, what)
-    boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
+    with finite(column, lambda box: box, what):
+        boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
     is_right = np.isfinite(boxes).all(axis=1)
     if not is_right.all():
         column.refuse(int(np.flatnonzero(~is_right)[0]), what)
@@ -221,7 +231,7 @@ def check_boxes(coco: Coco, column: Column) -> None:
                       "their images")
     for annotation in coco.annotations:
         area = annotation.get("area")
-        if type(area) not in NUMBERS or not 0 < area < math.inf:
+        if type(area) not in NUMBERS or not 0 < area < 1e300:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     ends = sizes_of(coco)[:, ::-1]
     is_shown = ((boxes[:, 2:] > 0) & (corners > 0) & (boxes[:, :2] < ends)).all(axis=1)
@@ -269,7 +279,9 @@ def check_polygons(column: Column, longest: np.ndarray) -> None:
         column.must(lambda shape: not isinstance(shape, list)
                     or {*map(type, chain.from_iterable(shape))} <= NUMBERS, what)
     lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-    number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
+    with finite(column, lambda shape: chain.from_iterable(shape) if isinstance(shape, list) else (),
+                what):
+        number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
     of_image = np.repeat(longest[entry], lengths)
     is_near = (number >= -MAX_OUTSIDE * of_image) & (number <= (1 + MAX_OUTSIDE) * of_image)
     wrong = np.concatenate([entry[lengths % 2 == 1], np.repeat(entry, lengths)[~is_near]])
@@ -342,6 +354,10 @@ class Instances:
         value = {category["id"]: place + 1
                  for place, category in enumerate(self.content.categories)}
         self.image_of = {image["file_name"]: image["id"] for image in self.content.images}
+        if len(self.image_of) < len(self.content.images):
+            twice = Counter(image["file_name"] for image in self.content.images).most_common(1)
+            raise UserError(f"{path} has {twice[0][1]} images with the name {twice[0][0]!r}; leave "
+                            "one of each.")
         names = Counter(name.rsplit("/", 1)[-1] for name in self.image_of)
         # By the name alone, too, where it is one image's: names may lie in folders.
         self.image_of = {name.rsplit("/", 1)[-1]: id for name, id in self.image_of.items()

@@ -74,11 +74,18 @@ def test_names_may_lie_in_folders(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [7, [[1]], {"size": [4, 6]}, {"size": [9, 9], "counts": "0"},
-                                   {"size": [HEIGHT, WIDTH], "counts": "oooo1"}, [["a", "b"]]])
+                                   {"size": [HEIGHT, WIDTH], "counts": "oooo1"}, [["a", "b"]],
+                                   [[0, 0, 10**400, 0, 9, 9]], [[0, 0, 1e8, 0, 9, 9]]])
 def test_a_segmentation_of_another_form_is_one_sentence(tmp_path, shape):
     with pytest.raises(ValueError, match="instances.json") as error:
         rendered(write(tmp_path, [(3, shape)]))
     assert "\n" not in str(error.value)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    images = [{"id": number, "file_name": "a.jpg", "height": 9, "width": 9} for number in (5, 6)]
+    with pytest.raises(ValueError, match="has 2 images with the name 'a.jpg'; leave one of each"):
+        rendered(write(tmp_path, [(3, BIG)], images=images))
 
 
 @pytest.mark.parametrize("field, value", [("images", 3), ("categories", [3]),
