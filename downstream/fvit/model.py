@@ -15,6 +15,7 @@ background is the last row, n regions, k labelled objects, A anchors. Boxes are 
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,15 +30,22 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import constant, fitted_size, normalize, pad_to, resize
+from data import RESIZES, constant, normalize, pad_to, resize
 from downstream.detection import Detections
 from eval_region import open_model
+from eval_seg import resized_size
 from model import DeCLIP, region_features
 from util import UserError, distributed
 from util.files import find
 from util.text import find_templates
 from util.towers import recorded_model
-from util.weights import check_fit, read_weights, state_checksum, write_checkpoint
+from util.weights import (
+    check_fit,
+    read_design,
+    read_weights,
+    state_checksum,
+    write_checkpoint,
+)
 
 
 class Design(NamedTuple):
@@ -56,6 +64,7 @@ class Design(NamedTuple):
     background: float = 0.6         # weight of background regions; OV-LVIS: 0.9
     candidates: int = 2000          # best anchors of a level, before NMS
     proposals: int = 1000           # and what NMS keeps of all levels
+    resize: str = "cv2"             # one of data.RESIZES; of files that do not say, bicubic
 
 
 class Target(NamedTuple):
@@ -269,6 +278,7 @@ class BoxHead(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
         self.deltas = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
         initialize(self, nn.init.xavier_uniform_)
+        initialize(self.shared[:4], kaiming_normal)
         nn.init.normal_(self.deltas[-1].weight, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +295,7 @@ class MaskHead(nn.Module):
         self.layers = nn.Sequential(
             *convs(4, channels, norm), nn.ConvTranspose2d(channels, channels, 2, stride=2),
             nn.ReLU(), nn.Conv2d(channels, 1, 1))
-        initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
+        initialize(self, kaiming_normal)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(n, channels, 14, 14) -> (n, 28, 28)."""
@@ -293,6 +303,8 @@ class MaskHead(nn.Module):
 
 
 REGION_SIDE, MASK_SIDE = 7, 14      # of pooled regions, for boxes and for masks
+
+kaiming_normal = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 
 
 def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
@@ -412,7 +424,8 @@ class FViT(nn.Module):
 
     def proposal_losses(self, scores: list[Tensor], deltas: list[Tensor], anchors: Tensor,
                         targets: list[tuple[Target, torch.Generator]]) -> dict[str, Tensor]:
-        """BCE and L1 of the sampled anchors, both divided by the number of all of them."""
+        """BCE and L1 of the sampled anchors, both divided by the number of all of them, where an
+        image counts one of each kind that it lacks (published)."""
         class_loss, box_loss, count = 0.0, 0.0, 0
         for score, delta, (target, generator) in zip(torch.cat(scores, 1), torch.cat(deltas, 1),
                                                      targets):
@@ -421,7 +434,7 @@ class FViT(nn.Module):
             wanted = encode_boxes(target.boxes[matched[positive]], anchors[positive])
             class_loss += F.softplus(-score[positive]).sum() + F.softplus(score[negative]).sum()
             box_loss += F.l1_loss(delta[positive], wanted, reduction="sum")
-            count += len(positive) + len(negative)
+            count += max(len(positive), 1) + max(len(negative), 1)
         count = mean_over_ranks(count, anchors.device)
         return {"proposal class": class_loss / count, "proposal box": box_loss / count}
 
@@ -499,7 +512,8 @@ class FViT(nn.Module):
         rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
         """
         rules = rules or ScoreRules()
-        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        side, how = self.design.image_size, self.design.resize
+        views = [resize(image, *resized_size(image, side, side), how) for image in images]
         sizes = [view.shape[-2:] for view in views]
         taps = self.look(views)
         levels = self.pyramid(taps)
@@ -553,14 +567,24 @@ class FViT(nn.Module):
 def check_design(design: Design, patch_size: int | None = None) -> None:
     """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
     if a level of the pyramid would not have a whole number of places."""
-    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
+    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip")),
+                        ("resize", RESIZES)):
         if getattr(design, name) not in known:
             raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
                             f"{', '.join(known)}.")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(design, name) <= most:
+            raise UserError(f"{name.upper()} is {getattr(design, name)}; it must be at least "
+                            f"{least} and at most {most}.")
     side, coarsest = design.image_size, 2 * (patch_size or 0)
     if coarsest and side % coarsest:
         raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
                         f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
+
+
+RANGES = {"image_size": (1, 2**13), "channels": (1, 2**13), "candidates": (1, 2**20),
+          "proposals": (1, 2**16), "anchors": (2, 2**16), "regions": (4, 2**16),
+          "background": (0, 1e6)}      # of Design
 
 
 def tapped_layers(depth: int) -> list[int]:
@@ -657,7 +681,7 @@ def backbone_checksum(clip: DeCLIP) -> str:
 def open_backbone(settings: dict) -> DeCLIP:
     """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
     file = settings.get("BACKBONE")
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
                         "detector needs that of its training; --backbone none --attention clip is "
                         "plain CLIP.")
@@ -672,12 +696,15 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     that open_clip itself lists are fetched.
     """
     file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
+    if (file, model, tag) == (None, None, None):
+        raise UserError(f"{path} does not name the backbone that it was trained on; say where that "
+                        "is (--backbone).")
     file = str(find(file)) if file else None
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"{path} was trained on {file}, which is not there; say where that "
                         "backbone is (--backbone).")
     model = recorded_model(path, {"model": model} if model else {})
-    is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
+    is_known = tag is None or os.path.isfile(tag) or model.startswith("local-dir:")
     if not (is_known or (model, tag) in open_clip.list_pretrained()):
         raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
                         "does not list; give that backbone.")
@@ -695,21 +722,24 @@ def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
     if "fvit" not in record:
         raise UserError(f"{path} is no detector; give a fvit.safetensors of "
                         "downstream/fvit/train.py.")
-    try:
-        about, settings = record["fvit"], record["settings"]
-        if isinstance(backbone, str):
-            backbone = open_backbone(settings | {"BACKBONE": backbone})
-        backbone = backbone or recorded_backbone(path, settings)
-        if backbone_checksum(backbone) != about["backbone"]:
-            raise UserError(f"{path} was trained on another backbone than this "
-                            f"{backbone.model_name} with context {backbone.context}: their "
-                            f"checksums differ; give the one of its training, "
-                            f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
-        fvit = FViT(backbone, about["classes"], about["seen"], Design(**about["design"]),
-                    state["text"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} has content that downstream/fvit/train.py does not write "
-                        f"({str(error).splitlines()[0]}); write or copy it again.") from None
-    check_fit(path, state, fvit.state(), "the detector that it describes")
+    about, settings = record["fvit"], record.get("settings", {})
+    design = read_design(path, {"resize": "bicubic"} | about["design"], Design)
+    if isinstance(backbone, str):
+        backbone = open_backbone(settings | {"BACKBONE": backbone})
+    backbone = backbone or recorded_backbone(path, settings)
+    if backbone_checksum(backbone) != about["backbone"]:
+        raise UserError(f"{path} was trained on another backbone than this "
+                        f"{backbone.model_name} with context {backbone.context}: their "
+                        f"checksums differ; give the one of its training, "
+                        f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
+    backbone.visual.known(design.attention)
+    shape = len(about["classes"]) + 1, backbone.visual.trunk.num_classes
+    if len(about["seen"]) != shape[0] - 1 or getattr(state.get("text"), "shape", None) != shape:
+        raise UserError(f"{path} does not have a row of text and a mark of having been seen for "
+                        f"each of {shape[0] - 1} classes; write or copy it again.")
+    make = partial(FViT, backbone, about["classes"], about["seen"], design, state["text"].float())
+    with torch.device("meta"):      # nothing is made that the file does not hold
+        check_fit(path, state, make().state(), "the detector that it describes")
+    fvit = make()
     fvit.load_state_dict(state, strict=False)
     return fvit

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations, find_files
 from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
-from train import build_optimizer
+from model import DECOUPLED
 from util import distributed, settings
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
+from util.weights import used_record
 
 SHARED = {"util.run": ["The machinery"]}
 
@@ -51,6 +53,7 @@ TEMPLATES = "vild"                  # vild: 63 sentences (published); imagenet, 
 
 # The detector
 IMAGE_SIZE = 640                    # side of the square; OV-LVIS: 1024; L/14: 896
+RESIZE = "cv2"                      # how images are resized: cv2 (published), pil, bicubic
 CHANNELS = 256                      # of the pyramid and the heads
 MASKS = False                       # a mask head; OV-LVIS
 NORM = "batch"                      # batch: statistics over all GPUs' images; group: of each image
@@ -75,7 +78,7 @@ LR = 1e-4                           # peak learning rate
 WARMUP = 250                        # steps of linear warm-up, from a thousandth of LR
 LR_DROPS: tuple[int, ...] = ()      # epochs after which LR falls to a tenth; OV-LVIS: 32 44
 CLIP_NORM = 1.0                     # longest gradient
-WEIGHT_DECAY = 0.1                  # of matrices; biases, norms and tau have none
+WEIGHT_DECAY = 0.1                  # of all that is trained: biases, norms and tau, too (published)
 BETAS = (0.9, 0.999)                # of AdamW
 EPS = 1e-8                          # of AdamW
 PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -119,7 +122,7 @@ def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[i
           ) -> tuple[list[Tensor], list[Target]]:
     """Images with their objects, resized, cropped and flipped as SEED, epoch and index say."""
     keys = [f"{cfg.SEED}-{epoch}-{index}" for index in indices]
-    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP)
+    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP, cfg.RESIZE)
              for objects, key in zip(data, keys)]
     return [view.image for view in shown], [Target(view.boxes, view.labels, view.masks, key)
                                             for view, key in zip(shown, keys)]
@@ -135,8 +138,7 @@ def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
     check_design(design_of(cfg))
-    settings.check_min(cfg, CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
-                       BACKGROUND=0)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     has_scales = len(cfg.SCALES) == 2 and 0 < cfg.SCALES[0] <= cfg.SCALES[1] <= 10
     settings.check(cfg, SCALES=(has_scales, "two numbers, 0 < least <= most <= 10"),
                    FLIP=(0 <= cfg.FLIP <= 1, "a share, from 0 to 1"),
@@ -152,12 +154,20 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     """The detector on its frozen backbone, in training mode; with several GPUs its norms share
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
     clip = open_backbone(vars(cfg)).to(ranks.device)
+    used_record(cfg, cfg.BACKBONE, cfg.ATTENTION, DECOUPLED)
     text = encode_names(clip, dataset.classes, cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights
     fvit = FViT(clip, dataset.classes, dataset.seen, design_of(cfg), text).to(ranks.device)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         fvit = nn.SyncBatchNorm.convert_sync_batchnorm(fvit)
     return fvit.train()
+
+
+def build_optimizer(cfg: SimpleNamespace, fvit: FViT) -> torch.optim.AdamW:
+    """AdamW over what is trained, in one group: weight decay spares nothing."""
+    trained = [parameter for parameter in fvit.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=cfg.LR, betas=cfg.BETAS, eps=cfg.EPS,
+                             weight_decay=cfg.WEIGHT_DECAY, fused=True)
 
 
 def learning_rate(cfg: SimpleNamespace, step: int, steps_per_epoch: int) -> float:
