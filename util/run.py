@@ -704,7 +704,9 @@ def cut_lines(path: Path, last: int) -> None:
 
 def escaped(text: str) -> str:
     """A file's name or a reason on one line, without control characters."""
-    return printable(text.replace("\n", "\\n"))
+    # Bytes that are no text stay, so that the name still finds its file.
+    return "".join(letter if "\ud800" <= letter <= "\udfff" else printable(letter)
+                   for letter in text.replace("\n", "\\n"))
 
 
 def peak_memory(device: torch.device) -> int:
