@@ -593,7 +593,7 @@ def test_lines_that_cannot_be_read_do_not_stop_a_resume(images, tmp_path):
 
 def test_too_many_bad_images_stop_the_run(images, tmp_path):
     folder = spoiled(images, tmp_path / "images")
-    with pytest.raises(SystemExit, match=r"of 12 image files can't be read, more than "
+    with pytest.raises(SystemExit, match=r"of 12 images or their labels can't be used, more than "
                                          r"MAX_BAD_FILES, 1.00%; they are listed"):
         run(folder, tmp_path / "out", epochs=3)
     assert (tmp_path / "out" / "skipped.txt").exists()
