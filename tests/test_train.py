@@ -56,7 +56,8 @@ def test_declip_learns_to_see_the_toy_world(tmp_path, monkeypatch, capsys):
     world.main(options(train=80, dev=0, val=10, size=128))
     train.main(["@presets/toy.txt", *options(out="my run", num_workers=0)])
     assert capsys.readouterr().out.splitlines()[-1].endswith(
-        "python eval_seg.py --ckpt 'my run/declip.safetensors'")
+        "python -m tools.segment data/toy/train/00000.png --classes \"cat, grass\" "
+        "--ckpt 'my run/declip.safetensors'")
     evaluation = ["@presets/toy_seg.txt", *options(out=tmp_path, num_workers=0,
                                                    cache=tmp_path / "cache")]
     clip, untrained = (eval_seg.main([*evaluation, "--attention", name])["toy"]["mIoU"]
