@@ -55,7 +55,9 @@ def test_declip_learns_to_see_the_toy_world(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "toy/benchmark.json", "toy")     # its scenes are beside it
     world.main(options(train=80, dev=0, val=10, size=128))
     train.main(["@presets/toy.txt", *options(out="my run", num_workers=0)])
-    assert capsys.readouterr().out.splitlines()[-1].endswith("--ckpt 'my run/declip.safetensors'")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(
+        "python -m tools.segment data/toy/train/00000.png --classes \"cat, grass\" "
+        "--ckpt 'my run/declip.safetensors'")
     evaluation = ["@presets/toy_seg.txt", *options(out=tmp_path, num_workers=0,
                                                    cache=tmp_path / "cache")]
     clip, untrained = (eval_seg.main([*evaluation, "--attention", name])["toy"]["mIoU"]
