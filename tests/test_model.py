@@ -26,7 +26,7 @@ from model import (
     mask_features,
     region_features,
 )
-from util.towers import is_usable, projection, timm_trunk
+from util.towers import projection, reason_against, timm_trunk
 from util.weights import read_record, write_checkpoint
 
 TOWERS = ("tiny-eva", "tiny-vit", "tiny-vit-quickgelu")
@@ -607,9 +607,9 @@ def test_towers_with_other_blocks_are_refused():
     alien = [Eva(**shape), normed_after, Eva(**shape, qkv_fused=False, init_values=0.1),
              VisionTransformer(**shape, reg_tokens=2), VisionTransformer(**shape, init_values=0.1),
              VisionTransformer(**shape | {"num_classes": 0})]
-    assert not any(map(is_usable, alien))
-    assert is_usable(Eva(**shape,
-                               qkv_fused=False)) and is_usable(VisionTransformer(**shape))
+    assert all(map(reason_against, alien))
+    assert not reason_against(Eva(**shape, qkv_fused=False))
+    assert not reason_against(VisionTransformer(**shape))
 
 
 # ----------------------------------------------------------------------------------------- refusals

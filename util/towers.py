@@ -233,11 +233,6 @@ def reason_against(trunk: nn.Module) -> str:
     return ""
 
 
-def is_usable(trunk: nn.Module) -> bool:
-    """Whether a trunk has a projected [CLS], plain patches, and blocks like `_last_block` needs."""
-    return not reason_against(trunk)
-
-
 def with_dynamic_size(trunk: nn.Module) -> nn.Module:
     """The same timm model for images of any size; otherwise its rotary embedding fits one size."""
     if not isinstance(trunk, TIMM_VITS) or trunk.dynamic_img_size:
