@@ -252,8 +252,10 @@ def compile_blocks(student: VisionTower, teacher: VisionTower, vfm: VFM | None) 
     torch._dynamo.config.recompile_limit = 32
     # DDP would split graphs to send gradients early; blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
+    # It fails with sizes that vary, on GPUs with torch 2.11: pytorch/pytorch#181563.
+    torch._inductor.config.triton.coalesce_tiling_analysis = False
     for block in (*student.trunk.blocks, *(vfm.trunk.blocks if vfm else ())):
-        block.compile()
+        block.compile(dynamic=False)
     for block in teacher.trunk.blocks:
         block.compile(dynamic=True)
 

@@ -25,7 +25,7 @@ TINY = {"image_size": 64, "batch_size": 2, "micro_batch": 2, "num_workers": 0, "
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory, scenes) -> Path:
+def described(tmp_path_factory, scenes) -> Path:
     """Scenes of a user's own, described by a json; their first row is void."""
     folder = tmp_path_factory.mktemp("own")
     for index, (image, label) in enumerate(scenes):
@@ -40,7 +40,7 @@ def benchmark(tmp_path_factory, scenes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory, benchmark) -> dict:
+def chosen(tmp_path_factory, described) -> dict:
     """Options: a checkpoint that says itself what it is, and the sets."""
     torch.manual_seed(0)
     clip = DeCLIP("tiny-eva", context="qk")
@@ -48,7 +48,7 @@ def chosen(tmp_path_factory, benchmark) -> dict:
         torch.nn.init.normal_(weight, std=0.3 if weight.ndim > 1 else 0.5)
     path = tmp_path_factory.mktemp("checkpoint") / "declip.safetensors"
     clip.save(path)
-    return TINY | {"ckpt": path, "train": benchmark, "val": benchmark}
+    return TINY | {"ckpt": path, "train": described, "val": described}
 
 
 def run(chosen: dict, out: Path, **given) -> dict:
@@ -131,9 +131,9 @@ def test_two_ranks_train_as_one(chosen, tmp_path):
     assert (one["weight"] - two["weight"]).abs().mean() < 0.2 * one["weight"].abs().mean()
 
 
-def test_the_padding_is_void(benchmark):
+def test_the_padding_is_void(described):
     """Labels lie as the image does: here, 80 x 40 in a square of 64."""
-    images, _ = find_set(str(benchmark), "data")
+    images, _ = find_set(str(described), "data")
     clip = DeCLIP("tiny-eva")
     inputs, labels = linear_probe.views([linear_probe.Labelled(*images[2])], 64, clip)
     assert inputs.shape == (1, 3, 64, 64) and labels.shape == (1, 64, 64)
