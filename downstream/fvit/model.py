@@ -13,31 +13,32 @@ Letters: B images, D width of the vision tower, C width of the text-image space,
 background is the last row, n regions, k labelled objects, A anchors. Boxes are x0 y0 x1 y1.
 """
 
-import json
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import constant, fitted_size, normalize, pad_to, resize
+from data import constant, fitted_size, resize
 from downstream.detection import Detections
-from eval_region import open_model
+from downstream.detector import (
+    Detector,
+    check_square,
+    choose,
+    cosines,
+    make_generator,
+    mean_over_ranks,
+    open_detector,
+    to_pixels,
+)
 from model import DeCLIP, region_features
-from util import UserError, distributed
-from util.files import find
-from util.text import find_templates
-from util.towers import recorded_model
-from util.weights import check_fit, read_weights, state_checksum, write_checkpoint
+from util import settings
 
 
 class Design(NamedTuple):
@@ -180,21 +181,6 @@ def sample(matched: Tensor, number: int, share: float, generator: torch.Generato
     return chosen[0], chosen[1]
 
 
-def make_generator(key: str, device: torch.device) -> torch.Generator:
-    """A source of random numbers that depend on the key alone."""
-    return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
-
-
-def mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """A count's mean over ranks, at least 1.
-
-    DDP averages gradients, so what ranks divide by must be this for their gradient to be that of
-    one process with all images.
-    """
-    total, ranks = distributed.sum_over_ranks(torch.tensor([count, 1.0], device=device))
-    return (total / ranks).clamp(min=1)
-
-
 class SampledRegions(NamedTuple):
     """The sampled regions of a training image; those that an object owns come first."""
     boxes: Tensor       # (n, 4)
@@ -306,7 +292,7 @@ def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
 
 # ------------------------------------------------------------------------------------ the detector
 
-class FViT(nn.Module):
+class FViT(Detector):
     """The detector. backbone: any CLIP, which stays as it is, in eval mode.
 
     classes: their names. seen: which of them training may see. text: embeddings of the classes and
@@ -315,70 +301,21 @@ class FViT(nn.Module):
     divide.
     """
 
+    NAME, DESIGN, OTHER = "fvit", Design, "background"
+
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: Design, text: Tensor | None = None):
-        super().__init__()
+        check_design(design, backbone.patch_size)
         visual = backbone.visual
-        check_design(design, visual.patch_size)
-        self.backbone, self.design = backbone.requires_grad_(False), design
-        self.layers = tapped_layers(visual.num_layers)
+        super().__init__(backbone, classes, seen, design, text, tapped_layers(visual.num_layers))
         self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
-        is_clip = design.normalization == "clip"
-        self.mean = visual.mean if is_clip else IMAGENET_DEFAULT_MEAN
-        self.std = visual.std if is_clip else IMAGENET_DEFAULT_STD
         norm, channels = NORMS[design.norm], design.channels
         self.pyramid = Pyramid(visual.trunk.embed_dim, channels, norm)
         self.proposal_head = ProposalHead(channels, norm if design.rpn_norm else None)
         self.box_head = BoxHead(channels, visual.trunk.num_classes, norm)
         self.mask_head = MaskHead(channels, norm) if design.masks else None
         self.tau = nn.Parameter(torch.tensor(50.0))
-        text = encode_names(backbone, classes, design.templates) if text is None else text
-        self.register_buffer("text", text.clone())
-        self.name_classes(classes, seen)
-        self.trained = {clean_name(name) for name, is_seen in zip(classes, seen) if is_seen}
         self.eval()
-
-    def name_classes(self, classes: Sequence[str], seen: Sequence[bool]) -> None:
-        """What the rows of `text` are; the last one is the background, which is seen."""
-        self.classes, self.seen = list(classes), [bool(flag) for flag in seen]
-        is_seen = torch.tensor([*self.seen, True], device=self.text.device)
-        self.register_buffer("is_seen", is_seen, persistent=False)
-
-    def set_classes(self, names: Sequence[str], seen: Sequence[bool] | None = None,
-                    cache: str | None = None) -> None:
-        """What is detected from now on. seen: None for the names that training has seen.
-
-        cache: as DeCLIP.encode_text's. Raises UserError if the backbone has no text tower.
-        """
-        seen = [clean_name(name) in self.trained for name in names] if seen is None else seen
-        text = encode_names(self.backbone, names, self.design.templates, cache)
-        self.text = text.to(self.text.device)
-        self.name_classes(names, seen)
-
-    def train(self, mode: bool = True) -> "FViT":
-        """As nn.Module's; the backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    # ------------------------------------------------------------------------------ features
-
-    def look(self, images: list[Tensor]) -> list[Tensor]:
-        """Float [0, 1] (3, h, w) each -> the backbone's four outputs, (B, D, h', w') each.
-
-        Padding is 0 after the normalisation. One pass: the last output also makes the VLM's map.
-        """
-        side = self.design.image_size
-        batch = torch.stack([pad_to(normalize(image, self.mean, self.std), side, side)
-                             for image in images])
-        # Not in inference mode: backward through the pyramid needs these outputs.
-        with torch.no_grad():
-            return self.backbone.visual.encode_layers(batch, self.layers, self.design.attention)
-
-    def vlm_map(self, tokens: Tensor) -> Tensor:
-        """The last block's output (B, D, h, w) -> dense features (B, C, h, w), L2-normalised."""
-        content = self.backbone.visual.project(tokens.flatten(2).mT)
-        return F.normalize(content.float(), dim=-1).mT.unflatten(2, tokens.shape[2:])
 
     def anchors(self, levels: list[Tensor]) -> list[Tensor]:
         """The anchors of each level, (A, 4) each."""
@@ -514,13 +451,20 @@ class FViT(nn.Module):
         vlm = F.normalize(region_features(self.vlm_map(taps[-1]), seen_at), dim=-1)
         scores = self.fuse_scores(embeddings, vlm, rules).split(counts)
         chosen = [choose(regions, score, rules) for regions, score in zip(boxes, scores)]
-        masks = [None] * len(images)
-        if rules.masks and self.mask_head:
-            logits = self.mask_head(pool_regions(levels, self.strides, [box for box, *_ in chosen],
-                                                 MASK_SIDE))
-            masks = logits.sigmoid().split([len(box) for box, *_ in chosen])
-        return [to_pixels(found, size, image.shape[-2:], mask)
-                for found, size, image, mask in zip(chosen, sizes, images, masks)]
+        found = [to_pixels(some, size, image.shape[-2:])
+                 for some, size, image in zip(chosen, sizes, images)]
+        return self.add_masks(levels, chosen, found, images) if (
+            rules.masks and self.mask_head) else found
+
+    def add_masks(self, levels: list[Tensor], chosen: list[tuple[Tensor, Tensor, Tensor]],
+                  found: list[Detections], images: list[Tensor]) -> list[Detections]:
+        """The detections with masks, whose boxes in the views are those of `chosen`."""
+        logits = self.mask_head(pool_regions(levels, self.strides, [box for box, *_ in chosen],
+                                             MASK_SIDE))
+        masks = logits.sigmoid().split([len(box) for box, *_ in chosen])
+        return [some._replace(masks=[paste_mask(mask, box, image.shape[-2:])
+                                     for mask, box in zip(of_image, some.boxes.tolist())])
+                for some, of_image, image in zip(found, masks, images)]
 
     def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: ScoreRules) -> Tensor:
         """The detector's and the VLM's unit vectors of regions, (n, C) each -> scores (n, K).
@@ -533,34 +477,17 @@ class FViT(nn.Module):
         share = torch.where(self.is_seen, rules.a, rules.b)
         return (p_det ** (1 - share) * p_vlm ** share)[:, :-1]
 
-    # ------------------------------------------------------------------------------ the file
-
-    def state(self) -> dict[str, Tensor]:
-        """All that a file keeps: weights, text, statistics of norms, but not the backbone."""
-        return {name: value for name, value in self.state_dict().items()
-                if not name.startswith("backbone.")}
-
-    def save(self, path: str | Path, settings: dict | None = None) -> None:
-        """Writes a file that describes itself; of the backbone it has a checksum and `settings`,
-        which say how to open it."""
-        about = {"classes": self.classes, "seen": self.seen, "design": self.design._asdict(),
-                 "tau": self.tau.item(), "backbone": backbone_checksum(self.backbone)}
-        write_checkpoint(path, self.state(), self.backbone.describe() | {
-            "fvit": about, "use": "python -m downstream.fvit.eval or tools.detect",
-            "settings": settings or {}})
+    def about(self) -> dict:
+        """See Detector.about."""
+        return super().about() | {"tau": self.tau.item()}
 
 
 def check_design(design: Design, patch_size: int | None = None) -> None:
     """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
     if a level of the pyramid would not have a whole number of places."""
-    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip"))):
-        if getattr(design, name) not in known:
-            raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
-                            f"{', '.join(known)}.")
-    side, coarsest = design.image_size, 2 * (patch_size or 0)
-    if coarsest and side % coarsest:
-        raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
-                        f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
+    settings.check(SimpleNamespace(NORM=design.norm),
+                   NORM=(design.norm in NORMS, f"one of {', '.join(NORMS)}"))
+    check_square(design, patch_size)
 
 
 def tapped_layers(depth: int) -> list[int]:
@@ -569,37 +496,11 @@ def tapped_layers(depth: int) -> list[int]:
     return published.get(depth, [math.ceil(depth * part / 4) - 1 for part in (1, 2, 3, 4)])
 
 
-def cosines(regions: Tensor, text: Tensor) -> Tensor:
-    """Unit vectors (n, C), (K, C) -> (n, K), in float32 under autocast, too."""
-    with torch.autocast(regions.device.type, enabled=False):
-        return regions.float() @ text.T
-
-
 def cut_masks(masks: Tensor, matched: Tensor, boxes: Tensor) -> Tensor:
     """Masks (k, h, w) of objects -> those of regions (p, 4), cut out as 0 or 1 (p, 28, 28)."""
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
     return (ops.roi_align(masks[:, None].float(), rois, 2 * MASK_SIDE, aligned=True)[:, 0] >= 0.5
             ).float()
-
-
-def choose(boxes: Tensor, scores: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (n, 4) and scores (n, K) -> the detections' boxes, scores, labels, the best first."""
-    region, label = (scores > rules.least).nonzero(as_tuple=True)
-    boxes, scores = boxes[region], scores[region, label]
-    kept = ops.batched_nms(boxes, scores, label, rules.nms)[:rules.most]
-    return boxes[kept], scores[kept], label[kept]
-
-
-def to_pixels(found: tuple[Tensor, Tensor, Tensor], size: tuple[int, int],
-              of_image: tuple[int, int], masks: Tensor | None) -> Detections:
-    """Boxes, scores, labels and masks of an image resized to `size` -> in the image's pixels."""
-    boxes, scores, labels = found
-    (h, w), (H, W) = size, of_image
-    boxes = boxes * constant((W / w, H / h) * 2, torch.float, boxes.device)
-    boxes = ops.clip_boxes_to_image(boxes, of_image)        # the factors are rounded
-    if masks is not None:
-        masks = [paste_mask(mask, box, of_image) for mask, box in zip(masks, boxes.tolist())]
-    return Detections(boxes, scores, labels, masks)
 
 
 def paste_mask(mask: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
@@ -616,100 +517,6 @@ def paste_mask(mask: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
     return pasted
 
 
-# ------------------------------------------------------------------------------ names as text
-
-def vild_sentences() -> list[Callable[[str], str]]:
-    """The 63 sentences of ViLD, functions of a name."""
-    lines = Path(__file__).with_name("vild.txt").read_text().splitlines()
-    return [partial(fill_sentence, line) for line in lines]
-
-
-def fill_sentence(sentence: str, name: str) -> str:
-    """A sentence about a name: {} stands for it, {a} for its article."""
-    name = clean_name(name)
-    article = "an" if name.startswith(tuple("aeiou")) else "a"
-    return sentence.replace("{a}", article).replace("{}", name)
-
-
-def clean_name(name: str) -> str:
-    """A data set's class name as words: "bow_(weapon)/arc." -> "bow (weapon) or arc"."""
-    return name.replace("_", " ").replace("/", " or ").lower().rstrip(".").strip()
-
-
-def encode_names(clip: DeCLIP, names: Sequence[str], templates: str, cache: str | None = None
-                 ) -> Tensor:
-    """Names and "background" -> their embeddings (K + 1, C), L2-normalised.
-
-    templates: vild, or what util.text.find_templates knows. cache: as DeCLIP.encode_text's.
-    """
-    sentences = vild_sentences() if templates == "vild" else find_templates(templates)
-    words = [*map(clean_name, names), "background"]
-    return clip.encode_text(words, sentences, cache).float().contiguous()
-
-
-# ---------------------------------------------------------------------------- opening the file
-
-def backbone_checksum(clip: DeCLIP) -> str:
-    """8 digits of a vision tower's weights, and of its context and scale."""
-    return state_checksum(clip.visual.trunk.state_dict(), json.dumps([clip.context, clip.scale]))
-
-
-def open_backbone(settings: dict) -> DeCLIP:
-    """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
-    file = settings.get("BACKBONE")
-    if file and not Path(file).is_file():
-        raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
-                        "detector needs that of its training; --backbone none --attention clip is "
-                        "plain CLIP.")
-    return open_model(SimpleNamespace(CKPT=file, **{name: settings.get(name) for name in (
-        "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION")}))
-
-
-def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
-    """The CLIP that a detector's settings name.
-
-    Raises UserError if it is not there, or if the file would decide about a download: only weights
-    that open_clip itself lists are fetched.
-    """
-    file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
-    file = str(find(file)) if file else None
-    if file and not Path(file).is_file():
-        raise UserError(f"{path} was trained on {file}, which is not there; say where that "
-                        "backbone is (--backbone).")
-    model = recorded_model(path, {"model": model} if model else {})
-    is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
-    if not (is_known or (model, tag) in open_clip.list_pretrained()):
-        raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
-                        "does not list; give that backbone.")
-    return open_backbone(settings | {"BACKBONE": file})
-
-
 def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
-    """The detector of a `fvit.safetensors`, in eval mode.
-
-    backbone: a CLIP, or the file of one; None for the one that the detector's file names.
-    Raises UserError if the file is another one, if its backbone is not there, and if a backbone is
-    not the one that it was trained on.
-    """
-    state, record = read_weights(path)
-    if "fvit" not in record:
-        raise UserError(f"{path} is no detector; give a fvit.safetensors of "
-                        "downstream/fvit/train.py.")
-    try:
-        about, settings = record["fvit"], record["settings"]
-        if isinstance(backbone, str):
-            backbone = open_backbone(settings | {"BACKBONE": backbone})
-        backbone = backbone or recorded_backbone(path, settings)
-        if backbone_checksum(backbone) != about["backbone"]:
-            raise UserError(f"{path} was trained on another backbone than this "
-                            f"{backbone.model_name} with context {backbone.context}: their "
-                            f"checksums differ; give the one of its training, "
-                            f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
-        fvit = FViT(backbone, about["classes"], about["seen"], Design(**about["design"]),
-                    state["text"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} has content that downstream/fvit/train.py does not write "
-                        f"({str(error).splitlines()[0]}); write or copy it again.") from None
-    check_fit(path, state, fvit.state(), "the detector that it describes")
-    fvit.load_state_dict(state, strict=False)
-    return fvit
+    """The detector of a `fvit.safetensors`, in eval mode; see downstream.detector.open_detector."""
+    return open_detector(path, backbone, [FViT])

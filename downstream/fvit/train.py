@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
-from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
+from downstream.detector import encode_names, open_backbone
+from downstream.fvit.model import Design, FViT, Target, check_design
 from train import build_optimizer
 from util import distributed, settings
 from util.run import Run, check_training
@@ -150,7 +151,7 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     """The detector on its frozen backbone, in training mode; with several GPUs its norms share
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
     clip = open_backbone(vars(cfg)).to(ranks.device)
-    text = encode_names(clip, dataset.classes, cfg.TEMPLATES, cfg.CACHE)
+    text = encode_names(clip, [*dataset.classes, FViT.OTHER], cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights
     fvit = FViT(clip, dataset.classes, dataset.seen, design_of(cfg), text).to(ranks.device)
     if ranks.world_size > 1 and ranks.device.type == "cuda":
