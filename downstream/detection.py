@@ -229,7 +229,7 @@ class DetectionData(TrainingData):
         boxes[:, 2:] += boxes[:, :2]        # x0 y0 x1 y1, cut at the borders
         sizes = np.array(self.sizes, dtype=np.float32)[image]
         boxes = boxes.clip(0, np.tile(sizes[:, ::-1], 2))
-        shown = is_shown(boxes)
+        shown = is_shown(boxes, 1)
         if not shown.any():
             raise UserError(f"{self.path} has no object to train with that is no crowd and at "
                             "least a pixel large; give another json.")
@@ -284,9 +284,6 @@ def read_sized(path: str, size: tuple[int, int]) -> Tensor:
 
 # ----------------------------------------------------------------------------------- augmentation
 
-MAX_DRAWS = 50     # of crops, until one shows an object
-
-
 class View(NamedTuple):
     """A part of a resized image."""
     size: tuple[int, int]       # height and width of the whole, resized image
@@ -306,45 +303,50 @@ class View(NamedTuple):
 def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] = (0.1, 2.0),
             flip: float = 0.5) -> Objects:
     """Resized, cropped and flipped at random (published): float image in [0, 1], at most `side`
-    high and wide, without padding, and those of its objects that are at least a pixel high and
-    wide there.
+    high and wide, without padding, and those of its objects that it shows, which may be none.
+    Where there are masks, the boxes are those of the cropped masks, else the boxes are cropped.
 
     key: what is random depends on this text alone. scales: the longest side becomes `side` times
     a number of this range. flip: the share that is mirrored.
     """
     of_image = tuple(objects.image.shape[-2:])
-    view = draw_view(objects, key, side, scales, flip)
+    view = draw_view(objects.image, key, side, scales, flip)
     image = resize(objects.image, *view.size)[:, view.rows, view.columns]
     image = image.flip(-1) if view.is_flipped else image
-    boxes = view.place(objects.boxes, of_image)
-    is_left = is_shown(boxes)
-    masks = objects.masks[is_left]
+    boxes, masks = view.place(objects.boxes, of_image), objects.masks
+    is_left = is_shown(boxes, 0.01)
     if masks.shape[-1]:
         # The nearest pixel of the middle of each
         y, x = (((torch.arange(resized, device=masks.device) + 0.5) * (side / resized)).long()[part]
                 for resized, side, part in zip(view.size, of_image, view[1:3]))
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
-    return Objects(image, boxes[is_left], objects.labels[is_left], masks)
+        boxes = boxes_of(masks)
+        is_left &= is_shown(boxes, 1)
+    return Objects(image, boxes[is_left], objects.labels[is_left], masks[is_left])
 
 
-def is_shown(boxes: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    """Which boxes (k, 4) are at least a pixel high and wide: bool (k,)."""
-    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
+def is_shown(boxes: Tensor | np.ndarray, least: float) -> Tensor | np.ndarray:
+    """Which boxes (k, 4) are at least so many pixels high and wide: bool (k,)."""
+    return (boxes[:, 2:] - boxes[:, :2] >= least).all(axis=1)
 
 
-def draw_view(objects: Objects, key: str, side: int, scales: tuple[float, float], flip: float
-              ) -> View:
-    """A random view; drawn again as long as it shows none of the image's objects."""
-    rng, of_image = random.Random(key), tuple(objects.image.shape[-2:])
-    boxes = objects.boxes.cpu()     # once an image; the draws would each wait for a GPU
-    for _ in range(MAX_DRAWS):
-        size = fitted_size(objects.image, max(1, round(side * rng.uniform(*scales))))
-        starts = [rng.randint(0, max(0, whole - side)) for whole in size]
-        parts = [slice(start, min(start + side, whole)) for start, whole in zip(starts, size)]
-        view = View(size, *parts, rng.random() < flip)
-        if not len(boxes) or is_shown(view.place(boxes, of_image)).any():
-            break
-    return view
+def boxes_of(masks: Tensor) -> Tensor:
+    """The boxes (k, 4) that masks (k, h, w) fill; of no side for a mask without a pixel."""
+    ends = []
+    for is_filled in (masks.any(dim=1), masks.any(dim=2)):      # columns, then rows
+        before, behind = (order.byte().argmax(dim=1) for order in (is_filled, is_filled.flip(1)))
+        ends.append(torch.stack([before, is_filled.shape[1] - behind], dim=1)
+                    * is_filled.any(dim=1, keepdim=True))
+    return torch.stack(ends, dim=-1).flatten(1).float()
+
+
+def draw_view(image: Tensor, key: str, side: int, scales: tuple[float, float], flip: float) -> View:
+    """A random view of an image (3, H, W), whether it shows an object or not (published)."""
+    rng = random.Random(key)
+    size = fitted_size(image, max(1, round(side * rng.uniform(*scales))))
+    starts = [rng.randint(0, max(0, whole - side)) for whole in size]
+    parts = [slice(start, min(start + side, whole)) for start, whole in zip(starts, size)]
+    return View(size, *parts, rng.random() < flip)
 
 
 # ------------------------------------------------------------------------------ average precision

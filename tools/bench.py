@@ -400,11 +400,12 @@ def measure_fvit(bench: Bench) -> Iterator[Row]:
     for image in bench.photos(bench.cfg.FVIT_BATCH):
         corners = torch.rand(7, 2, 2).sort(dim=1).values
         boxes = (corners * torch.tensor([image.shape[2], image.shape[1]])).flatten(1)
-        masks = torch.zeros(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
+        masks = torch.ones(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
         labels = torch.randint(48, (7,))
         data.append(to_device(Objects(image, boxes, labels, masks), bench.device))
     views = partial(fvit_train.views, cfg, data, 0, list(range(len(data))))
-    losses, optimizer = {"this code": lambda: fvit(*views())}, train.build_optimizer(cfg, fvit)
+    losses = {"this code": lambda: fvit(*views())}
+    optimizer = fvit_train.build_optimizer(cfg, fvit)
     parts = {"frozen backbone": (fvit, "look")}
     return training_rows(bench, losses, optimizer, parts, [fvit], len(data))
 

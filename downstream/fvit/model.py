@@ -255,6 +255,7 @@ class BoxHead(nn.Module):
         self.embedding = nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
         self.deltas = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
         initialize(self, nn.init.xavier_uniform_)
+        initialize(self.shared[:4], kaiming_normal)
         nn.init.normal_(self.deltas[-1].weight, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +272,7 @@ class MaskHead(nn.Module):
         self.layers = nn.Sequential(
             *convs(4, channels, norm), nn.ConvTranspose2d(channels, channels, 2, stride=2),
             nn.ReLU(), nn.Conv2d(channels, 1, 1))
-        initialize(self, partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"))
+        initialize(self, kaiming_normal)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(n, channels, 14, 14) -> (n, 28, 28)."""
@@ -279,6 +280,8 @@ class MaskHead(nn.Module):
 
 
 REGION_SIDE, MASK_SIDE = 7, 14      # of pooled regions, for boxes and for masks
+
+kaiming_normal = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 
 
 def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
@@ -349,7 +352,8 @@ class FViT(Detector):
 
     def proposal_losses(self, scores: list[Tensor], deltas: list[Tensor], anchors: Tensor,
                         targets: list[tuple[Target, torch.Generator]]) -> dict[str, Tensor]:
-        """BCE and L1 of the sampled anchors, both divided by the number of all of them."""
+        """BCE and L1 of the sampled anchors, both divided by the number of all of them, where an
+        image counts one of each kind that it lacks (published)."""
         class_loss, box_loss, count = 0.0, 0.0, 0
         for score, delta, (target, generator) in zip(torch.cat(scores, 1), torch.cat(deltas, 1),
                                                      targets):
@@ -358,7 +362,7 @@ class FViT(Detector):
             wanted = encode_boxes(target.boxes[matched[positive]], anchors[positive])
             class_loss += F.softplus(-score[positive]).sum() + F.softplus(score[negative]).sum()
             box_loss += F.l1_loss(delta[positive], wanted, reduction="sum")
-            count += len(positive) + len(negative)
+            count += max(len(positive), 1) + max(len(negative), 1)
         count = mean_over_ranks(count, anchors.device)
         return {"proposal class": class_loss / count, "proposal box": box_loss / count}
 

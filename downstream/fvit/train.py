@@ -22,7 +22,6 @@ from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
 from downstream.detector import encode_names, open_backbone
 from downstream.fvit.model import Design, FViT, Target, check_design
-from train import build_optimizer
 from util import distributed, settings
 from util.run import Run, check_training
 
@@ -76,7 +75,7 @@ LR = 1e-4                           # peak learning rate
 WARMUP = 250                        # steps of linear warm-up, from a thousandth of LR
 LR_DROPS: tuple[int, ...] = ()      # epochs after which LR falls to a tenth; OV-LVIS: 32 44
 CLIP_NORM = 1.0                     # longest gradient
-WEIGHT_DECAY = 0.1                  # of matrices; biases, norms and tau have none
+WEIGHT_DECAY = 0.1                  # of all that is trained: biases, norms and tau, too (published)
 BETAS = (0.9, 0.999)                # of AdamW
 EPS = 1e-8                          # of AdamW
 PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -157,6 +156,13 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     if ranks.world_size > 1 and ranks.device.type == "cuda":
         fvit = nn.SyncBatchNorm.convert_sync_batchnorm(fvit)
     return fvit.train()
+
+
+def build_optimizer(cfg: SimpleNamespace, fvit: FViT) -> torch.optim.AdamW:
+    """AdamW over what is trained, in one group: weight decay spares nothing."""
+    trained = [parameter for parameter in fvit.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=cfg.LR, betas=cfg.BETAS, eps=cfg.EPS,
+                             weight_decay=cfg.WEIGHT_DECAY, fused=True)
 
 
 def learning_rate(cfg: SimpleNamespace, step: int, steps_per_epoch: int) -> float:

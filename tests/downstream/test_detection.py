@@ -23,6 +23,7 @@ from downstream.detection import (
     DetectionData,
     Detections,
     EvaluationImages,
+    Objects,
     augment,
     encode_detections,
     find_annotations,
@@ -223,7 +224,8 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     and masks are where it is."""
     objects = DetectionData(find_annotations("coco", "train", coco),
                             masks=True).read(0)
-    view = augment(objects, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
+    with_masks, view = (augment(each, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
+                        for each in (objects, objects._replace(masks=torch.zeros(2, 0, 0))))
     whole = resize(objects.image, 72, 72)
     assert view.image.shape == (3, 48, 48)
     as_it_is = view.image, view.image.flip(-1)
@@ -236,13 +238,14 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     boxes = boxes.clamp(0, 48)
     boxes = torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]],
                         dim=1) if flipped else boxes
-    kept = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     torch.testing.assert_close(view.boxes, boxes[kept])
+    assert torch.equal(view.image, with_masks.image)
     assert torch.equal(view.labels, objects.labels[kept])
-    for (x0, y0, x1, y1), mask in zip(view.boxes.tolist(), view.masks):
-        ys, xs = mask.nonzero().T       # its pixels fill the box
-        found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-        assert np.abs(np.array(found) - [x0, y0, x1, y1]).max() <= 0.5
+    assert torch.equal(with_masks.labels, objects.labels[kept])
+    for box, cut, mask in zip(with_masks.boxes.tolist(), view.boxes.numpy(), with_masks.masks):
+        assert box == box_around(mask)
+        assert np.abs(np.array(box) - cut).max() <= 0.5     # of a mask that fills its box
 
 
 def test_views_are_random_and_repeatable(coco):
@@ -261,15 +264,59 @@ def test_views_are_random_and_repeatable(coco):
     assert all(torch.allclose(view.boxes, objects.boxes) for view in never)
 
 
-def test_a_view_shows_an_object_if_there_is_one(coco):
-    """A small object in a large image would be missed by most crops."""
+def test_a_view_need_not_show_an_object(coco):
+    """A small object in a large image is missed by most crops, which show background."""
     objects = DetectionData(find_annotations("ovcoco", "train", coco), False).read(0)
-    corner = objects._replace(boxes=torch.tensor([[1.0, 1, 16, 16]]))
-    views = [augment(corner, str(number), side=24, scales=(2, 2)) for number in range(30)]
-    assert all(len(view.boxes) == 1 for view in views)
-    empty = objects._replace(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long),
-                             masks=torch.zeros(0, 0, 0, dtype=torch.bool))
-    assert len(augment(empty, "0", side=24).boxes) == 0
+    corner = objects._replace(boxes=torch.tensor([[0.0, 0, 16, 16]]))
+    views = [augment(corner, str(number), side=24, scales=(2, 2)) for number in range(200)]
+    shown = np.mean([len(view.boxes) == len(view.labels) == 1 for view in views])
+    assert abs(shown - (12 / 25)**2) < 0.08      # 12 of 25 places in either direction reach it
+    assert all(view.image.shape == (3, 24, 24) for view in views)
+    empty = objects._replace(boxes=objects.boxes[:0], labels=objects.labels[:0],
+                             masks=objects.masks[:0])
+    assert augment(empty, "0", side=24).boxes.shape == (0, 4)
+
+
+def box_around(mask: torch.Tensor) -> list[int]:
+    """x0 y0 x1 y1 around the pixels of a mask (h, w), one by one."""
+    ys, xs = zip(*mask.nonzero().tolist())
+    return [min(xs), min(ys), max(xs) + 1, max(ys) + 1]
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_boxes_are_those_of_the_cropped_masks(flip):
+    """An arch, whose box is larger than its part in most crops, a bar at the edge, and a corner of
+    a box that fills the image. A mask that the crop leaves empty is no object."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    masks = torch.stack([(y < 6) | (x < 6) | (x >= 58), x >= 61, (x < 9) & (y < 9)])
+    places = torch.stack([x, y, 0 * x]).byte()      # each pixel tells where it is
+    boxes = torch.tensor([[0.0, 0, 64, 64], [61, 0, 64, 64], [0, 0, 64, 64]])
+    objects = Objects(places, boxes, torch.arange(3), masks)
+    found = set()
+    for number in range(60):
+        view = augment(objects, str(number), side=32, scales=(2, 2), flip=flip)
+        x, y, _ = (255 * view.image).round().long()
+        expected = masks[:, y, x]       # the crop of the masks
+        shown = expected.flatten(1).any(dim=1)
+        assert view.labels.tolist() == shown.nonzero().flatten().tolist()
+        assert torch.equal(view.masks, expected[shown])
+        assert view.boxes.tolist() == [box_around(mask) for mask in view.masks]
+        assert view.boxes.dtype == torch.float32
+        found.add(tuple(view.labels.tolist()))
+    assert {(), (0,), (2,), (0, 1), (0, 2)} <= found
+    whole = augment(objects, "0", side=64, scales=(1, 1), flip=0)
+    assert whole.boxes.tolist() == [[0, 0, 64, 64], [61, 0, 64, 64], [0, 0, 9, 9]]
+
+
+def test_the_smallest_objects_of_a_view():
+    """Boxes from a hundredth of a pixel on are trained with; of masks, those with a pixel."""
+    boxes = torch.tensor([[10.0, 16, 40, 16.5], [10, 16, 40, 16.05], [36, 36, 37, 37]])
+    masks = torch.zeros(3, 64, 64, dtype=torch.bool)
+    masks[0, 16, 10:40] = masks[2, 36, 36] = True
+    objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks)
+    tenth = {"key": "0", "side": 6, "scales": (1, 1)}       # 64 pixels are 6
+    assert augment(objects._replace(masks=masks[:, :0, :0]), **tenth).labels.tolist() == [0, 2]
+    assert augment(objects, **tenth).labels.tolist() == [0]     # the other masks have none left
 
 
 # ---------------------------------------------------------------------------- average precision

@@ -157,6 +157,24 @@ def test_schedule(scenes_json):
     assert train.learning_rate(parsed(scenes_json, lr=1, warmup=0), 0, 100) == 1
 
 
+def test_weight_decay_spares_nothing(scenes_json):
+    """One group, as published: where gradients are 0, biases, norms and tau shrink, too."""
+    clip = DeCLIP("tiny-eva")
+    cfg = parsed(scenes_json, lr=0.1, masks="true", rpn_norm="true")
+    fvit = FViT(clip, ["disc"], [True], train.design_of(cfg))
+    optimizer = train.build_optimizer(cfg, fvit)
+    trained = {name: weight for name, weight in fvit.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    for weight in fvit.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    for name, weight in trained.items():
+        torch.testing.assert_close(weight.detach(), before[name] * (1 - 0.1 * 0.1))
+    assert fvit.tau.item() == pytest.approx(49.5)
+    assert len(optimizer.param_groups) == 1 and {"tau", "box_head.shared.0.1.bias"} <= set(trained)
+    assert not any(name.startswith("backbone.") for name in trained)
+
+
 # ----------------------------------------------------------------------------- one process and many
 
 def test_two_ranks_train_the_detector_of_one(scenes_json, tmp_path):
