@@ -1,11 +1,11 @@
 """Trains OV-DQUO: a DeCLIP, labelled boxes of some classes, unknown boxes -> a detector of any.
 
-    python -m downstream.ov_dquo.unknown --ckpt out/fvit/fvit.safetensors       # the unknown boxes
-OV-COCO on eight GPUs:      torchrun --nproc_per_node 8 -m downstream.ov_dquo.train
-OV-LVIS:                    torchrun ... -m downstream.ov_dquo.train @presets/ov_dquo_train_ovlvis.txt
-Your own COCO-style json:   python -m downstream.ov_dquo.train --dataset my.json --images my/photos \\
-                                --novel "cat, dog" --unknown none --batch_size 4
-Resume:                     the same command with --resume
+    python -m downstream.ov_dquo.unknown --ckpt out/fvit/fvit.safetensors   # the unknown boxes
+OV-COCO:    torchrun --nproc_per_node 8 -m downstream.ov_dquo.train
+OV-LVIS:    torchrun ... -m downstream.ov_dquo.train @presets/ov_dquo_ovlvis.txt
+Your own:   python -m downstream.ov_dquo.train --dataset my.json --images my/photos \\
+                --novel "cat, dog" --unknown none --batch_size 4
+Resume:     the same command with --resume
 
 The backbone is frozen and never saved, as F-ViT's. Defaults are the published ones where they were
 published: for OV-LVIS. OV-COCO's with a ViT never were; they are our reading (docs/reproduce.md).
@@ -41,7 +41,7 @@ CROP = 0.5                          # share of images that are cropped
 SHORT_SIDES = (400, 500, 600)       # one of them is an image's short side before it is cropped
 CROP_SIDES = (384, 600)             # range of a crop's width and of its height
 TEXT_QUERIES: int | None = None     # classes that an image is trained with; OV-LVIS: 100
-REPEAT: float | None = None         # images of a class that fewer than this share has come more often
+REPEAT: float | None = None         # images of classes that a smaller share has come more often
 DENOISING = 100                     # noised boxes of an image, in groups of all its unknown ones
 
 # The detector

@@ -4,8 +4,8 @@
     python -m downstream.ov_dquo.unknown --ckpt out/ov_dquo/ov_dquo.safetensors     # a second one
     torchrun --nproc_per_node 8 -m downstream.ov_dquo.unknown --ckpt ...
 
-The detector looks at the images that it was trained with. Boxes that overlap a labelled one, another
-that is surer, or that are long or small are left out; the surest few of an image remain. Writes the
+The detector looks at the images that it was trained with. Boxes that overlap a labelled one or a
+surer one, or are long or small, are left out; the surest few of an image remain. Writes the
 published format, which downstream/ov_dquo/train.py reads from any proposer: a list of image_id,
 bbox (x y width height in pixels), weight (0 to 1, how sure), category_id (-1) and id.
 """

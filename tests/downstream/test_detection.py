@@ -291,7 +291,7 @@ def test_boxes_are_those_of_the_cropped_masks(flip):
     masks = torch.stack([(y < 6) | (x < 6) | (x >= 58), x >= 61, (x < 9) & (y < 9)])
     places = torch.stack([x, y, 0 * x]).byte()      # each pixel tells where it is
     boxes = torch.tensor([[0.0, 0, 64, 64], [61, 0, 64, 64], [0, 0, 64, 64]])
-    objects = Objects(places, boxes, torch.arange(3), masks)
+    objects = Objects(places, boxes, torch.arange(3), masks, torch.ones(3))
     found = set()
     for number in range(60):
         view = augment(objects, str(number), side=32, scales=(2, 2), flip=flip)
@@ -313,7 +313,8 @@ def test_the_smallest_objects_of_a_view():
     boxes = torch.tensor([[10.0, 16, 40, 16.5], [10, 16, 40, 16.05], [36, 36, 37, 37]])
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     masks[0, 16, 10:40] = masks[2, 36, 36] = True
-    objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks)
+    objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks,
+                      torch.ones(3))
     tenth = {"key": "0", "side": 6, "scales": (1, 1)}       # 64 pixels are 6
     assert augment(objects._replace(masks=masks[:, :0, :0]), **tenth).labels.tolist() == [0, 2]
     assert augment(objects, **tenth).labels.tolist() == [0]     # the other masks have none left
