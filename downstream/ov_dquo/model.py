@@ -341,8 +341,8 @@ class OVDQUO(Detector):
         found, start = [], boxes
         for layer, head in zip(self.decoder, self.box_heads):
             place = start.detach()
-            at = place * levels.shares[:, :1].repeat(1, 1, 2)
-            positions = self.position(sine(at[..., [1, 0, 2, 3]], self.design.width // 2, 10_000))
+            positions = self.position(sine(place[..., [1, 0, 2, 3]], self.design.width // 2,
+                                           10_000))
             content = layer(content, positions, place, memory, levels, hidden)
             shown = self.norm(content)
             found.append(Found(self.objectness(shown).float()[..., 0],
