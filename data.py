@@ -71,18 +71,26 @@ def num_workers(wanted: int) -> int:
 # ------------------------------------------------------------------------ images on the device
 
 MAX_REDUCED = 32       # factor that CUDA's antialiased resize surely takes; it fails beyond 47
+RESIZES = ("bicubic", "pil", "cv2")     # what `how` may be
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 or float [0, 1] (3, H, W) -> float [0, 1] (3, height, width), antialiased bicubic."""
-    image = image.float() / 255 if image.dtype == torch.uint8 else image
-    H, W = image.shape[-2:]
-    if H > MAX_REDUCED * height or W > MAX_REDUCED * width:
+def resize(image: Tensor, height: int, width: int, how: str = "bicubic") -> Tensor:
+    """uint8 or float [0, 1] (3, H, W) -> float [0, 1] (3, height, width), antialiased bicubic; or
+    bilinear, as applications have it: pil, PIL's, antialiased, or cv2, OpenCV's, which skips
+    pixels. These two make whole levels of bytes, as the originals do."""
+    levels = 255 if image.dtype == torch.uint8 else 1
+    image, (H, W), size = image.float(), image.shape[-2:], (height, width)
+    if how != "cv2" and (H > MAX_REDUCED * height or W > MAX_REDUCED * width):
         # The filter of so large a step does not fit into a GPU's shared memory: two steps.
         image = F.adaptive_avg_pool2d(image, (min(H, MAX_REDUCED // 2 * height),
                                               min(W, MAX_REDUCED // 2 * width)))
-    size = (height, width)
-    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if how == "bicubic":
+        return F.interpolate(image[None] / levels, size, mode=how, antialias=True)[0].clamp(0, 1)
+    # PIL resizes along rows first, and rounds after each side.
+    for step in {"pil": [(image.shape[1], width), size], "cv2": [size]}[how]:
+        image = F.interpolate(image[None], step, mode="bilinear", antialias=how == "pil")[0]
+        image = (image + 0.5).floor() if levels == 255 else image
+    return image / levels
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

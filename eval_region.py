@@ -7,8 +7,8 @@
 
 Prints top-1 and top-5 mAcc for boxes, masks and the crops' [CLS], which bounds what regions can
 learn from the teacher: name its weights, `--teacher merged2b_s8b_b131k`, or leave --ckpt out; else
-it is the trained model's own [CLS]. Writes region.json beside the checkpoint, to be plotted by
-python -m tools.visualize sizes.
+it is the trained model's own [CLS]. Adds them to region.json beside the checkpoint, to be plotted
+by python -m tools.visualize sizes.
 """
 
 import re
@@ -40,11 +40,11 @@ from data import (
 from model import ATTENTIONS, DECOUPLED, DeCLIP, mask_features, region_features
 from util import UserError, distributed, settings
 from util.coco import is_inside
-from util.files import write_result
 from util.labels import Panoptic
 from util.precision import autocast, check_precision, find_precision
+from util.results import identity, told_apart, write_result
 from util.text import find_templates
-from util.weights import read_clip_record, read_published
+from util.weights import read_published, used_record
 
 # The model
 CKPT: str | None = None             # checkpoint of train.py, or a published .pt; None: MODEL's CLIP
@@ -80,7 +80,7 @@ OUT: str | None = None              # folder of the result; None: the checkpoint
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what region.json holds."""
+    """Evaluates as the command line (or `argv`) says; returns the figures of each size."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
@@ -97,6 +97,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     teacher = DeCLIP(clip.source, cfg.TEACHER).to(ranks.device) if cfg.TEACHER else clip
     check_sizes(cfg, clip)
     text = clip.encode_text(classes.prompts, templates, cfg.CACHE)
+    of = identity(cfg, clip, [vars(classes), len(dataset)], **clip.describe(),
+                  attention=cfg.ATTENTION or clip.context)
     result, hits = {}, {}
     for size in cfg.SIZES:
         # Crops are cut from the original image, so their figures are those of the first size.
@@ -105,7 +107,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         result[str(size)] = summarize(classes, dataset.is_thing, hits)
         if ranks.is_main:
             print(f"\n{title(cfg, clip)}, {size} px\n{table(result[str(size)]['mAcc'])}")
-            write_result(cfg, "region", {"sizes": result} | clip.describe())
+            figures = {"title": title(cfg, clip)} | result[str(size)]
+            write_result(cfg, "region", of | {"size": size}, figures)
     return result
 
 
@@ -132,11 +135,11 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     """The model of CKPT, MODEL, PRETRAINED, CONTEXT and SCALE, to be used with ATTENTION.
 
     A `declip.safetensors` says what it is; any other CKPT is loaded over MODEL with PRETRAINED, and
-    its attention must be named. UserError if the settings contradict it, or are missing.
+    its attention must be named. UserError if settings contradict it, are missing or in vain.
     """
     settings.check(cfg, ATTENTION=(cfg.ATTENTION in (None, *ATTENTIONS),
                                    f"one of {', '.join(ATTENTIONS)}"))
-    if cfg.CKPT and read_clip_record(cfg.CKPT):
+    if used_record(cfg, cfg.CKPT, cfg.ATTENTION, DECOUPLED):
         return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
     is_described = cfg.ATTENTION or None not in (cfg.MODEL, cfg.CONTEXT, cfg.SCALE)
     weights = read_published(cfg.CKPT, is_described) if cfg.CKPT else {}    # before any download
@@ -337,7 +340,7 @@ def summarize(classes: Classes, is_thing: Sequence[bool], hits: dict[str, Tensor
              for way, counts in hits.items() for kind, chosen in of_kind.items()}
     top1 = {name: {way: round(100 * counts[index, 1].item() / counts[index, 0].item(), 2)
                    for way, counts in hits.items()}
-            for index, name in enumerate(classes.names) if hits["box"][index, 0]}
+            for index, name in enumerate(told_apart(classes.names)) if hits["box"][index, 0]}
     return {"mAcc": means, "top1 of each class": top1}
 
 

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 eval_seg.py --ckpt ...      # images divided among GPUs
 
 The paper's protocol (section 9.2): shorter side 448, windows of 336 with a stride of 112, ImageNet
-templates. Prints mIoU, pixel accuracy and each class's IoU; writes them to seg.json beside the
-checkpoint.
+templates. Prints mIoU, pixel accuracy and each class's IoU; adds them to seg.json beside the
+checkpoint, which keeps the results of other evaluations.
 """
 
 import sys
@@ -37,9 +37,10 @@ from data import (
 from eval_region import open_model, title
 from model import DeCLIP
 from util import UserError, distributed, settings
-from util.files import find, write_result
+from util.files import find
 from util.labels import (
     CLASS_FILES,
+    NOT_IN_DATA,
     VOID,
     SegmentationBenchmark,
     SegmentationImages,
@@ -49,6 +50,7 @@ from util.labels import (
 )
 from util.pamr import refine
 from util.precision import autocast, check_precision
+from util.results import identity, told_apart, write_result
 from util.text import find_templates
 
 # The model, its precision and the run are set as in eval_region.py
@@ -71,7 +73,7 @@ WINDOW_BATCH = 16                   # windows of one forward pass
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what seg.json holds."""
+    """Evaluates as the command line (or `argv`) says; returns each benchmark's figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
@@ -88,14 +90,16 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     result = {}
     for name, (dataset, classes) in sets.items():
         protocol = protocols[name].fit(clip)
+        of = identity(cfg, clip, [vars(classes), len(dataset)], **clip.describe(), benchmark=name,
+                      **protocol.recorded(), attention=cfg.ATTENTION or clip.context)
         text = clip.encode_text(classes.prompts, templates, cfg.CACHE)
         segmenter = partial(predict, protocol, clip, classes, text)
         loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
         confusion = evaluate(segmenter, loader, len(classes), ranks, name)
-        result[name] = summarize(confusion, classes) | {"protocol": protocol.recorded()}
+        result[name] = summarize(confusion, classes)
         if ranks.is_main:
             print(f"\n{name}: {title(cfg, clip)}, {len(dataset)} images\n{table(result[name])}")
-            write_result(cfg, "seg", {"benchmarks": result} | clip.describe())
+            write_result(cfg, "seg", of, result[name])
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing, PAPER_BENCHMARKS))
     return result
@@ -168,11 +172,12 @@ def find_protocols(cfg: SimpleNamespace) -> dict[str, Protocol]:
     """The protocol of each benchmark; UserError for a setting that is out of range or in vain."""
     names = PAPER_BENCHMARKS if cfg.BENCHMARKS == ("all",) else cfg.BENCHMARKS
     benchmarks = {name: find_benchmark(name) for name in names}
-    idle = [name for name in ("THRESHOLD", "LOGIT_SCALE") if getattr(cfg, name) is not None]
     protocols = {name: Protocol.of(cfg, benchmark) for name, benchmark in benchmarks.items()}
-    if idle and all(benchmark.threshold is None for benchmark in benchmarks.values()):
-        raise UserError(f"{idle[0]} is for background, which gets what no class is sure of, but "
-                        f"{', '.join(names)} has none; leave it out.")
+    no_background = all(benchmark.threshold is None for benchmark in benchmarks.values()) and (
+        "is for background, which gets what no class is sure of, but "
+        f"{', '.join(names)} has none")
+    settings.refuse_unused(cfg, THRESHOLD=no_background, LOGIT_SCALE=no_background,
+                           DATA={*names}.isdisjoint(KNOWN_BENCHMARKS) and NOT_IN_DATA)
     return protocols
 
 
@@ -335,9 +340,9 @@ def score_images(protocol: Protocol, clip: DeCLIP, images: Sequence[Tensor], tex
 
 def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:
     """Height and width of an image (..., H, W) with its shorter side resized to `short_side`, or
-    its longer one to `long_side` if that would be exceeded."""
+    its longer one to `long_side` if that would be exceeded; halves are rounded up (published)."""
     factor = min(short_side / min(image.shape[-2:]), long_side / max(image.shape[-2:]))
-    return tuple(max(1, round(side * factor)) for side in image.shape[-2:])
+    return tuple(max(1, int(side * factor + 0.5)) for side in image.shape[-2:])
 
 
 def window_scores(protocol: Protocol, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
@@ -414,7 +419,7 @@ def summarize(confusion: Tensor, classes: Classes, absent_count: bool = True) ->
             "pixel accuracy": (100 * right.sum().double() / confusion.sum()).item(),
             "pixels": int(confusion.sum()),
             "IoU": {name: round(iou[index].item(), 2) if present[index] else None
-                    for index, name in enumerate(classes.names)}}
+                    for index, name in enumerate(told_apart(classes.names))}}
 
 
 def table(result: dict) -> str:

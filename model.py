@@ -33,11 +33,11 @@ from util.towers import (
     create_open_clip,
     create_vit,
     locate,
-    paths_inside,
     project_values,
     projection,
     recorded_model,
     timm_trunk,
+    tokenizer_of,
 )
 from util.weights import (
     check_fit,
@@ -497,8 +497,7 @@ class DeCLIP(nn.Module):
             key = [config, list(names), [fill_template(t, "\0") for t in templates]]
             return cached_embeddings(cache, self.text.text, key,
                                      lambda: self.encode_text(names, templates))
-        with paths_inside(self.source):
-            tokenizer = open_clip.get_tokenizer(self.source)
+        tokenizer = tokenizer_of(self.source)
         check_lengths(tokenizer, names, templates, self.model_name)
         device = self.text.logit_scale.device
         return open_clip.build_zero_shot_classifier(self.text, tokenizer, list(names), templates,

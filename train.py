@@ -28,12 +28,21 @@ from data import (
     student_image,
     training_batches,
 )
-from model import CONTEXTS, VFM, DeCLIP, VisionTower, content_loss, context_loss, load_vfm
+from model import (
+    CONTEXTS,
+    DECOUPLED,
+    VFM,
+    DeCLIP,
+    VisionTower,
+    content_loss,
+    context_loss,
+    load_vfm,
+)
 from util import UserError, distributed, settings
 from util.run import Run, check_training
 from util.samples import find_images
 from util.sharding import shard
-from util.weights import read_record
+from util.weights import read_record, used_record
 
 # What is read and written
 IMAGES = "data/coco/train2017"      # folder of images, a json, or tar shards, "x/{000..123}.tar"
@@ -174,6 +183,12 @@ def check(cfg: SimpleNamespace) -> None:
     settings.check(cfg, CONTEXT=(cfg.CONTEXT in CONTEXTS, f"one of {', '.join(CONTEXTS)}"),
                    GRID=(has_grid, "two numbers, 1 <= least <= most <= 100"),
                    ENSEMBLE=(0 <= cfg.ENSEMBLE <= 1, "a share, from 0 to 1"))
+    no_vfm = not cfg.LAMBDA and "is of the context loss, which LAMBDA 0 leaves out"
+    no_json = not str(cfg.IMAGES).endswith(".json") and "is for a json, but IMAGES is none"
+    settings.refuse_unused(
+        cfg, VFM_MODEL=no_vfm, VFM_PRETRAINED=no_vfm, PADDING=no_vfm, IMAGE_ROOT=no_json,
+        OUTSIDE_ROOT=no_json)
+    used_record(cfg, None, None, DECOUPLED)
     if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "
                         "and can teach no more; give the weights of a CLIP.")

@@ -24,8 +24,8 @@ from eval_region import open_model
 from eval_seg import evaluate, find_set, summarize, table
 from model import DeCLIP
 from util import distributed, settings
-from util.files import write_json
 from util.labels import VOID
+from util.results import identity, write_result
 from util.run import Run, check_training
 from util.weights import write_checkpoint
 
@@ -51,7 +51,7 @@ SEED = 0                            # of the order of images and of the first we
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Trains and evaluates as the command line (or `argv`) says; returns what the json holds."""
+    """Trains and evaluates as the command line (or `argv`) says; returns the figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return evaluate_probe(cfg, train(cfg, ranks), ranks)
@@ -129,7 +129,7 @@ def evaluate_probe(cfg: SimpleNamespace, probe: LinearProbe, ranks: distributed.
     result = summarize(confusion, classes)
     if ranks.is_main:
         print(table(result))
-        write_json(f"{cfg.OUT}/linear_probe.json", result)
+        write_result(cfg, "linear_probe", identity(cfg, probe, classes.names), result)
     return result
 
 

@@ -15,11 +15,12 @@ import difflib
 import json
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress, count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ from pycocotools import mask as coco_masks
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data import fitted_size, read_classes, resize
+from data import read_classes, resize
+from eval_seg import resized_size
 from util import UserError
 from util.coco import (
     UNKNOWN,
@@ -41,9 +43,10 @@ from util.coco import (
     read_unknown,
 )
 from util.distributed import is_main
-from util.files import find
+from util.files import atomic_write, find
 from util.images import read_image
 from util.labels import CLASS_FILES
+from util.results import told_apart
 from util.samples import TrainingData
 
 
@@ -244,6 +247,7 @@ class DetectionData(TrainingData):
         if unknown:
             annotations = with_unknown(annotations, unknown)
         self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
+        self.sources = [self.path]
         self.sizes = [(image["height"], image["width"]) for image in annotations.images]
         place = {image["id"]: number for number, image in enumerate(annotations.images)}
         objects = sorted((entry for entry in annotations.objects if not entry.get("iscrowd", 0)),
@@ -354,20 +358,20 @@ class View(NamedTuple):
 
 
 def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] = (0.1, 2.0),
-            flip: float = 0.5) -> Objects:
+            flip: float = 0.5, how: str = "cv2") -> Objects:
     """Resized, cropped and flipped at random (published): float image in [0, 1], at most `side`
     high and wide, without padding, and those of its objects that it shows, which may be none.
     Where there are masks, the boxes are those of the cropped masks, else the boxes are cropped.
 
     key: what is random depends on this text alone. scales: the longest side becomes `side` times
-    a number of this range. flip: the share that is mirrored.
+    a number of this range. flip: the share that is mirrored. how: of data.resize.
     """
-    return show(objects, draw_view(objects.image, key, side, scales, flip))
+    return show(objects, draw_view(objects.image, key, side, scales, flip), how)
 
 
 def augment_crop(objects: Objects, key: str, side: int, crop: float = 0.5,
                  shorts: Sequence[int] = (400, 500, 600), range_: Sequence[int] = (384, 600),
-                 flip: float = 0.5) -> Objects:
+                 flip: float = 0.5, how: str = "pil") -> Objects:
     """The same as a DETR has it (published for OV-DQUO): flipped or not; then, of a share `crop` of
     the images, a part whose sides are drawn from a range, of the image with one of the short sides;
     then the longest side to `side`."""
@@ -380,23 +384,23 @@ def augment_crop(objects: Objects, key: str, side: int, crop: float = 0.5,
         sides = [rng.randint(min(range_[0], whole), min(range_[1], whole)) for whole in size]
         starts = [rng.randint(0, whole - part) for whole, part in zip(size, sides)]
         parts = [slice(start, start + part) for start, part in zip(starts, sides)]
-    shown = show(objects, View(size, *parts, is_flipped))
-    h, w = fitted_size(shown.image, side)
+    shown = show(objects, View(size, *parts, is_flipped), how)
+    h, w = resized_size(shown.image, side, side)
     factors = torch.tensor([w / shown.image.shape[-1], h / shown.image.shape[-2]] * 2)
-    return shown._replace(image=resize(shown.image, h, w), boxes=shown.boxes * factors.to(
+    return shown._replace(image=resize(shown.image, h, w, how), boxes=shown.boxes * factors.to(
         shown.boxes.device))
 
 
-def show(objects: Objects, view: View) -> Objects:
+def show(objects: Objects, view: View, how: str) -> Objects:
     """The view, and those of the objects that are in it; see augment."""
     of_image = tuple(objects.image.shape[-2:])
-    image = resize(objects.image, *view.size)[:, view.rows, view.columns]
+    image = resize(objects.image, *view.size, how)[:, view.rows, view.columns]
     image = image.flip(-1) if view.is_flipped else image
     boxes, masks = view.place(objects.boxes, of_image), objects.masks
     is_left = is_shown(boxes, 0.01)
     if masks.shape[-1]:
-        # The nearest pixel of the middle of each
-        y, x = (((torch.arange(resized, device=masks.device) + 0.5) * (side / resized)).long()[part]
+        # OpenCV's "nearest" pixel
+        y, x = ((torch.arange(resized, device=masks.device) * side // resized)[part]
                 for resized, side, part in zip(view.size, of_image, view[1:3]))
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
         boxes = boxes_of(masks)
@@ -422,7 +426,7 @@ def boxes_of(masks: Tensor) -> Tensor:
 def draw_view(image: Tensor, key: str, side: int, scales: tuple[float, float], flip: float) -> View:
     """A random view of an image (3, H, W), whether it shows an object or not (published)."""
     rng = random.Random(key)
-    size = fitted_size(image, max(1, round(side * rng.uniform(*scales))))
+    size = resized_size(image, *2 * [max(1, int(side * rng.uniform(*scales)))])
     starts = [rng.randint(0, max(0, whole - side)) for whole in size]
     parts = [slice(start, min(start + side, whole)) for start, whole in zip(starts, size)]
     return View(size, *parts, rng.random() < flip)
@@ -446,36 +450,93 @@ def encode_detections(number: int, detections: Detections) -> list[dict]:
     return found
 
 
-def truth_of(annotations: Annotations) -> dict:
-    """The annotations as a COCO json under the numbers of encode_detections.
+AT_ONCE = 40        # classes that are scored at once
+
+
+class Results:
+    """COCO results of encode_detections on the disk, where temporary files go (TMPDIR): OV-LVIS has
+    six million, with masks. A file has those of AT_ONCE classes, a line each."""
+
+    def __init__(self, num_classes: int):
+        self.files = [TemporaryFile() for _ in range(0, num_classes, AT_ONCE)]
+
+    def add(self, results: list[dict]) -> None:
+        """Appends results."""
+        for result in results:
+            file = self.files[(result["category_id"] - 1) // AT_ONCE]
+            file.write(json.dumps(result).encode() + b"\n")
+
+    def parts(self) -> Iterator[tuple[slice, list[dict]]]:
+        """Some classes and all their results, until there are no more classes."""
+        for number, file in enumerate(self.files):
+            file.seek(0)
+            yield slice(number * AT_ONCE, (number + 1) * AT_ONCE), [*map(json.loads, file)]
+
+    def write(self, path: str, annotations: Annotations) -> None:
+        """Writes all as one json, with the names and under the ids of the annotations' json."""
+        categories = [*zip(annotations.ids, annotations.classes)]
+        lines = (json.dumps(named) for _, results in self.parts() for result in results
+                 for named in name_results([result], annotations.images[result["image_id"]],
+                                           categories))
+
+        def write_to(temporary: str) -> None:
+            with open(temporary, "w") as file:
+                file.write("[" + next(lines, ""))
+                file.writelines(f",\n{line}" for line in lines)
+                file.write("]\n")
+        atomic_write(path, write_to)
+
+
+def name_results(results: list[dict], image: dict, categories: Sequence[tuple[int | None, str]]
+                 ) -> list[dict]:
+    """Results on an image, with the names and under the ids of a json: its entry of the image, and
+    (id, name) of each class; no results of those whose id is None."""
+    return [result | {"image_id": image["id"], "file_name": image["file_name"], "category_id": id,
+                      "category": name} for result in results
+            for id, name in [categories[result["category_id"] - 1]] if id is not None]
+
+
+def truth_of(annotations: Annotations, classes: slice = slice(None)) -> dict:
+    """The annotations of some classes as a COCO json under the numbers of encode_detections.
 
     Numbers of objects begin with 1: COCO's evaluation takes 0 for none.
     """
     place = {image["id"]: number for number, image in enumerate(annotations.images)}
-    class_of = {id: number for number, id in enumerate(annotations.ids, 1)}
+    rows = [*zip(count(1), annotations.ids, annotations.classes, annotations.frequencies)][classes]
+    class_of = {id: number for number, id, *_ in rows}
     images = [image | {"id": number} | {
         field: [class_of[id] for id in image[field] if id in class_of]
         for field in ("neg_category_ids", "not_exhaustive_category_ids") if field in image}
         for number, image in enumerate(annotations.images)]
     objects = [{"iscrowd": 0} | entry | {"id": number, "image_id": place[entry["image_id"]],
                                          "category_id": class_of[entry["category_id"]]}
-               for number, entry in enumerate(annotations.objects, 1)]
+               for number, entry in enumerate(annotations.objects, 1)
+               if entry["category_id"] in class_of]
     categories = [{"id": number, "name": name, "frequency": frequency or "f"}
-                  for number, name, frequency in zip(count(1), annotations.classes,
-                                                     annotations.frequencies)]
+                  for number, _, name, frequency in rows]
     return {"images": images, "annotations": objects, "categories": categories}
 
 
-def precisions(annotations: Annotations, results: list[dict], masks: bool = False) -> np.ndarray:
+def precisions(annotations: Annotations, results: list[dict], masks: bool = False,
+               classes: slice = slice(None)) -> np.ndarray:
     """Precision at 10 IoUs, 101 recalls, of K classes and 4 areas: (10, 101, K, 4), -1 where there
     is no object. COCO's rules, or LVIS's.
 
     results: of encode_detections, of all images. masks: whether overlaps are those of masks.
+    classes: those to score, as each is by itself; results are of no others.
     """
+    content = truth_of(annotations, classes)
+    if annotations.benchmark.is_lvis:
+        # Others don't count, and COCOeval_faster fails where an image has masks of none but these.
+        counted = {(image["id"], number) for image in content["images"]
+                   for number in image["neg_category_ids"]}
+        counted |= {(entry["image_id"], entry["category_id"]) for entry in content["annotations"]}
+        results = [result for result in results
+                   if (result["image_id"], result["category_id"]) in counted]
     if masks:       # areas are those of masks then, not of boxes
         results = [{name: value for name, value in result.items() if name != "bbox"}
                    for result in results]
-    truth = COCO(truth_of(annotations))
+    truth = COCO(content)
     evaluation = COCOeval_faster(truth, truth.loadRes(results), "segm" if masks else "bbox",
                                  lvis_style=annotations.benchmark.is_lvis)
     evaluation.params.maxDets = [annotations.benchmark.most]
@@ -499,7 +560,7 @@ def summarize(precision: np.ndarray, classes: Sequence[str], groups: dict[str, S
     result["groups"] = {name: {"AP": mean(part), "AP50": mean(part[0])}
                         for name, part in of_groups.items()}
     result["classes"] = {name: mean(precision[0, :, number, 0])
-                         for number, name in enumerate(classes)}
+                         for number, name in enumerate(told_apart(classes))}
     return result
 
 
@@ -512,10 +573,13 @@ def mean(precision: np.ndarray) -> float | None:
 def groups_of(annotations: Annotations, seen: Sequence[bool]) -> dict[str, list[bool]]:
     """The groups of classes that a table tells apart: LVIS's frequencies, else novel and base.
 
-    seen: what the detector's training has seen, where the data set itself has no split.
+    seen: (K,) what the detector's training has seen: novel is only what it has not, and of that
+    what the data set calls novel, if it has a split.
     """
     if annotations.benchmark.is_lvis:
         return {letter: [frequency == letter for frequency in annotations.frequencies]
                 for letter in "rcf"}
-    seen = seen if all(annotations.seen) else annotations.seen
-    return {} if all(seen) else {"novel": [not is_seen for is_seen in seen], "base": list(seen)}
+    has_split = not all(annotations.seen)
+    novel = [not (is_seen or has_split and is_base)
+             for is_seen, is_base in zip(seen, annotations.seen)]
+    return {"novel": novel, "base": list(seen)} if any(novel) else {}

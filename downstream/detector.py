@@ -4,8 +4,9 @@
 """
 
 import json
+import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,24 +19,31 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import constant, normalize, pad_to
+from data import RESIZES, constant, normalize, pad_to, resize
 from downstream.detection import Detections
 from eval_region import open_model
+from eval_seg import resized_size
 from model import DeCLIP
-from util import UserError, distributed, settings
+from util import UserError, distributed
 from util.files import find
 from util.text import find_templates
 from util.towers import recorded_model
-from util.weights import check_fit, read_weights, state_checksum, write_checkpoint
+from util.weights import (
+    check_fit,
+    read_design,
+    read_weights,
+    state_checksum,
+    write_checkpoint,
+)
 
 
 class Detector(nn.Module):
     """A detector of any names on a CLIP that stays as it is, in eval mode.
 
     backbone: the CLIP. classes: names. seen: which of them training may see. design: a kind's
-    Design, with image_size, attention, normalization and templates. text: embeddings of the classes
-    and of OTHER (K + 1, C), None to compute them. layers: blocks whose outputs are looked at, the
-    last one included.
+    Design, with image_size, resize, attention, normalization and templates. text: embeddings of
+    the classes and of OTHER (K + 1, C), None to compute them. layers: blocks whose outputs are
+    looked at, the last one included.
     A kind has `NAME`, of its record and file; `DESIGN`, its Design; and `OTHER`, what the last row
     of the text names; it is one of the classes that training sees.
     """
@@ -84,6 +92,12 @@ class Detector(nn.Module):
         self.backbone.eval()
         return self
 
+    def views(self, images: list[Tensor]) -> list[Tensor]:
+        """uint8 (3, H, W) of any size -> float [0, 1], the longest side `image_size`."""
+        side = self.design.image_size
+        return [resize(image, *resized_size(image, side, side), self.design.resize)
+                for image in images]
+
     def look(self, images: list[Tensor], attention: str | None = None) -> list[Tensor]:
         """Float [0, 1] (3, h, w) each -> the backbone's outputs, (B, D, h', w') each.
 
@@ -123,11 +137,19 @@ class Detector(nn.Module):
             "use": f"python -m downstream.{self.NAME}.eval or tools.detect"})
 
 
-def check_square(design: NamedTuple, patch_size: int | None) -> None:
-    """Raises UserError on a NORMALIZATION that is none, and on an IMAGE_SIZE that is no multiple of
-    twice the backbone's `patch_size`, if that is known."""
-    settings.check(SimpleNamespace(NORMALIZATION=design.normalization), NORMALIZATION=(
-        design.normalization in ("imagenet", "clip"), "one of imagenet, clip"))
+def check_design(design: NamedTuple, patch_size: int | None, choices: dict[str, Collection[str]],
+                 ranges: dict[str, tuple[float, float]]) -> None:
+    """Raises UserError on a setting that is none of its choices or out of its range; if the
+    backbone's `patch_size` is known, also if IMAGE_SIZE is no multiple of twice that."""
+    for name, known in (choices | {"normalization": ("imagenet", "clip"),
+                                   "resize": RESIZES}).items():
+        if getattr(design, name) not in known:
+            raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
+                            f"{', '.join(known)}.")
+    for name, (least, most) in (ranges | {"image_size": (1, 2**13)}).items():
+        if not least <= getattr(design, name) <= most:
+            raise UserError(f"{name.upper()} is {getattr(design, name)}; it must be at least "
+                            f"{least} and at most {most}.")
     side, coarsest = design.image_size, 2 * (patch_size or 0)
     if coarsest and side % coarsest:
         raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
@@ -217,7 +239,7 @@ def backbone_checksum(clip: DeCLIP) -> str:
 def open_backbone(settings: dict) -> DeCLIP:
     """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
     file = settings.get("BACKBONE")
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
                         "detector needs that of its training; --backbone none --attention clip is "
                         "plain CLIP.")
@@ -232,12 +254,15 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     that open_clip itself lists are fetched.
     """
     file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
+    if (file, model, tag) == (None, None, None):
+        raise UserError(f"{path} does not name the backbone that it was trained on; say where that "
+                        "is (--backbone).")
     file = str(find(file)) if file else None
-    if file and not Path(file).is_file():
+    if file and not os.path.isfile(file):
         raise UserError(f"{path} was trained on {file}, which is not there; say where that "
                         "backbone is (--backbone).")
     model = recorded_model(path, {"model": model} if model else {})
-    is_known = tag is None or Path(tag).is_file() or model.startswith("local-dir:")
+    is_known = tag is None or os.path.isfile(tag) or model.startswith("local-dir:")
     if not (is_known or (model, tag) in open_clip.list_pretrained()):
         raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
                         "does not list; give that backbone.")
@@ -258,21 +283,24 @@ def open_detector(path: str | Path, backbone: DeCLIP | str | None,
         names = " or ".join(f"a {kind.NAME}.safetensors of downstream/{kind.NAME}/train.py"
                             for kind in kinds)
         raise UserError(f"{path} is no detector; give {names}.")
-    try:
-        about, settings = record[kind.NAME], record["settings"]
-        if isinstance(backbone, str):
-            backbone = open_backbone(settings | {"BACKBONE": backbone})
-        backbone = backbone or recorded_backbone(path, settings)
-        if backbone_checksum(backbone) != about["backbone"]:
-            raise UserError(f"{path} was trained on another backbone than this "
-                            f"{backbone.model_name} with context {backbone.context}: their "
-                            f"checksums differ; give the one of its training, "
-                            f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
-        detector = kind(backbone, about["classes"], about["seen"], kind.DESIGN(**about["design"]),
-                        state["text"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} has content that downstream/{kind.NAME}/train.py does not write "
-                        f"({str(error).splitlines()[0]}); write or copy it again.") from None
-    check_fit(path, state, detector.state(), "the detector that it describes")
+    about, settings = record[kind.NAME], record.get("settings", {})
+    design = read_design(path, {"resize": "bicubic"} | about["design"], kind.DESIGN)
+    if isinstance(backbone, str):
+        backbone = open_backbone(settings | {"BACKBONE": backbone})
+    backbone = backbone or recorded_backbone(path, settings)
+    if backbone_checksum(backbone) != about["backbone"]:
+        raise UserError(f"{path} was trained on another backbone than this "
+                        f"{backbone.model_name} with context {backbone.context}: their "
+                        f"checksums differ; give the one of its training, "
+                        f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
+    backbone.visual.known(design.attention)
+    shape = len(about["classes"]) + 1, backbone.visual.trunk.num_classes
+    if len(about["seen"]) != shape[0] - 1 or getattr(state.get("text"), "shape", None) != shape:
+        raise UserError(f"{path} does not have a row of text and a mark of having been seen for "
+                        f"each of {shape[0] - 1} classes; write or copy it again.")
+    make = partial(kind, backbone, about["classes"], about["seen"], design, state["text"].float())
+    with torch.device("meta"):      # nothing is made that the file does not hold
+        check_fit(path, state, make().state(), "the detector that it describes")
+    detector = make()
     detector.load_state_dict(state, strict=False)
     return detector

@@ -3,6 +3,7 @@ layouts."""
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,12 @@ def options(**given) -> list[str]:
     for name, value in given.items():
         out += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return out
+
+
+def preset(folder: Path, **given) -> str:
+    """The same as an argument file, whose options are only noted where they have no effect."""
+    (folder / "preset.txt").write_text(shlex.join(options(**given)))
+    return f"@{folder / 'preset.txt'}"
 
 
 def succeeds(done: subprocess.CompletedProcess) -> str:

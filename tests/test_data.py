@@ -70,6 +70,41 @@ def test_images_that_are_reduced_much_are_reduced_in_two_steps(size, monkeypatch
     assert len(steps) == 1 and max(steps) <= 32
 
 
+@pytest.mark.parametrize("height, width", [(40, 23), (67, 90), (140, 181), (240, 37)])
+def test_pils_bilinear_is_pils(height, width):
+    """To the level but for a pixel in 100; float images are not rounded."""
+    image = image_of(0, 134, 180)
+    by_pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height),
+                                                                    Image.Resampling.BILINEAR)
+    found = data.resize(image, height, width, "pil") * 255
+    apart = (found - torch.from_numpy(np.array(by_pil)).permute(2, 0, 1)).abs()
+    assert apart.max() < 1.01 and (apart > 0.01).float().mean() < 0.01
+    exact = data.resize(image / 255, height, width, "pil") * 255
+    assert 0.1 < (exact - found).abs().max() < 1.2
+    assert (data.resize(image, height, width) * 255 - found).abs().max() > 4
+
+
+# cv2.resize(…, interpolation=cv2.INTER_LINEAR) of OpenCV 4.11 for (arange(77) ** 2) % 256 as 7 x 11
+OPENCV = {(4, 5): [[51, 76, 16, 61, 115], [102, 97, 210, 84, 121], [186, 131, 105, 64, 185],
+                   [98, 102, 117, 128, 149]],
+          (9, 13): [[0, 1, 3, 6, 11, 17, 25, 34, 45, 57, 70, 85, 100],
+                    [81, 93, 107, 123, 140, 133, 8, 30, 53, 78, 103, 131, 157],
+                    [168, 106, 109, 139, 171, 182, 96, 36, 56, 95, 136, 151, 103]]}
+
+
+@pytest.mark.parametrize("size", OPENCV)
+def test_opencvs_bilinear_is_opencvs(size):
+    """To a level: OpenCV's products have 11 bits. Float images are not rounded."""
+    image = (torch.arange(77) ** 2 % 256).byte().view(1, 7, 11).expand(3, -1, -1)
+    expected = torch.tensor(OPENCV[size])
+    found = data.resize(image, *size, "cv2")[:, :len(expected)] * 255
+    assert (found - expected).abs().max() < 1.01 and (found - found.round()).abs().max() < 1e-3
+    exact = data.resize(image / 255, *size, "cv2")
+    assert torch.equal(exact, F.interpolate(image[None] / 255, size, mode="bilinear")[0])
+    with pytest.raises(KeyError, match="pill"):
+        data.resize(image, *size, "pill")
+
+
 @pytest.mark.parametrize("rows, columns", [(2, 3), (5, 1), (4, 6)])
 def test_crops_are_those_that_pil_would_cut(rows, columns):
     image = image_of(0, 240, 360)

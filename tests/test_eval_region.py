@@ -16,6 +16,7 @@ import eval_region
 from eval_region import open_model, title
 from model import DeCLIP, region_features
 from util import settings
+from util.results import read_results
 
 TINY = {"model": "tiny-eva", "pretrained": "none", "templates": "a {}.", "classes": "none",
         "sizes": 64, "num_workers": 0, "min_area": 1}
@@ -92,8 +93,8 @@ def test_table_agrees_with_a_direct_computation(panoptic, scenes, tmp_path):
         assert result["mAcc"][row]["top1"] == pytest.approx(expected)
     assert result["mAcc"]["box thing"]["regions"] == 10
     assert result["mAcc"]["mask stuff"]["regions"] == 5
-    written = json.loads((tmp_path / "region.json").read_text())
-    assert written["sizes"]["64"] == result and (written["context"], written["scale"]) == ("k", 2.0)
+    written, = read_results(tmp_path / "region.json", size=64, attention="k", scale=2.0)
+    assert {key: written[key] for key in result} == result
 
 
 def test_coco_has_other_names():
@@ -135,8 +136,10 @@ def test_classes_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
                         own=DeCLIP.encode_dense:
                         (seen.append(attention), own(self, images, attention))[1])
     assert eval_region.main(given)["64"]["mAcc"]["box thing"]["regions"] == 9
-    assert set(seen) == {"maskclip"} and (tmp_path / "region.maskclip.json").exists()
+    assert set(seen) == {"maskclip"}
     assert eval_region.main([*given, "--crowd"])["64"]["mAcc"]["box thing"]["regions"] == 10
+    both = read_results(tmp_path / "region.json", attention="maskclip")
+    assert [result["of"]["crowd"] for result in both] == [False, True]
     # Loaded from a file with the vision tower alone, the teacher can be told from the model that is
     # evaluated.
     torch.save(DeCLIP("tiny-eva").visual.trunk.state_dict(prefix="visual."),
@@ -153,7 +156,8 @@ def test_ranks_share_the_images(panoptic, tmp_path):
     alone = eval_region.main(options(**given))["64"]["mAcc"]
     succeeds(warm.ranks("tests/tiny.py", "eval_region",
                         *options(**given | {"out": tmp_path / "two"})))
-    together = json.loads((tmp_path / "two" / "region.json").read_text())["sizes"]["64"]["mAcc"]
+    result, = read_results(tmp_path / "two" / "region.json")
+    together = result["mAcc"]
     assert {name: row["regions"] for name,
             row in together.items()} == {name: row["regions"] for name, row in alone.items()}
     # one region on the edge
@@ -194,8 +198,17 @@ def test_several_sizes_are_as_many_runs(panoptic, tmp_path, capsys):
     for size in (32, 64):
         alone = eval_region.main(options(**given | {"sizes": size, "out": tmp_path / "alone"}))
         assert alone[str(size)] == both[str(size)]
-    written = json.loads((tmp_path / "region.json").read_text())
-    assert written["sizes"] == both and written["model"] == "tiny-eva"
+    written = read_results(tmp_path / "region.json", model="tiny-eva")
+    assert {str(result["of"]["size"]): result["mAcc"] for result in written} == {
+        size: result["mAcc"] for size, result in both.items()}
+
+
+def test_classes_of_one_name_have_an_accuracy_each():
+    counts = torch.tensor([[4, 1, 1], [4, 2, 2], [4, 4, 4]])
+    result = eval_region.summarize(data.make_classes(["cat", "sea", "cat"]), [True, False, True],
+                                   {"box": counts})
+    assert result["top1 of each class"] == {"cat": {"box": 25}, "sea": {"box": 50},
+                                            "cat, class 2": {"box": 100}}
 
 
 def test_a_size_that_patches_do_not_fill_is_refused(panoptic):

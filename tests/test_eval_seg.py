@@ -1,6 +1,5 @@
 """eval_seg.py: mIoU against a slow direct computation, windows, synonyms, background, ranks."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from util import distributed, settings
 from util.images import read_image
 from util.labels import VOID, SegmentationBenchmark, SegmentationImages
 from util.pamr import refine
+from util.results import read_results
 
 WINDOWS = {"short_side": 48, "window": 32, "stride": 16, "window_batch": 3}
 # A checkpoint says itself which model it is.
@@ -57,6 +57,10 @@ def test_miou_agrees_with_a_direct_computation():
     assert result["IoU"]["e"] == expected[4] == 0
     assert list(result["IoU"].values())[:5] == pytest.approx(expected[:5], abs=0.005)
     assert result["mIoU"] == pytest.approx(np.mean(expected[:5]))
+    # Classes of one name, as A-847 has ten, keep an IoU each.
+    twins = eval_seg.summarize(confusion, make_classes([*"abcaea"]))
+    assert [*twins["IoU"]] == ["a", "b", "c", "a, class 3", "e", "a, class 5"]
+    assert [*twins["IoU"].values()] == [*result["IoU"].values()]
     assert result["pixel accuracy"] == pytest.approx(100 * (label
                                                             == prediction)[label != VOID].mean())
 
@@ -171,7 +175,9 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
         expected = slow_iou(np.concatenate(labels), np.concatenate(predictions), len(classes))
         present = [iou for iou in expected if iou is not None]
         assert result[name]["mIoU"] == pytest.approx(np.mean(present), abs=0.05)
-    assert json.loads((tmp_path / "seg.json").read_text())["benchmarks"] == result
+    for name, figures in result.items():
+        written, = read_results(tmp_path / "seg.json", benchmark=name, attention="qk", scale=0.5)
+        assert {key: written[key] for key in figures} == figures
 
 
 def test_ranks_share_the_images(voc, checkpoint, tmp_path):
@@ -179,12 +185,11 @@ def test_ranks_share_the_images(voc, checkpoint, tmp_path):
     alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))
     succeeds(warm.ranks("tests/tiny.py", "eval_seg",
                         *options(**given, ckpt=checkpoint, data=voc, out=tmp_path / "two")))
-    together = json.loads((tmp_path / "two" / "seg.json").read_text())["benchmarks"]
-    assert together["voc21"]["mIoU"] == pytest.approx(alone["voc21"]["mIoU"], abs=0.1)
+    together, = read_results(tmp_path / "two" / "seg.json", benchmark="voc21")
+    assert together["mIoU"] == pytest.approx(alone["voc21"]["mIoU"], abs=0.1)
     # five images over two ranks, each once
-    assert together["voc21"]["pixels"] == alone["voc21"]["pixels"]
-    assert together["voc21"]["pixel accuracy"] == pytest.approx(alone["voc21"]["pixel accuracy"],
-                                                                abs=0.1)
+    assert together["pixels"] == alone["voc21"]["pixels"]
+    assert together["pixel accuracy"] == pytest.approx(alone["voc21"]["pixel accuracy"], abs=0.1)
 
 
 @pytest.mark.parametrize("attention", ["clip", "maskclip", "sclip", "clearclip"])
@@ -362,7 +367,37 @@ def test_the_result_says_which_protocol_was_used(voc, tmp_path):
     given = TINY | {"data": voc, "out": tmp_path, "benchmarks": ["voc20", "voc21"]}
     eval_seg.main(options(**{key: value for key, value in given.items()
                              if key not in ("short_side", "window", "stride")}))
-    result = json.loads((tmp_path / "seg.json").read_text())["benchmarks"]
     common = {"short_side": 64, "long_side": 2048, "window": 48, "stride": 16, "pamr": 0}
-    assert result["voc20"]["protocol"] == common | {"logit_scale": 40, "threshold": None}
-    assert result["voc21"]["protocol"] == common | {"logit_scale": 80, "threshold": 0.4}
+    for name, own in (("voc20", {"logit_scale": 40, "threshold": None}),
+                      ("voc21", {"logit_scale": 80, "threshold": 0.4})):
+        result, = read_results(tmp_path / "seg.json", benchmark=name)
+        assert result["of"] | common | own == result["of"]
+
+
+def test_an_evaluation_replaces_no_other(voc, checkpoint, tmp_path, monkeypatch):
+    """By another protocol, attention, class list or model, or of another benchmark; the same one
+    again replaces it, however it is spelled."""
+    pixels = iter(range(1, 10))
+    monkeypatch.setattr(eval_seg, "evaluate", lambda _, __, classes, *___: torch.eye(
+        classes, dtype=torch.long) * next(pixels))
+    # VOC's twenty classes, the first of them under another name.
+    (tmp_path / "own.txt").write_text("\n".join(["plane", *data.read_classes(
+        "classes/voc20.txt").names[1:]]))
+    shared = OF_CHECKPOINT | {"data": voc, "out": tmp_path, "benchmarks": "voc20"}
+    given = shared | {"ckpt": checkpoint}
+    others = [given, given | {"pamr": 1}, given | {"attention": "clip"}, given | {
+        "classes": tmp_path / "own.txt"}, given | {"benchmarks": "voc21"}, shared | {
+        "model": "tiny-eva", "pretrained": "none"}]
+    for other in others:
+        eval_seg.main(options(**other))
+    eval_seg.main(options(**given, attention="qk", batch_size=1, long_side=2048))
+    results = read_results(tmp_path / "seg.json")
+    assert [result["pixels"] for result in results] == [40, 60, 80, 105, 120, 140]
+
+
+def test_nothing_is_computed_for_a_folder_that_cannot_be_written(voc, checkpoint, tmp_path,
+                                                                monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(eval_seg, "evaluate", lambda *_: pytest.fail("it is evaluated"))
+    with pytest.raises(SystemExit, match="Nothing can be written into .*file; set OUT"):
+        eval_seg.main(options(**OF_CHECKPOINT, data=voc, ckpt=checkpoint, out=tmp_path / "file"))

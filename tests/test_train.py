@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import warm
-from conftest import options, succeeds
+from conftest import options, preset, succeeds
 from tiny import ROOT
 
 import eval_seg
@@ -66,7 +66,9 @@ def test_declip_learns_to_see_the_toy_world(tmp_path, monkeypatch, capsys):
 
 def test_lambda_0_is_self_distillation_without_a_vfm(images, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_vfm", lambda *_: pytest.fail("a VFM was loaded"))
-    lines = run(images, tmp_path, epochs=10, lr=2e-3, **{"lambda": 0})
+    train.main([preset(tmp_path, **TINY), *options(images=images, out=tmp_path / "run", epochs=10,
+                                                   lr=2e-3, **{"lambda": 0})])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert all(line["context"] == 0 and line["loss"] == line["content"] for line in lines)
     assert lines[-1]["content"] < 0.9 * lines[0]["content"]
 

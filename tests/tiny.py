@@ -54,6 +54,7 @@ open_clip.add_model_config(ROOT / "tests" / "models")
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     sys.argv = [sys.argv[1], *sys.argv[2:]]
+    importlib.import_module("util.distributed").PIECE = 1000    # so that files have many
     # RANK in an option stands for the rank, for what each machine has for itself.
     importlib.import_module(sys.argv[0]).main([word.replace("RANK", os.environ.get("RANK", "0"))
                                                for word in sys.argv[1:]])

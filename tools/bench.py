@@ -103,6 +103,14 @@ SIZES = {"IMAGE_SIZE": (train.IMAGE_SIZE, 448), "MICRO_BATCH": (train.MICRO_BATC
          "CATSEG_SIZE": (384, 192), "CATSEG_CLASSES": (171, 32)}
 
 
+# Which parts read a setting, or a block of them; others are read by all.
+READ_BY = {"WORKER_COUNTS": "input shards", "COMPILE": "train fvit catseg",
+           "CHECKPOINTING": "train catseg",
+           **dict.fromkeys(("The windows", "PROMPTS", "SEGMENT_BATCH"), "segment"),
+           **dict.fromkeys(("The detector", "What it is trained with", "FVIT_SIZE", "FVIT_BATCH"),
+                           "fvit"), "CATSEG_SIZE": "catseg", "CATSEG_CLASSES": "catseg"}
+
+
 def settings_of(script: ModuleType, cfg: SimpleNamespace, **own: object) -> SimpleNamespace:
     """The settings of another script: its defaults, changed by the bench's."""
     return SimpleNamespace(**vars(settings.parse([], script)) | vars(cfg) | own)
@@ -143,6 +151,7 @@ class Bench:
         settings.check_min(cfg, PROMPTS=1, CROPS=1, **dict.fromkeys(SIZES, 1))
         settings.check(cfg, PARTS=({*cfg.PARTS} <= {*MEASURES}, f"some of {', '.join(MEASURES)}"),
                        WORKER_COUNTS=(min(cfg.WORKER_COUNTS) >= 1, "from 1"))
+        settings.refuse_unread(cfg, sys.modules[__name__], cfg.PARTS, READ_BY)
         self.device, self.dataset = ranks.device, dataset
         sizes = {name: of_devices[self.device.type == "cpu"] for name, of_devices in SIZES.items()
                  if getattr(cfg, name) is None}
@@ -402,7 +411,8 @@ def measure_fvit(bench: Bench) -> Iterator[Row]:
         boxes = (corners * torch.tensor([image.shape[2], image.shape[1]])).flatten(1)
         masks = torch.ones(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
         labels = torch.randint(48, (7,))
-        data.append(to_device(Objects(image, boxes, labels, masks, torch.ones(len(boxes))), bench.device))
+        objects = Objects(image, boxes, labels, masks, torch.ones(len(boxes)))
+        data.append(to_device(objects, bench.device))
     views = partial(fvit_train.views, cfg, data, 0, list(range(len(data))))
     losses = {"this code": lambda: fvit(*views())}
     optimizer = fvit_train.build_optimizer(cfg, fvit)

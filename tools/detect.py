@@ -1,12 +1,13 @@
-"""Finds what you name on your own segment.photographs: boxes, and masks if the detector has them.
+"""Finds what you name on your own photographs: boxes, and masks if the detector has them.
 
     python -m tools.detect photo.jpg --classes "person, red kite" --ckpt out/fvit/fvit.safetensors
     python -m tools.detect photos/ --classes names.txt --json --ckpt ...    # numbers, too
     python -m tools.detect photo.jpg --ckpt ...                 # the classes that it was made for
 
 Writes photo.detection.png beside each photograph (or into OUT). Classes that training has not seen
-have a dashed frame and an asterisk. --json writes photo.detection.json: COCO results, whose
-category_id counts the classes from 1.
+have a dashed frame and an asterisk. --json writes photo.detection.json: COCO results with names of
+file and class, whose category_id counts the classes from 1. Of `--classes instances.json`, a
+COCO-style json that lists the photographs, they have the ids, so that they can be scored with it.
 """
 
 import sys
@@ -23,20 +24,20 @@ import torch
 from matplotlib import patches
 from matplotlib import pyplot as plt
 from torch import Tensor
-from tqdm import tqdm
 
-from downstream.detection import Detections, encode_detections
-from downstream.fvit.eval import detector_settings, score_rules
-from downstream.fvit.model import open_fvit
+from downstream.detection import Detections, encode_detections, name_results
+from downstream.fvit.eval import detector_settings, refuse_unused_rules, score_rules
+from downstream.fvit.model import FViT, open_fvit
 from tools import segment
-from util import distributed, settings
+from util import UserError, distributed, settings
+from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
 from util.precision import autocast, check_precision
 
 SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
 
 # What is looked for
-CLASSES = ""                        # names with commas between, or a .txt file; none: its own
+CLASSES = ""                        # names with commas between, a .txt or .json file; none: its own
 LEAST = 0.3                         # score from which a detection is shown
 CACHE: str | None = "out/cache"     # folder that keeps embeddings of class names; None: none
 
@@ -47,38 +48,56 @@ OUT: str | None = None              # folder of all files; None: that of each ph
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Looks at the segment.photographs that the command line (or `argv`) names."""
+    """Looks at the photographs that the command line (or `argv`) names."""
     cfg = settings.parse(argv, sys.modules[__name__], positional="PHOTOS")
     with distributed.session(__file__) as ranks:
         run(cfg, ranks.device)
 
 
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
-    """Finds and draws on every photograph; one that can't be read is named at the end."""
+    """Finds and draws on every photograph; those that fail are named at the end."""
     check_precision(cfg.PRECISION)
     rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
-    names = segment.typed_classes(cfg.CLASSES).names
+    coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None
+    categories = ([(category["id"], category["name"]) for category in coco.categories] if coco
+                  else [*enumerate(segment.typed_classes(cfg.CLASSES).names, 1)])
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
-    if names:
-        fvit.set_classes(names, cache=cfg.CACHE)
+    if categories:
+        fvit.set_classes([name for _, name in categories], cache=cfg.CACHE)
+    refuse_unused_rules(cfg, fvit, rules, not categories)
     titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
-    for path, out, photo in segment.read_photos(outputs):
+
+    def detect_one(fvit: FViT, photo: Tensor, path: Path, out: Path) -> str:
         with autocast(cfg.PRECISION, device):
             found, = fvit.detect([photo.to(device)], rules)
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
-            write_json(out.with_suffix(".json"), coco_results(path, found, fvit.classes))
-        tqdm.write(f"{out}: {describe(found, titles)}")
+            write_json(out.with_suffix(".json"), name_results(
+                encode_detections(0, found), find_image(path, coco),
+                categories or [*enumerate(fvit.classes, 1)]))
+        return f"{out}: {describe(found, titles)}"
+
+    segment.say_failed(segment.each_photo(outputs, lambda: fvit, detect_one))
 
 
 # ------------------------------------------------------------------------------- the numbers
 
-def coco_results(path: Path, found: Detections, classes: Sequence[str]) -> list[dict]:
-    """Detections as COCO results, with the names. image_id: a file's name, as COCO's the number."""
-    image = int(path.stem) if path.stem.isdecimal() else path.stem
-    return [result | {"category": classes[result["category_id"] - 1]}
-            for result in encode_detections(image, found)]
+def find_image(path: Path, coco: Coco | None) -> dict:
+    """A photograph's entry in a json, found by its file's name, with or without folders.
+
+    Without a json its id is the name, as COCO's the number. UserError if the json lacks it.
+    """
+    if coco is None:
+        return {"id": int(path.stem) if path.stem.isdecimal() else path.stem,
+                "file_name": path.name}
+    parts = path.absolute().parts
+    names = {"/".join(parts[start:]) for start in range(len(parts))}
+    images = [image for image in coco.images if image["file_name"] in names]
+    if not images:
+        raise UserError(f"{coco.path} does not list {path}; give its photographs, or other "
+                        "CLASSES.")
+    return max(images, key=lambda image: len(image["file_name"]))
 
 
 def describe(found: Detections, titles: Sequence[str]) -> str:

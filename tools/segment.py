@@ -9,18 +9,24 @@
 Writes photo.segmentation.png beside each photograph (or into OUT): every class in its own colour,
 named on its regions and in a legend with its share of the image. --attention adds a panel of the
 CLIP that the model was made from. --json writes photo.segmentation.json with the numbers, --labels
-photo.labels.png, the number of each pixel's class, and photo.labels.json with their names.
+photo.labels.png, the number of each pixel's class, and photo.labels.json with their names. Nothing
+that lists images takes these files for photographs (util/images.py, OWN_ENDINGS).
 """
 
+import errno
 import math
+import os
 import re
 import sys
 import textwrap
+import unicodedata
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,12 +45,13 @@ from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, is_catseg, open_catseg
 from eval_region import open_model
 from eval_seg import Protocol, Segmenter, predict
-from model import DeCLIP
-from util import UserError, distributed, settings
-from util.files import atomic_write, write_json
-from util.images import list_images, read_image
+from model import DECOUPLED, DeCLIP
+from util import UserError, distributed, printable, settings
+from util.files import MAX_NAME, atomic_write, write_json
+from util.images import OWN_ENDINGS, counted, list_images, read_image
 from util.text import find_templates
-from util.weights import read_record
+from util.towers import locate
+from util.weights import read_record, used_record
 
 SHARED = {"eval_region": ["The model", "Names and numbers"], "eval_seg": ["The windows"]}
 
@@ -70,24 +77,27 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.inference_mode()
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
-    """Segments every photograph; one that can't be read is named at the end."""
+    """Segments every photograph; those that fail are named at the end."""
     Protocol.of(cfg)        # UserError for a setting out of its range
     settings.check(cfg, LARGEST=(100 <= cfg.LARGEST <= 10_000, "from 100 to 10000, the longest "
                                  "side of each picture in the figure in pixels"))
-    classes, outputs, panels = find_classes(cfg), find_photos(cfg.PHOTOS, cfg.OUT), {}
-    use_fonts([*classes.names, *(path.name for path in outputs)])
-    for path, out, photo in read_photos(outputs):
-        if not panels:      # no model is loaded before a photograph is read
-            panels = panels_of(cfg, classes, device)
+    classes, outputs = find_classes(cfg), find_photos(cfg.PHOTOS, cfg.OUT)
+    use_fonts([*classes.names, *(printable(path.name) for path in outputs)])
+
+    def segment_one(panels: dict[str, Segmenter], photo: Tensor, path: Path, out: Path) -> str:
         found = {title: segment([photo.to(device)])[0].cpu() for title, segment in panels.items()}
         of_model = next(iter(found.values()))
-        atomic_write(out, partial(draw, photo, found, classes, path.name, cfg.LARGEST))
+        title = printable(path.name)
+        atomic_write(out, partial(draw, photo, found, classes, title, cfg.LARGEST))
         if cfg.LABELS:
-            write_labels(of_model, classes, out.with_suffix("").with_suffix(".labels.png"))
+            write_labels(of_model, classes, out.with_name(
+                out.name.removesuffix(SUFFIX) + LABELS_SUFFIX))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), {title: shares(prediction, classes)
                                                   for title, prediction in found.items()})
-        tqdm.write(f"{out}: {describe(of_model, classes)}")
+        return f"{out}: {describe(of_model, classes)}"
+
+    say_failed(each_photo(outputs, partial(panels_of, cfg, classes, device), segment_one))
 
 
 def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
@@ -96,9 +106,10 @@ def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
     if is_catseg(cfg.CKPT):
         catseg = open_catseg(cfg.CKPT).to(device)
         clip = catseg.clip
+        refuse_unused_by_catseg(cfg, clip)
         panels = {f"CAT-Seg ({readable(clip.model_name)})": by_catseg(cfg, catseg, classes)}
     else:
-        clip = open_model(cfg).to(device)
+        clip = open_shown(cfg).to(device)
         name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
         panels = {f"{name} ({readable(clip.model_name)}, context {clip.context})":
                   by_clip(cfg, clip, classes, None)}
@@ -106,6 +117,14 @@ def panels_of(cfg: SimpleNamespace, classes: Classes, device: torch.device
         panels[f"{METHOD_NAMES[cfg.ATTENTION]} ({readable(clip.model_name)})"] = (
             by_clip(cfg, open_original(cfg, clip), classes, cfg.ATTENTION))
     return panels
+
+
+def open_shown(cfg: SimpleNamespace) -> DeCLIP:
+    """The model of the settings, whose own context is shown whatever ATTENTION is shown beside."""
+    used_record(cfg, cfg.CKPT, None, DECOUPLED)
+    settings.check(cfg, ATTENTION=(cfg.ATTENTION in (None, *METHOD_NAMES),
+                                   f"one of {', '.join(METHOD_NAMES)}"))
+    return open_model(SimpleNamespace(**vars(cfg) | {"ATTENTION": None}))
 
 
 def open_original(cfg: SimpleNamespace, clip: DeCLIP) -> DeCLIP:
@@ -126,19 +145,25 @@ def by_clip(cfg: SimpleNamespace, clip: DeCLIP, classes: Classes, attention: str
 
 
 def by_catseg(cfg: SimpleNamespace, catseg: CATSeg, classes: Classes) -> Segmenter:
-    """What downstream.catseg.eval makes of a CAT-Seg, by its own windows.
-
-    Raises UserError for a threshold, which its probabilities of single classes do not have, and for
-    PAMR, which refines cosines.
-    """
-    settings.check(cfg, PAMR=(not cfg.PAMR, f"0 for {cfg.CKPT}, a CAT-Seg, whose probabilities it "
-                              "does not refine"),
-                   THRESHOLD=(cfg.THRESHOLD is None, f"None for {cfg.CKPT}, a CAT-Seg, whose "
-                              "background is a class like others"))
+    """What downstream.catseg.eval makes of a CAT-Seg, by its own windows."""
     protocol = catseg_eval.Protocol.of(catseg, window_batch=cfg.WINDOW_BATCH,
                                        precision=cfg.PRECISION)
     return partial(catseg_eval.predict, protocol, catseg, classes,
                    catseg_eval.encode(catseg, classes))
+
+
+def refuse_unused_by_catseg(cfg: SimpleNamespace, clip: DeCLIP) -> None:
+    """Raises UserError on options that say what a CAT-Seg's file says, or that only a CLIP has."""
+    of_file = f"is said by {cfg.CKPT}, a CAT-Seg"
+    of_clip = not cfg.ATTENTION and f"is for a CLIP, and {cfg.CKPT}, a CAT-Seg, has its own"
+    is_other = cfg.MODEL and locate(cfg.MODEL, None) != clip.source
+    settings.refuse_unused(
+        cfg, MODEL=is_other and of_file, PRETRAINED=of_file, CONTEXT=of_file, SCALE=of_file,
+        TEMPLATES=of_clip, SHORT_SIDE=of_clip, LONG_SIDE=of_clip, WINDOW=of_clip, STRIDE=of_clip,
+        CACHE=of_clip,
+        PAMR=f"refines cosines, and {cfg.CKPT}, a CAT-Seg, has none",
+        THRESHOLD=f"is for cosines, and background is a class like others of {cfg.CKPT}, a CAT-Seg",
+        LOGIT_SCALE=f"is for a threshold, which {cfg.CKPT}, a CAT-Seg, has not")
 
 
 # Rows of model.ATTENTIONS as titles have them.
@@ -167,12 +192,11 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
     if not classes.names:
         raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
                         'wooden chair, grass", or give a class file.')
-    if cfg.THRESHOLD is not None and not cfg.BACKGROUND:
-        raise UserError("THRESHOLD is for --background, which gets what no class is sure of; add "
-                        "it, or leave --threshold out.")
-    if cfg.LOGIT_SCALE is not None and cfg.THRESHOLD is None:
-        raise UserError("LOGIT_SCALE makes the probability that --background gets its pixels by; "
-                        "give --background and --threshold too, or leave --logit_scale out.")
+    settings.refuse_unused(
+        cfg, THRESHOLD=not cfg.BACKGROUND and
+        "is for --background, which gets what no class is sure of and was not given",
+        LOGIT_SCALE=cfg.THRESHOLD is None and "makes the probability that --background gets its "
+        "pixels by (give --background and --threshold too)")
     return with_background(classes) if cfg.BACKGROUND else classes
 
 
@@ -193,8 +217,14 @@ def typed_classes(text: str) -> Classes:
 
 
 def with_background(classes: Classes) -> Classes:
-    """Classes behind that of everything else, whose names are VOC's less those of the others."""
+    """Classes behind that of everything else, whose names are VOC's less those of the others.
+
+    Raises UserError if one of them is called background, too.
+    """
     wanted = {name.casefold() for name in classes.prompts}
+    if "background" in wanted:
+        raise UserError("CLASSES names background, which is the class that --background adds; "
+                        "leave one of the two out.")
     voc = read_classes("classes/voc21.txt")
     rest = [name for name, k in zip(voc.prompts, voc.class_of_prompt)
             if k == 0 and name.casefold() not in wanted]
@@ -204,48 +234,79 @@ def with_background(classes: Classes) -> Classes:
 
 # ---------------------------------------------------------------------------- the photographs
 
-SUFFIX = ".segmentation.png"
-OWN_FILES = (SUFFIX, ".labels.png", ".detection.png")       # also of tools.detect
+SUFFIX, LABELS_SUFFIX = OWN_ENDINGS[:2]
 
 
 def find_photos(asked: Sequence[str], out: str | None = None, suffix: str = SUFFIX
                 ) -> dict[Path, Path]:
-    """Files as they are named, folders with all images below them except figures -> where the
-    figure of each goes: beside it, or below `out` in the same subfolder.
+    """Files as they are named, folders with all images below them -> where the figure of each goes:
+    beside it, or below `out` in the same subfolder. No two have one, nor that of a photograph.
 
     Raises UserError if there is no photograph.
     """
-    figures: dict[Path, Path] = {}
+    roots: dict[Path, Path] = {}
     for place in map(Path, asked):
         if not place.exists():
             raise UserError(f"There is no photograph {place}; give an image file or a folder of "
                             "them.")
-        files = [place] if place.is_file() else [
-            Path(file) for file in list_images(place)[0] if not file.endswith(OWN_FILES)]
-        root = place.parent if place.is_file() else place
-        for path in (path for path in files if path not in figures):
-            folder = Path(out) / path.parent.relative_to(root) if out else path.parent
-            figure = folder / f"{path.stem}{suffix}"
-            if figure in figures.values():      # a.jpg and a.png are two photographs
-                figure = folder / f"{path.name}{suffix}"
-            figures[path] = figure
-    if not figures:
-        raise UserError(f"{' '.join(asked)} holds no photograph but figures of an earlier run; "
-                        "give an image file or a folder.")
+        files, left_out = ([place], {}) if place.is_file() else list_images(place)
+        if left_out:
+            print(f"left out of {place}: {counted(left_out)}")
+        for path in map(Path, files):
+            roots.setdefault(path, place.parent if place.is_file() else place)
+    taken, figures = {unfolded(path) for path in roots}, {}
+    for path, root in roots.items():
+        folder = Path(out) / path.parent.relative_to(root) if out else path.parent
+        # a.jpg and a.png are two photographs, and so are those of several folders
+        names = chain((path.stem, path.name), (f"{path.name}-{number}" for number in count(2)))
+        figures[path] = next(figure for name in names if unfolded(
+            figure := folder / fitting(name, suffix)) not in taken)
+        taken.add(unfolded(figures[path]))
     return figures
 
 
-def read_photos(figures: dict[Path, Path]) -> Iterator[tuple[Path, Path, Tensor]]:
-    """Every photograph that can be read, with its figure's path; at the end UserError names others.
+def unfolded(path: Path) -> str:
+    """The same for two paths that some disks take for one: of other capitals or accents."""
+    return unicodedata.normalize("NFC", os.path.abspath(path)).casefold()
+
+
+def fitting(name: str, suffix: str) -> str:
+    """A name and a suffix; one too long for a file is cut and has a checksum of the whole name."""
+    room = MAX_NAME - len(suffix) - 1       # .json is longer than .png
+    whole = os.fsencode(name)
+    if len(whole) > room:
+        name = f"{whole[:room - 9].decode(errors='ignore')}-{zlib.crc32(whole):08x}"
+    return name + suffix
+
+
+def each_photo(figures: dict[Path, Path], load: Callable[[], object],
+               work: Callable[[object, Tensor, Path, Path], str]) -> list[str]:
+    """Prints work(load(), photo, path, figure) for every photograph -> why others failed.
+
+    No model is loaded before a photograph is read. Of a full disk the whole ends, by an OSError.
     """
-    failed = []
+    model, failed = None, []
     for path, figure in tqdm(figures.items(), unit="photo", disable=len(figures) == 1):
         try:
             photo = read_image(path, upright=True)
         except UserError as error:
             failed.append(str(error))
+            continue
+        model = model or load()
+        try:
+            line = work(model, photo, path, figure)
+        except Exception as error:      # a photograph's failure is its own
+            plt.close("all")
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            failed.append(f"{path} failed ({' '.join(str(error).split())}).")
         else:
-            yield path, figure, photo
+            tqdm.write(printable(line))
+    return failed
+
+
+def say_failed(failed: Sequence[str]) -> None:
+    """Raises UserError if any photograph has failed."""
     if failed:
         raise UserError(" ".join(failed))
 
@@ -270,11 +331,14 @@ def write_labels(prediction: Tensor, classes: Classes, path: Path) -> None:
     """Classes of pixels (H, W) -> a PNG of their numbers, of 16 bits for more than 256 classes.
 
     Beside it a json has `names`: that of class 0, 1, and so on. The label is that of an upright
-    photograph, as its EXIF entry says.
+    photograph, as its EXIF entry says. UserError if such a PNG without a json is there: a label of
+    the user's own.
     """
+    if path.exists() and not path.with_suffix(".json").exists():
+        raise UserError(f"{path} is there and not of this tool; choose another OUT.")
     values = prediction.numpy().astype(np.uint8 if len(classes) <= 256 else np.uint16)
-    atomic_write(path, lambda file: Image.fromarray(values).save(file, format="PNG"))
     write_json(path.with_suffix(".json"), {"names": classes.names})
+    atomic_write(path, lambda file: Image.fromarray(values).save(file, format="PNG"))
 
 
 def describe(prediction: Tensor, classes: Classes) -> str:
@@ -341,6 +405,22 @@ def draw(photo: Tensor, panels: dict[str, Tensor], classes: Classes, name: str, 
             paint(axis, photo, drawn[title], classes, colour_of, width)
             axis.legend(handles=entries[title], ncols=ncols[title], **BELOW)
     figure.savefig(path, format="png")
+    plt.close(figure)
+
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def check_figure(cfg: SimpleNamespace) -> None:
+    """Raises UserError unless the setting FIGURE, if any, ends in a format of figures."""
+    fits = cfg.FIGURE is None or Path(cfg.FIGURE).suffix.lower() in FORMATS
+    settings.check(cfg, FIGURE=(fits, f"a file of a kind that can be drawn, {', '.join(FORMATS)}"))
+
+
+def save_figure(figure: plt.Figure, path: str | Path, **how: object) -> None:
+    """Writes a figure in the format that the path's suffix names, and closes it."""
+    form = Path(path).suffix[1:].lower()
+    atomic_write(path, lambda file: figure.savefig(file, dpi=110, format=form, **how))
     plt.close(figure)
 
 

@@ -30,14 +30,13 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from data import fitted_size, normalize, resize
-from eval_region import open_model
 from eval_seg import Protocol
 from model import DECOUPLED, VFM, VisionTower, load_vfm
 from tools import segment
-from util import UserError, distributed, settings
-from util.files import atomic_write, read_json
+from util import UserError, distributed, printable, settings
 from util.images import read_image
 from util.precision import autocast, check_precision
+from util.results import as_written, read_results
 from util.run import LOG_FIELDS
 from util.towers import SAM
 
@@ -69,15 +68,26 @@ def main(argv: list[str] | None = None) -> None:
                             f"KIND one of {', '.join(KINDS)}.")
         settings.check_min(cfg, LAYERS=1, SIZE=1)
         check_precision(cfg.PRECISION)
-        figure = KINDS[kind](cfg, files, ranks.device)
+        segment.check_figure(cfg)
+        settings.refuse_unread(cfg, sys.modules[__name__], [kind], READ_BY)
+        settings.refuse_unused(cfg, OUT=cfg.FIGURE and "is for a figure without a name of its own",
+                               SEED=cfg.ANCHOR and "chooses the anchor if ANCHOR does not",
+                               VFM_PRETRAINED=not cfg.VFM_MODEL and "is of the VFM, but none is")
+        figure, failed = KINDS[kind](cfg, files, ranks.device), []
+        if isinstance(figure, tuple):       # the photographs that it shows, and those that failed
+            figure, failed = figure
         path = Path(cfg.FIGURE or Path(cfg.OUT or "out") / f"{kind}.png")
-        form = path.suffix[1:].lower() or "png"
-        settings.check(cfg, FIGURE=(form in figure.canvas.get_supported_filetypes(),
-                                    "a file of a kind that can be drawn, such as .png or .pdf"))
-        atomic_write(path, lambda file: figure.savefig(file, dpi=110, format=form,
-                                                       bbox_inches="tight"))
-        plt.close(figure)
-        print(f"the figure is {path}")
+        segment.save_figure(figure, path, bbox_inches="tight")
+        print(f"the figure is {printable(str(path))}")
+        segment.say_failed(failed)
+
+
+# Which kinds of figure read a setting, or a block of them; others are read by all.
+LAYERWISE = "attention cls correlation"
+READ_BY = {"The model": f"{LAYERWISE} segmentation", "ATTENTION": "", "What is shown": LAYERWISE,
+           "ANCHOR": "attention correlation", "SEED": "attention correlation",
+           "PRECISION": f"{LAYERWISE} segmentation", **dict.fromkeys((
+               "TEMPLATES", "CACHE", "The windows", "What is named", "METHODS"), "segmentation")}
 
 
 # ------------------------------------------------------------------------------ attention maps
@@ -152,7 +162,7 @@ class Shown(NamedTuple):
 
 def open_models(cfg: SimpleNamespace, device: torch.device) -> list[Shown]:
     """CLIP, the trained model and the VFM, as far as there are weights for them."""
-    trained = open_model(cfg).to(device)
+    trained = segment.open_shown(cfg).to(device)
     clip = segment.open_original(cfg, trained)
     name = "DeCLIP" if cfg.CKPT else "decoupled, untrained"
     rows = [(f"CLIP\n{segment.readable(trained.model_name)}", clip.visual, "clip"),
@@ -180,7 +190,7 @@ def one_photo(cfg: SimpleNamespace, files: list[str]) -> Subject:
         raise UserError(f"{len(photos)} photographs were given, but this figure is of one; name "
                         "one.")
     photo = read_image(photos[0], upright=True)
-    segment.use_fonts([photos[0].name])
+    segment.use_fonts([printable(photos[0].name)])
     H, W = photo.shape[-2:]
     rng = random.Random(cfg.SEED)
     anchor = rng.randrange(W), rng.randrange(H)
@@ -189,7 +199,7 @@ def one_photo(cfg: SimpleNamespace, files: list[str]) -> Subject:
         anchor = (int(found[1]), int(found[2])) if found else (W, H)
         settings.check(cfg, ANCHOR=(anchor[0] < W and anchor[1] < H, "two whole numbers, x,y in "
                                     f"pixels of the photograph, which is {W} x {H}"))
-    return Subject(photos[0].name, photo, anchor)
+    return Subject(printable(photos[0].name), photo, anchor)
 
 
 def grid_of(photo: Tensor, size: int | None, clip: VisionTower) -> tuple[int, int]:
@@ -248,6 +258,9 @@ def panels(subject: Subject, rows: list[tuple[str, list[tuple[int, Tensor]]]], t
 
 # ------------------------------------------------------------------------------- the figures
 
+MAX_ROWS = 40       # photographs of one figure
+
+
 def attention(cfg: SimpleNamespace, files: list[str], device: torch.device,
               of_cls: bool = False) -> plt.Figure:
     """What the anchor's token attends to, or [CLS], in some layers of each model."""
@@ -281,32 +294,48 @@ def correlation(cfg: SimpleNamespace, files: list[str], device: torch.device) ->
     return panels(subject, rows, title, "cosine", "min", cmap="magma", vmin=-0.2, vmax=1)
 
 
-def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
-    """Photographs, each by several methods (Figure 10)."""
+def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device
+                 ) -> tuple[plt.Figure, list[str]]:
+    """Photographs, each by several methods (Figure 10); and why others could not be shown.
+
+    Raises UserError if there are too many for a figure, or none can be read.
+    """
     Protocol.of(cfg)        # UserError for a setting out of its range
-    classes, photos = segment.find_classes(cfg), [*segment.find_photos(files)][:6]
-    segment.use_fonts([*classes.names, *(path.name for path in photos)])
-    images = [read_image(path, upright=True) for path in photos]
-    # 1. Every method's classes of pixels
-    trained = open_model(cfg).to(device)
-    clip = segment.open_original(cfg, trained)
-    columns = {segment.METHOD_NAMES.get(name, name): (clip, name) for name in cfg.METHODS}
-    columns["decoupled, untrained" if clip is trained else "DeCLIP"] = trained, None
-    on_device, found = [image.to(device) for image in images], {}
-    for title, (model, attention) in columns.items():
-        predictions = segment.by_clip(cfg, model, classes, attention)(on_device)
-        found |= {(row, title): prediction.cpu() for row, prediction in enumerate(predictions)}
+    classes, photos = segment.find_classes(cfg), segment.find_photos(files)
+    if len(photos) > MAX_ROWS:
+        raise UserError(f"{len(photos)} photographs were given, but a figure has room for "
+                        f"{MAX_ROWS}; name fewer, or take tools.segment, which draws each.")
+    segment.use_fonts([*classes.names, *(printable(path.name) for path in photos)])
+    rows = {}       # by name: the picture, and each method's classes of its pixels
+
+    # 1. Every method's classes of pixels, as large as they are drawn
+    def load() -> dict[str, segment.Segmenter]:
+        trained = segment.open_shown(cfg).to(device)
+        clip = segment.open_original(cfg, trained)
+        columns = {segment.METHOD_NAMES.get(name, name): (clip, name) for name in cfg.METHODS}
+        columns["decoupled, untrained" if clip is trained else "DeCLIP"] = trained, None
+        return {title: segment.by_clip(cfg, model, classes, attention)
+                for title, (model, attention) in columns.items()}
+
+    def segment_one(columns: dict, photo: Tensor, path: Path, _: Path) -> str:
+        found = {title: by([photo.to(device)])[0].cpu() for title, by in columns.items()}
+        rows[path] = segment.resized(photo, found, 640)
+        return str(path)
+
+    failed = segment.each_photo(photos, load, segment_one)
+    if not rows:
+        segment.say_failed(failed)
     # 2. A row for each photograph
-    heights = [2.6 * image.shape[1] / image.shape[2] for image in images]
-    figure, axes = plt.subplots(len(photos), 1 + len(columns), squeeze=False, layout="constrained",
+    columns = [*next(iter(rows.values()))[1]]
+    found = {(path, title): drawn[title] for path, (_, drawn) in rows.items() for title in columns}
+    heights = [2.6 * picture.shape[1] / picture.shape[2] for picture, _ in rows.values()]
+    figure, axes = plt.subplots(len(rows), 1 + len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.7 * (1 + len(columns)), sum(heights) + 1),
                                 height_ratios=heights)
     colour_of = segment.colours(found, classes)
-    for row, (line, image) in enumerate(zip(axes, images)):
-        of_image = {title: found[row, title] for title in columns}
-        picture, drawn = segment.resized(image, of_image, 640)
+    for line, (path, (picture, drawn)) in zip(axes, rows.items()):
         line[0].imshow(picture.permute(1, 2, 0), aspect="auto")
-        line[0].set_ylabel(photos[row].name, fontsize=9)
+        line[0].set_ylabel(printable(path.name), fontsize=9)
         for axis, title in zip(line[1:], columns):
             segment.paint(axis, picture, drawn[title], classes, colour_of, inches=2.6)
     for axis, title in zip(axes[0], ["photograph", *columns]):
@@ -319,28 +348,27 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device) -
                segment.seen_classes(found.values(), classes)[:segment.MAX_NAMED]]
     figure.legend(handles=handles, loc="outside lower center",
                   ncols=segment.balanced(len(handles), 8), **segment.LEGEND | {"fontsize": 9.5})
-    return figure
+    return figure, failed
 
 
 def sizes(cfg: SimpleNamespace, files: list[str], device: torch.device) -> plt.Figure:
-    """Top-1 mAcc over the image's size, for things and for stuff, from a region.json (Figure 6)."""
+    """Top-1 mAcc over the image's size, for things and for stuff, from a region.json (Figure 6):
+    its newest evaluation, or that of CKPT, MODEL and ATTENTION."""
     if len(files) > 1:
         raise UserError(f"{len(files)} files were given, but this figure is of one; name one.")
-    result = read_json(files[0])
-    try:
-        means = {int(size): of_size["mAcc"] for size, of_size in result["sizes"].items()}
+    asked = {name: getattr(cfg, name.upper()) for name in ("ckpt", "model", "attention")}
+    found = read_results(files[0], **{name: value for name, value in asked.items() if value})
+    with as_written(files[0]):
+        if not found:
+            raise ValueError("no result of this CKPT, MODEL and ATTENTION")
+        of = found[-1]["of"]        # the newest, with the other sizes of the same evaluation
+        means = dict(sorted((result["of"]["size"], result["mAcc"]) for result in found
+                            if result["of"] | {"size": 0} == of | {"size": 0}))
         lines = {kind: {label: [of_size[f"{way} {kind}"]["top1"] for of_size in means.values()]
                         for way, label in (("box", "boxes"), ("mask", "masks"),
                                            ("crop", "[CLS] of crops"))}
                  for kind in ("thing", "stuff")}
-        attention = result["settings"]["ATTENTION"] or result["context"]
-        if attention in DECOUPLED:
-            attention += f", scale {result['scale'] or '1/√d'}"
-        weights = result["settings"]["CKPT"] or result["settings"]["PRETRAINED"]
-        title = f"{result['model']}, attention {attention}, {weights}"
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{files[0]} is no region.json of eval_region.py ({error!r}); give one."
-                        ) from None
+        title = found[-1]["title"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True)
     for axis, kind in zip(axes, lines):
         for label, values in lines[kind].items():

@@ -4,11 +4,9 @@
     python -m toy.demo                  # the table and the figure again
 """
 
-import json
 import math
 import sys
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,59 +17,74 @@ from matplotlib import colors, patches
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+import eval_region
+import eval_seg
 from data import Classes, student_image
-from eval_seg import find_set
+from eval_seg import Protocol, find_benchmark, find_set
 from model import DeCLIP
+from tools import segment
 from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
 from tools.visualize import Shown, token_of
 from toy.world import THINGS
 from util import UserError, distributed, settings
-from util.files import atomic_write
+from util.results import as_written, options_of, read_results
 from util.text import find_templates
+from util.weights import read_clip_record
 
 RESULTS = "out/toy"                 # folder of the evaluations' json, declip/ below it
 CKPT = "out/toy/declip/declip.safetensors"      # the trained model
 SCENES = (5, 0, 9)                  # scenes of toy/benchmark.json that the figure shows
 FIGURE = "out/toy/demo.png"         # where the figure goes
 
-METHODS = {"CLIP": "{}.clip.json", "decoupled block, untrained": "{}.q.json",
-           "DeCLIP": "declip/{}.json"}
+# Each method's folder in RESULTS and its attention, None for the trained model's own.
+METHODS = {"CLIP": ("", "clip"), "decoupled block, untrained": ("", "q"),
+           "DeCLIP": ("declip", None)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__):
-        print(table(read_results(cfg)))
+        segment.check_figure(cfg)
+        results = find_results(cfg)
+        with as_written(cfg.RESULTS):
+            print(table(results))
         draw(cfg)
     print(f"\nThe figure is {cfg.FIGURE}. Next, with real data: unpack COCO into data/ as "
           "README.md says, then\ntorchrun --nproc_per_node 8 train.py")
 
 
-def read_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
-    """For each method what eval_region.py and eval_seg.py wrote."""
-    results = {}
-    for method, pattern in METHODS.items():
-        files = {name: Path(cfg.RESULTS) / pattern.format(name) for name in ("region", "seg")}
-        missing = next((file for file in files.values() if not file.is_file()), None)
-        if missing:
-            raise UserError(f"There is no {missing}; run toy/demo.sh, which evaluates first.")
-        results[method] = {name: json.loads(file.read_text()) for name, file in files.items()}
+def find_results(cfg: SimpleNamespace) -> dict[str, dict[str, dict]]:
+    """For each method the newest results of eval_region.py and eval_seg.py with the presets."""
+    region, seg = (settings.parse([f"@presets/toy_{name}.txt"], script)
+                   for name, script in (("region", eval_region), ("seg", eval_seg)))
+    protocol, results = Protocol.of(seg, find_benchmark("toy")).recorded(), {}
+    for method, (folder, attention) in METHODS.items():
+        record = {"context": "q", "scale": None} if attention else read_clip_record(cfg.CKPT)
+        model = {"attention": attention or record["context"], "context": record["context"],
+                 "scale": record["scale"], "ckpt": None if attention else cfg.CKPT}
+        for name, of in (("region", options_of(region) | {"size": 128}),
+                         ("seg", options_of(seg) | protocol | {"benchmark": "toy"})):
+            path = Path(cfg.RESULTS) / folder / f"{name}.json"
+            found = read_results(path, **of | model) if path.is_file() else []
+            if not found:
+                raise UserError(f"{path} has no result of {method} with the demo's settings; run "
+                                "toy/demo.sh, which evaluates first.")
+            results.setdefault(method, {})[name] = found[-1]
     return results
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
     """The comparison for a screen, in per cent."""
     def of_regions(method: str, way: str) -> str:
-        means = results[method]["region"]["sizes"]["128"]["mAcc"]
+        means = results[method]["region"]["mAcc"]
         return "".join(f"{means[f'{way} {kind}']['top1']:8.1f}" for kind in ("thing", "stuff"))
 
     lines = ["", f"{'':36}{'mAcc by box':>16}{'mAcc by mask':>16}",
              f"{'%':36}{'thing   stuff   thing   stuff    mIoU':>40}"]
     for method, result in results.items():
-        miou = result["seg"]["benchmarks"]["toy"]["mIoU"]
         regions = of_regions(method, "box") + of_regions(method, "mask")
-        lines.append(f"{method:36}{regions}{miou:8.1f}")
+        lines.append(f"{method:36}{regions}{result['seg']['mIoU']:8.1f}")
     return "\n".join([*lines,
                       f"{'CLIP on crops cut out of the scenes':36}{of_regions('CLIP', 'crop')}"])
 
@@ -106,8 +119,7 @@ def draw(cfg: SimpleNamespace) -> None:
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen_classes(labels, classes))
-    atomic_write(cfg.FIGURE, partial(figure.savefig, dpi=110, format="png"))
-    plt.close(figure)
+    segment.save_figure(figure, cfg.FIGURE)
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],

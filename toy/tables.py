@@ -11,13 +11,11 @@ them). A training or evaluation that is in the folder of runs already is not rep
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
-from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -30,8 +28,11 @@ from downstream.catseg import eval as catseg_eval
 from downstream.catseg import train as catseg_train
 from downstream.fvit import eval as fvit_eval
 from downstream.fvit import train as fvit_train
+from tools.visualize import read_log
 from toy.world import NAMES, SEEN, THINGS, UNSEEN
 from util import distributed, settings
+from util.results import read_results, write_result
+from util.weights import read_record
 
 OUT: str | None = None              # folder of the runs; None: what TABLES has for the table
 SEEDS = (0, 1, 2)                   # of the trainings; in detection each has its own split
@@ -67,9 +68,15 @@ def run(cfg: SimpleNamespace) -> str:
     splits = range(len(NOVEL)) if name == "detection" else cfg.SEEDS
     settings.check(cfg, TABLE=(name in TABLES, f"one of {', '.join(TABLES)}"),
                    SCENES=(cfg.SCENES in BENCHMARKS, "val or dev"),
-                   SEARCH=(name == "table1" or not cfg.SEARCH, "false but for table1"),
                    SEEDS=({*cfg.SEEDS} <= {*splits}, "from 0 to 2, which have a split each"))
+    mode = "--search" if cfg.SEARCH and name == "table1" else name
+    settings.refuse_unread(cfg, sys.modules[__name__], [mode], READ_BY)
     return search(cfg) if cfg.SEARCH else report(cfg, TABLES[name])
+
+
+# Which tables read a setting; others are read by all, and by --search.
+READ_BY = {"SEARCH": "--search table1", "CKPT": "detection catseg", "LRS": "--search",
+           "LAMBDAS": "--search", **dict.fromkeys(("SEEDS", "SCENES"), "table1 detection catseg")}
 
 
 def report(cfg: SimpleNamespace, table: Table) -> str:
@@ -80,7 +87,7 @@ def report(cfg: SimpleNamespace, table: Table) -> str:
     return layout(f"{cfg.SCENES} scenes, {table.unit}", found)
 
 
-def layout(corner: str, found: dict[str, list[dict[str, float]]]) -> str:
+def layout(corner: str, found: dict[str, list[dict[str, float | None]]]) -> str:
     """The figures of each row's runs -> their means and, of several, standard deviations."""
     width, columns = max(map(len, [corner, *found])) + 3, [*next(iter(found.values()))[0]]
     lines = [f"{corner:{width}}" + "".join(f"{column:>14}" for column in columns)]
@@ -88,8 +95,9 @@ def layout(corner: str, found: dict[str, list[dict[str, float]]]) -> str:
         line = f"{row:{width}}"
         for column in columns:
             values = [run[column] for run in runs]
-            deviation = f" ± {stdev(values):3.1f}" if len(values) > 1 else ""
-            line += f"{mean(values):8.1f}{deviation:6}"
+            known = None not in values
+            deviation = f" ± {stdev(values):3.1f}" if known and len(values) > 1 else ""
+            line += f"{mean(values):8.1f}{deviation:6}" if known else " " * 14
         lines.append(line)
     return "\n".join(lines)
 
@@ -126,15 +134,16 @@ def figures(cfg: SimpleNamespace, table: Table, row: str, seed: int, more: Seque
     chosen = settings.parse(options, table.script)
     name = table.folder.format(arm=row.split()[-1].lower(), **vars(chosen))
     folder = Path(cfg.OUT or table.out) / name
-    seconds, result = folder / "seconds", folder / f"{cfg.SCENES}.json"
+    trained, results = folder / "trained", folder / "figures.json"
     with printing_into(folder):
-        if not seconds.exists():
-            start = perf_counter()
+        if not trained.exists():
             table.script.main([*options, "--out", str(folder), "--resume"])
-            seconds.write_text(str(perf_counter() - start))
-        if not result.exists():
-            result.write_text(json.dumps(table.evaluate(folder, cfg.SCENES)))
-    return json.loads(result.read_text())
+            trained.touch()
+        if not (results.exists() and read_results(results, scenes=cfg.SCENES)):
+            run = SimpleNamespace(**vars(cfg) | {"OUT": str(folder)})
+            write_result(run, "figures", {"scenes": cfg.SCENES},
+                         {"figures": table.evaluate(folder, cfg.SCENES)})
+    return read_results(results, scenes=cfg.SCENES)[-1]["figures"]
 
 
 @contextlib.contextmanager
@@ -159,9 +168,9 @@ def alone(cfg: SimpleNamespace, table: Table, options: list[str]) -> dict[str, f
 BENCHMARKS = {"val": "toy", "dev": "toy/dev.json"}
 
 
-def of_declip(folder: Path, scenes: str) -> dict[str, float]:
+def of_declip(folder: Path, scenes: str) -> dict[str, float | None]:
     """Table 1: how right regions are named by box and by mask, and mIoU; on the val scenes also
-    mIoU in windows and with PAMR, and the seconds of the training."""
+    mIoU in windows and with PAMR, and the seconds of the training's steps."""
     model, root = ["--ckpt", f"{folder}/declip.safetensors"], f"data/toy/{scenes}"
     regions = eval_region.main([
         "@presets/toy_region.txt", *model, "--annotations", f"{root}/panoptic.json",
@@ -172,8 +181,19 @@ def of_declip(folder: Path, scenes: str) -> dict[str, float]:
     if scenes == "val":
         found["windows"] = segment([*model, "--window", "96", "--stride", "32"], scenes)["mIoU"]
         found["PAMR"] = segment([*model, "--pamr", "10"], scenes)["mIoU"]
-        found["seconds"] = float((folder / "seconds").read_text())
+        found["seconds"] = training_seconds(folder)
     return found
+
+
+def training_seconds(folder: Path) -> float | None:
+    """The seconds of a run's steps by its log, in however many parts it was made; None, a blank in
+    the table, if the log lacks the end."""
+    run = read_record(folder / "declip.safetensors")["settings"]
+    lines = read_log(folder / "log.jsonl")
+    steps = [0, *(line["step"] for line in lines)]
+    seconds = sum((last - first) * run["BATCH_SIZE"] / line["images_per_second"]
+                  for (first, last), line in zip(pairwise(steps), lines))
+    return seconds if steps[-1] == run["step"] else None
 
 
 def segment(options: list[str], scenes: str) -> dict:

@@ -4,9 +4,10 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """A text whose control characters, which could command a terminal, are spelled out."""
-    return "".join(letter if unicodedata.category(letter) != "Cc" or letter == "\n" else
-                   letter.encode("unicode_escape").decode() for letter in text)
+    """A text whose control characters, which could command a terminal, and bytes that are no text
+    are spelled out."""
+    return "".join(letter if unicodedata.category(letter) not in ("Cc", "Cs") or letter == "\n"
+                   else letter.encode("unicode_escape").decode() for letter in text)
 
 
 class UserError(ValueError):

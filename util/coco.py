@@ -4,7 +4,7 @@
     content.images, content.categories, content.annotations     # entries that can be trusted
     print(content.report())                                     # how many are used, and why not all
 
-A reader says what it needs: boxes, masks, segments (of a panoptic json), lvis.
+A reader says what it needs: boxes, masks, segments (of a panoptic json), lvis, or names alone.
 What is of a wrong type or refers to what is not there is refused, with the json, the entry's id and
 the field; an annotation that is only empty is left out and counted. Whole columns are looked at
 first, one by one only to name a wrong entry: COCO has 860,000 annotations.
@@ -25,7 +25,7 @@ from pycocotools import mask as coco_masks
 
 from util import UserError
 from util.distributed import is_main
-from util.files import read_json
+from util.files import is_name, is_text, read_json
 
 NUMBERS = {int, float}
 REQUIRED = object()         # default of a field that every entry must have
@@ -65,11 +65,13 @@ class Coco:
 def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
     """The content of a COCO-style json, all entries checked. Paths in it are only texts here.
 
-    needs: any of boxes, masks, segments, lvis; without one of them only images are read.
+    needs: any of boxes, masks, segments, lvis; {"names"}: images and categories, without
+    annotations, which test sets lack; without one of them only images are read.
     Raises UserError that names the json, the entry's id and the field.
     """
     needs, path = set(needs), Path(path)
-    sections = ("images", "annotations", "categories") if needs else ("images",)
+    count = 3 if needs - {"names"} else 2 if needs else 1
+    sections = ("images", "categories", "annotations")[:count]
     content = read_json(path, *sections)
     for section in sections:
         if not isinstance(content[section], list) or not all(
@@ -80,7 +82,7 @@ def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
     check_images(coco, needs)
     if needs:
         coco.categories = check_categories(path, content["categories"], needs)
-        coco.annotations = content["annotations"]
+        coco.annotations = content["annotations"] if count == 3 else []
         if "segments" in needs:
             check_segments(coco)
         else:
@@ -165,13 +167,6 @@ def unique(column: Column) -> list:
     return values
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is a text that a file or a class may be called by."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return False
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)     # not in any encoding
-
-
 def check_images(coco: Coco, needs: set[str]) -> None:
     """Ids, names and, if needed, sizes of images. One without a name has LVIS's address."""
     column = partial(Column, coco.path, "images", coco.images)
@@ -181,7 +176,7 @@ def check_images(coco: Coco, needs: set[str]) -> None:
         # LVIS has no names: an image of COCO's is where its address says, split/number.jpg.
         if "file_name" not in image and is_text(image.get("coco_url")):
             coco.images[place] = image | {"file_name": "/".join(image["coco_url"].split("/")[-2:])}
-    column("file_name").must(is_text, "the name of a file")
+    column("file_name").must(is_name, "the name of a file")
     if needs & {"boxes", "masks"}:
         for side in ("height", "width"):
             column(side).must(lambda value: type(value) is int and 1 <= value < 2**20,
@@ -234,7 +229,10 @@ def four_numbers(column: Column) -> np.ndarray:
     if {*map(len, column.values)} - {4} or (
             {*map(type, chain.from_iterable(column.values))} - NUMBERS):
         column.must(lambda box: len(box) == 4 and {*map(type, box)} <= NUMBERS, what)
-    boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
+    try:
+        boxes = np.array(column.values, dtype=np.float64).reshape(-1, 4)
+    except OverflowError:
+        column.must(lambda box: max(map(abs, box)) < 1e300, what)
     is_right = np.isfinite(boxes).all(axis=1)
     if not is_right.all():
         column.refuse(int(np.flatnonzero(~is_right)[0]), what)
@@ -299,7 +297,11 @@ def check_polygons(column: Column, longest: np.ndarray) -> None:
         column.must(lambda shape: not isinstance(shape, list)
                     or {*map(type, chain.from_iterable(shape))} <= NUMBERS, what)
     lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-    number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
+    try:
+        number = np.fromiter(chain.from_iterable(parts), dtype=np.float64, count=lengths.sum())
+    except OverflowError:
+        column.must(lambda shape: not isinstance(shape, list) or max(
+            map(abs, chain.from_iterable(shape)), default=0) < 1e300, what)
     of_image = np.repeat(longest[entry], lengths)
     is_near = (number >= -MAX_OUTSIDE * of_image) & (number <= (1 + MAX_OUTSIDE) * of_image)
     wrong = np.concatenate([entry[lengths % 2 == 1], np.repeat(entry, lengths)[~is_near]])
@@ -345,7 +347,7 @@ def check_segments(coco: Coco) -> None:
         raise UserError(f"{coco.path} has no field 'segments_info' in its annotations; give the "
                         "panoptic json, such as panoptic_val2017.json, not instances or captions.")
     column = partial(Column, coco.path, "annotations", coco.annotations)
-    column("file_name").must(is_text, "the name of a PNG")
+    column("file_name").must(is_name, "the name of a PNG")
     column("segments_info").must(lambda value: isinstance(value, list) and all(
         isinstance(segment, dict) for segment in value), "a list of segments")
     segments = list(chain.from_iterable(annotation["segments_info"]

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -106,6 +106,13 @@ def session(script: str, tf32: bool = False) -> Iterator[Ranks]:
             "if weights were to be downloaded, check the network, name a local file, or try the "
             "toy world of README.md")
         raise SystemExit(f"{name}: {str(error).strip().rstrip('.')}; {advice}.") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"{name}: {' '.join(str(error).split())[:200].rstrip('.')}; a process "
+                         "that reads images has died, mostly because memory ran out: lower "
+                         "NUM_WORKERS or free memory, and start again (a training by --resume)."
+                         ) from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -185,6 +192,21 @@ def gather(thing: object) -> list:
     things = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
+
+
+PIECE = 2**24       # bytes
+
+
+def collect_lines(file: BinaryIO) -> None:
+    """Appends the lines of the other ranks' files to that of rank 0, piece by piece.
+
+    So no rank holds more than a piece of its own in memory, and rank 0 one of each.
+    """
+    file.seek(0, os.SEEK_END if is_main() else os.SEEK_SET)
+    while any(gather(len(piece := b"" if is_main() else b"".join(file.readlines(PIECE))))):
+        pieces = [b""] * dist.get_world_size() if is_main() else None
+        dist.gather_object(piece, pieces)
+        file.writelines(pieces or ())
 
 
 def barrier() -> None:

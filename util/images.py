@@ -24,6 +24,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".t
 # Image files that are not read, and are named when they are left out.
 OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".dng",
                   ".nef", ".cr2", ".arw", ".svg", ".eps", ".psd")
+# How names end that our tools give: what they draw may lie beside photographs, and no lister takes
+# it for one. A file that is named one by one, by a user, a json or a list, is read all the same.
+OWN_ENDINGS = (".segmentation.png", ".labels.png", ".detection.png", "/attention.png", "/cls.png",
+               "/correlation.png", "/segmentation.png", "/sizes.png", "/curves.png")
 # PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
@@ -125,7 +129,7 @@ def to_rgb(file: Image.Image, shift: int) -> np.ndarray:
 def list_images(images: str | Path, root: str | Path | None = None, outside: bool = False
                 ) -> tuple[list[str], Counter[str]]:
     """The sorted image files below a folder, or those that a COCO-style json names; and how many
-    image files there are of each suffix that is not read.
+    image files are left out, by suffix or by ending of our own.
 
     root: folder of the json's images, by default the json's own. outside: a json may name images
     that are not below it.
@@ -159,14 +163,19 @@ def images_of_json(path: Path, root: Path, outside: bool) -> list[str]:
     return paths
 
 
+def own_ending(name: str) -> str:
+    """Of a file's name without folders, the ending by which it is our tools'; "" for others."""
+    return next((ending for ending in OWN_ENDINGS if f"/{name}".endswith(ending)), "")
+
+
 def counted(others: Counter[str]) -> str:
     """Numbers of files by suffix, for a sentence."""
     return ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common())
 
 
 def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The sorted image files below a folder except hidden ones, and the numbers of other image
-    files by suffix. Follows links, enters each folder once."""
+    """The sorted image files below a folder except hidden ones, and the numbers of image files left
+    out by suffix, or by ending of our own. Follows links, enters each folder once."""
     paths, others, entered = [], Counter(), set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in entered:
@@ -174,9 +183,11 @@ def walk_images(folder: Path) -> tuple[list[str], Counter[str]]:
             continue
         entered.add(os.path.realpath(place))
         for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+            suffix, own = os.path.splitext(name)[1].lower(), own_ending(name)
+            if name.startswith("."):
+                continue
+            if own or suffix in OTHER_SUFFIXES:
+                others[own or suffix] += 1
+            elif suffix in IMAGE_SUFFIXES:
                 paths.append(os.path.join(place, name))
-            elif suffix in OTHER_SUFFIXES and not name.startswith("."):
-                others[suffix] += 1
     return sorted(paths), others

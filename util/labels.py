@@ -1,8 +1,8 @@
 """Label images as files: the benchmarks that have them, and one's own, described in a json."""
 
-import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +16,14 @@ from torch.utils.data import Dataset
 
 from util import UserError
 from util.coco import Instances, files_below, read_coco
-from util.files import ROOT, find, read_json
-from util.images import MAX_DECODED, orientation, read_image, unreadable
+from util.distributed import is_main
+from util.files import ROOT, find, is_list, is_name, is_number, is_of, read_json
+from util.images import MAX_DECODED, orientation, own_ending, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
+# Why DATA has no effect where all that is read are jsons of one's own.
+NOT_IN_DATA = "holds the known data sets, but files of one's own are beside their json"
 UNKNOWN = -2    # label of pixels of a value that a benchmark does not have
 # VOC's colours, (256, 3): the bits of a value, from the last on, are the colours' first.
 VOC_PALETTE = np.stack([sum((np.arange(256) >> 3 * place + channel & 1) << 7 - place
@@ -57,33 +60,51 @@ def read_benchmark(path: str | Path) -> SegmentationBenchmark:
     content = read_json(path, "image", "label", "classes")
     wrong = next((key for key, value in content.items() if not is_field(key, value)), None)
     if wrong:
-        raise UserError(f"{path} has {wrong!r}: {json.dumps(content[wrong])[:60]}, which is no "
+        raise UserError(f"{path} has {wrong!r}: {reprlib.repr(content[wrong])}, which is no "
                         "field of a benchmark or has a wrong value; docs/data.md shows a whole "
                         "file.")
-    folder = path.absolute().parent
-    classes = folder / content["classes"]
-    if not classes.is_file() and (CLASS_FILES / content["classes"]).is_file():
-        classes = CLASS_FILES / content["classes"]
+    home = Path(os.path.abspath(path)).parent
+    folder = os.path.normpath(home / content.get("folder", ""))
+    classes = next((place / content["classes"] for place in (home, CLASS_FILES)
+                    if os.path.isfile(place / content["classes"])), home / content["classes"])
+    for file, places in ((folder, (home.parent, ROOT)), (classes, (home, folder, CLASS_FILES))):
+        if not any(is_below(file, place) for place in places):
+            raise UserError(f"{path} names {os.path.normpath(file)}, which is not below "
+                            f"{places[0]}; a benchmark's files lie below the folder of its json "
+                            "or beside that, and its class file there or in classes/.")
     return SegmentationBenchmark(**{"names": "*", "values": None} | content | {
-        "folder": os.path.normpath(folder / content.get("folder", "")), "classes": str(classes)})
+        "folder": folder, "classes": str(classes)})
+
+
+def is_below(file: str | Path, folder: str | Path) -> bool:
+    """Whether a path is a folder or in it, as it is spelled."""
+    file, folder = os.path.abspath(file), os.path.abspath(folder)
+    return os.path.commonpath([file, folder]) == folder
 
 
 def is_field(key: str, value: object) -> bool:
     """Whether a user's json may have a field of SegmentationBenchmark with this value."""
     if key in ("values", "void"):
-        return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**16
-                                               for number in value)
+        return is_list(value, partial(is_of, int)) and (
+            key == "void" or len(set(value)) == len(value) > 0)
     if key == "protocol":
         return isinstance(value, dict) and all(
-            side in ("short_side", "long_side", "window", "stride") and type(pixels) is int
+            side in ("short_side", "long_side", "window", "stride") and is_of(int, pixels)
             for side, pixels in value.items())
     if key in ("threshold", "logit_scale"):
-        return type(value) in (int, float)
+        return is_number(value)
     if key in ("image", "label"):
         has_instances = key == "label" and str(value).endswith(".json")
         pattern = r"[^{}]*" if has_instances else r"[^{}]*\{\}[^{}]*"
-        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
-    return key in ("folder", "names", "classes", "origin") and isinstance(value, str)
+        return is_inner(value) and re.fullmatch(pattern, value) is not None
+    if key == "names":
+        return is_inner(value)
+    return key in ("folder", "classes", "origin") and (is_name(value) or value == "")
+
+
+def is_inner(path: object) -> bool:
+    """Whether a value is a relative path that never goes up."""
+    return is_name(path) and not path.startswith("/") and ".." not in path.split("/")
 
 
 class MissingData(UserError):
@@ -123,12 +144,23 @@ class SegmentationImages(Dataset):
         place = self.root / (self.benchmark.names if is_listed else pattern)
         names = []
         if is_listed and place.is_file():
-            lines = place.read_text(encoding="utf-8-sig").splitlines()
-            names = [line.strip() for line in lines if line.strip()]
+            try:
+                names = [line.strip() for line in place.read_text("utf-8-sig").splitlines()
+                         if line.strip()]
+                if not all(map(is_name, names)):
+                    raise ValueError
+            except ValueError:
+                raise UserError(f"{place} is not text in UTF-8 that files can be "
+                                "called by; it must be the images' names, one a line.") from None
         elif not is_listed:
             before, after = os.path.normpath(self.benchmark.image).split("{}")
-            paths = sorted(path.relative_to(self.root).as_posix()
-                           for path in self.root.glob(pattern))
+            found = {*self.root.glob(pattern)}
+            ours = {path for path in found if own_ending(path.name)}
+            if own_ending(os.path.basename(pattern)):       # named by the user
+                ours = set()
+            if ours and is_main():
+                print(f"left out of {self.root}: {len(ours)} images that our tools drew")
+            paths = sorted(path.relative_to(self.root).as_posix() for path in found - ours)
             names = [path[len(before):len(path) - len(after)] for path in paths]
         if not names:
             raise MissingData(f"There is no {place.absolute()}, or it names no image; "

@@ -33,6 +33,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
@@ -47,10 +48,11 @@ from tqdm import tqdm
 
 from util import UserError, distributed, printable, settings
 from util.distributed import Ranks
-from util.files import atomic_write, is_half_written
+from util.files import atomic_write, find, is_half_written, is_number, is_text, wrong_field
 from util.precision import autocast, check_precision, grad_scaler
 from util.samples import Batch, TrainingData
-from util.sharding import own_part, read_about, read_parts, write_parts
+from util.sharding import file_checksum, own_part, read_about, read_parts, write_parts
+from util.towers import locate
 from util.weights import read_record
 
 # The machinery
@@ -116,10 +118,12 @@ class Run:
         cfg.RESUME = cfg.RESUME or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         self.is_sharded = getattr(cfg, "FSDP", False)   # then all ranks save together
         self.fingerprint = images.fingerprint       # now: a save must not fail for want of it
+        self.files = checksums(cfg, getattr(images, "sources", ())) if ranks.is_main else {}
         self.lock = hold_folder(cfg.OUT) if ranks.is_main else None
         self.resumed = find_resume(cfg, self.fingerprint, (*MAY_CHANGE_ON_RESUME, *may_change))
         self.has_begun = False
         if ranks.is_main:
+            check_files(cfg.OUT, self.resumed, self.files)
             self.prepare_folder()
 
     def __enter__(self) -> "Run":
@@ -197,20 +201,26 @@ class Run:
             self.save_model(self.model_path, vars(self.cfg) | {"step": self.step})
 
     def restore(self) -> int:
-        """Puts the resumed state back and returns its step."""
-        state = self.resumed
+        """Puts the resumed state back and returns its step.
+
+        Raises UserError unless it has every trained weight, and moments of the optimiser's own
+        names, shapes and types: PyTorch would take others, and compute beyond their ends.
+        """
+        state, own = self.resumed, get_optimizer_state_dict(self.model, self.optimizer)
         try:
             if self.is_sharded:     # this rank's parts, of a folder that any number of ranks wrote
-                moments = get_optimizer_state_dict(self.model, self.optimizer)
                 read_parts(resume_file(self.cfg.OUT, state["step"], True),
-                           {"model": self.trained(), "moments": moments["state"]})
-                set_optimizer_state_dict(self.model, self.optimizer, moments)
-            elif set(state["model"]) != set(self.trained()):
-                raise KeyError("model")
+                           {"model": self.trained(), "moments": own["state"]})
+                set_optimizer_state_dict(self.model, self.optimizer, own)
             else:
+                own = self.optimizer.state_dict()
+                if not is_like(state, self.trained(), own):
+                    raise KeyError("model")
                 self.model.load_state_dict(state["model"], strict=False)
-                self.optimizer.load_state_dict(state["optimizer"])
-        except KeyError:
+                self.optimizer.load_state_dict(own | {"state": {
+                    number: {name: value.contiguous() for name, value in moments.items()}
+                    for number, moments in state["optimizer"]["state"].items()}})
+        except (KeyError, ValueError):      # other names; other groups of the optimiser
             raise UserError(f"The checkpoint of step {state['step']} in {self.cfg.OUT} does not "
                             "have the weights that are trained; remove it to go on from the one "
                             "before, or begin in another OUT.") from None
@@ -334,7 +344,8 @@ class Run:
             raise UserError(f"The weights are not finite after step {self.step}, so they were not "
                             f"saved; {last_checkpoint(self.cfg.OUT)}; lower LR.")
         about = {"step": self.step, "settings": vars(self.cfg), "images": self.fingerprint,
-                 "scaler": self.scaler.state_dict(), "bad_steps": self.guard.bad_steps}
+                 "scaler": self.scaler.state_dict(), "bad_steps": self.guard.bad_steps,
+                 "files": self.files}
         path = resume_file(self.cfg.OUT, self.step, self.is_sharded)
         try:
             if self.is_sharded:
@@ -785,17 +796,47 @@ def find_resume(cfg: SimpleNamespace, fingerprint: str, may_change: Sequence[str
     return state
 
 
+def checksums(cfg: SimpleNamespace, sources: Sequence[str | Path]) -> dict[str, str]:
+    """CRC-32 of the files that settings name: weights, a model's folder, jsons; and of `sources`,
+    those of the data. Shards and folders of images are known by their fingerprint."""
+    found = {"data": [Path(source) for source in sources]}
+    for name, value in vars(cfg).items():
+        if isinstance(value, str) and value.startswith("local-dir:"):
+            found[name] = sorted(Path(locate(value).removeprefix("local-dir:")).glob("*.*"))
+        elif isinstance(value, str) and Path(value).suffix in OF_FILES:
+            found[name] = [find(value)]
+    of_name = {name: [file_checksum(path) for path in paths
+                      if path.suffix in OF_FILES and path.is_file()]
+               for name, paths in found.items()}
+    return {name: " ".join(sums) for name, sums in of_name.items() if sums}
+
+
+OF_FILES = (".safetensors", ".pt", ".pth", ".bin", ".json", ".txt", ".gz")
+
+
+def check_files(out: str, resumed: dict | None, files: dict[str, str]) -> None:
+    """Raises UserError if a run that is resumed was begun with other files of the same names."""
+    if resumed and "files" not in resumed:
+        print("the checkpoint is of before files had checksums, so take care that weights and "
+              "annotations are those that the run was begun with")
+    for name, checksum in (resumed or {}).get("files", {}).items():
+        if files.get(name, checksum) != checksum:
+            raise UserError(f"The run in {out} was begun with other content of the file that "
+                            f"{name.upper()} names; put that back, or set OUT to another folder.")
+
+
 def read_state(path: Path) -> dict | None:
     """A checkpoint, without the tensors of one in parts; None if it is damaged."""
     try:
         if path.is_dir():
-            state, needed = read_about(path), STATE - {"model", "optimizer"}
+            state, needed = read_about(path), STATE.keys() - {"files", "model", "optimizer"}
         else:       # torch.load does not look at the checksums that the file, a zip archive, has
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("a checksum is wrong")
-            state, needed = torch.load(path, map_location="cpu", weights_only=True), STATE
-        if needed <= set(state):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            needed = STATE.keys() - {"files"}
+        if not wrong_field(state, STATE, needed) and path.stem == f"resume-{state['step']:08}":
             return state
     except Exception:       # damaged files raise anything
         pass
@@ -803,4 +844,30 @@ def read_state(path: Path) -> dict | None:
     return None
 
 
-STATE = {"step", "settings", "images", "model", "optimizer", "scaler", "bad_steps"}
+SCALER = {"scale": partial(is_number, least=1e-30, most=1e38), "growth_factor": is_number,
+          "backoff_factor": is_number, "growth_interval": partial(is_number, least=1, most=2**31),
+          "_growth_tracker": partial(is_number, least=0, most=2**31 - 1)}
+# The fields of a checkpoint; those of before had no checksums of files.
+STATE = {"step": lambda value: type(value) is int and 0 <= value < 2**53,
+         "bad_steps": lambda value: type(value) is int and value >= 0,
+         "settings": lambda value: isinstance(value, dict), "images": is_text,
+         "files": lambda value: isinstance(value, dict) and all(map(is_text, value.values())),
+         "scaler": lambda value: value == {} or not wrong_field(value, SCALER, SCALER),
+         "model": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(
+             value, dict) and isinstance(value.get("param_groups"), list)}
+
+
+def is_like(state: dict, weights: dict[str, Tensor], own: dict) -> bool:
+    """Whether a checkpoint has tensors of these weights' names, shapes and types, and moments as an
+    optimizer's `own` state has them, if perhaps not of all weights."""
+    def layout(tensors: dict[str, Tensor]) -> dict:
+        return {name: (value.shape, value.dtype, value.layout, value.is_meta)
+                for name, value in tensors.items()}
+    try:
+        groups = [[dict(group)["params"] for group in of_one["param_groups"]]
+                  for of_one in (state["optimizer"], own)]
+        return (layout(state["model"]) == layout(weights) and groups[0] == groups[1]
+                and all(layout(moments) == layout(own["state"][number])
+                        for number, moments in state["optimizer"]["state"].items()))
+    except Exception:       # what is no such state raises anything
+        return False

@@ -22,6 +22,7 @@ from util.images import (
     counted,
     list_images,
     open_image,
+    own_ending,
     read_image,
     unreadable,
 )
@@ -67,9 +68,11 @@ class TrainingData(Dataset):
     """Images to train with. Item i is that of image i or, if it can't be read, of the next one.
 
     paths: the image files. read_timeout: seconds after which one counts as unreadable. A subclass
-    says what `read` returns: a tensor or a named tuple of tensors, for the device.
+    says what `read` returns: a tensor or a named tuple of tensors, for the device; and `sources`,
+    the files that say what is on the images.
     """
 
+    sources: Sequence[str | Path] = ()
     TRIES = 100         # files in a row that may be unreadable
 
     def __init__(self, paths: Sequence[str], read_timeout: float = 60.0):
@@ -137,7 +140,7 @@ class ImageShards(TrainingData):
         super().__init__(shards, read_timeout)
         self.most_pixels, self.fingerprint = most_pixels, shards.fingerprint
         self.others = Counter({suffix: count for suffix, count in shards.ignored.items()
-                               if suffix in OTHER_SUFFIXES})
+                               if suffix in OTHER_SUFFIXES or own_ending(suffix)})
 
     def order(self, batch_size: int, epoch: int, seed: int) -> WindowOrder:
         return WindowOrder(self.paths.counts, batch_size, epoch, seed)
@@ -154,7 +157,7 @@ def find_images(images: str, root: str | None, outside: bool, read_timeout: floa
                 most_pixels: int | None, ranks: Ranks) -> ImageFiles | ImageShards:
     """The unlabelled images that `images` names: of shards, or of a folder or a json.
 
-    Says how many image files are left out because of their format.
+    Says how many image files are left out because of their format or name.
     """
     if images.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise UserError(f"{images} is compressed, so no image in it can be found by its place; "
@@ -164,5 +167,6 @@ def find_images(images: str, root: str | None, outside: bool, read_timeout: floa
     else:
         found = ImageFiles(images, root, outside, read_timeout, most_pixels)
     if found.others and ranks.is_main:
-        print(f"left out: {counted(found.others)}; only {' '.join(IMAGE_SUFFIXES)} are read")
+        print(f"left out: {counted(found.others)}; only {' '.join(IMAGE_SUFFIXES)} are read, and "
+              "nothing that our tools drew")
     return found

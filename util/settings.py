@@ -11,7 +11,7 @@ comment is its help, the heading its block. A script that has blocks of other sc
 Their settings, with defaults, types and help, are options of both; a constant of the script's own
 comes before a shared one of its name. `@presets/published.txt` reads options from a file, in the
 present folder or the repository: any number a line, `#` starts a comment. Of two values for an
-option the later wins.
+option the later wins. An option that has no effect is refused (`refuse_unused`).
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-from util import UserError
+from util import UserError, distributed
 from util.files import find
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -44,6 +44,12 @@ def finite(text: str) -> float:
 
 
 KINDS = {"bool": lambda text: BOOLEANS[text.lower()], "int": int, "float": finite, "str": str}
+
+
+class Settings(SimpleNamespace):
+    """Settings by NAME. Beside them `given`, which is none of vars(): the options that were given,
+    and whether on the command line itself or in an argument file alone."""
+    __slots__ = ("given",)
 
 
 class Constant(NamedTuple):
@@ -158,8 +164,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse(argv: list[str] | None, script: ModuleType, positional: str | None = None
-          ) -> SimpleNamespace:
+def parse(argv: list[str] | None, script: ModuleType, positional: str | None = None) -> Settings:
     """The settings of `script`, changed by `argv` (None: the command line), by NAME.
 
     positional: a name for the words of the command line that follow no option; a tuple of them.
@@ -175,10 +180,15 @@ def parse(argv: list[str] | None, script: ModuleType, positional: str | None = N
         add_option(groups[setting.block], name, setting)
     if positional:
         parser.add_argument(positional, nargs="+", metavar=positional.lower())
-    argv = parser.expand(sys.argv[1:] if argv is None else argv)
+    typed = sys.argv[1:] if argv is None else argv
+    argv = parser.expand(typed)
     chosen = parser.parse_intermixed_args(argv) if positional else parser.parse_args(argv)
-    return SimpleNamespace(**{name: tuple(value) if isinstance(value, list) else value
-                              for name, value in vars(chosen).items()})
+    found = Settings(**{name: tuple(value) if isinstance(value, list) else value
+                        for name, value in vars(chosen).items()})
+    found.given = {action.dest: is_typed for is_typed, words in ((False, argv), (True, typed))
+                   for word in words
+                   if (action := parser._option_string_actions.get(word.partition("=")[0]))}
+    return found
 
 
 def without_comment(line: str) -> str:
@@ -229,3 +239,33 @@ def check(cfg: SimpleNamespace, **expected: tuple[bool, str]) -> None:
     for name, (fits, what) in expected.items():
         if not fits:
             raise UserError(f"{name} is {getattr(cfg, name)!r}; it must be {what}.")
+
+
+def refuse_unread(cfg: SimpleNamespace, script: ModuleType, modes: Sequence[str],
+                  read_by: dict[str, str]) -> None:
+    """As refuse_unused, of the settings of a script that none of the `modes` of this run reads.
+
+    read_by: of a setting or a block of them, the modes that read it, with spaces between.
+    """
+    refuse_unused(cfg, **{
+        name: f"is for {readers.replace(' ', ', ') or 'other scripts'}"
+        for name, setting in constants(script).items()
+        if (readers := read_by.get(name, read_by.get(setting.block))) is not None
+        and {*readers.split()}.isdisjoint(modes)})
+
+
+def refuse_unused(cfg: SimpleNamespace, **why: str | bool | None) -> None:
+    """Raises UserError on an option that was given and has no effect. `why` says it of each, with
+    the option as the subject; nothing of one that has.
+
+    `none` asks for nothing. Of an option that an argument file brings along, a line is printed
+    instead: presets serve several commands.
+    """
+    for name, reason in why.items():
+        is_typed = getattr(cfg, "given", {}).get(name)
+        if not reason or is_typed is None or getattr(cfg, name) is None:
+            continue
+        if is_typed:
+            raise UserError(f"{name} {reason}, so it has no effect; leave --{name.lower()} out.")
+        if distributed.is_main():
+            print(f"of an argument file: {name} {reason}, so it has no effect")

@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,10 +33,11 @@ from tqdm import tqdm
 from util import UserError
 from util.distributed import Ranks
 from util.files import atomic_write
+from util.images import own_ending
 from util.order import RUN
 
 CACHE = "out/cache/index"       # folder of the indices that can't lie beside their shards
-VERSION = 1                     # of an index; one of another version is made again
+VERSION = 2                     # of an index; one of another version is made again
 BLOCK = 512                     # bytes; a tar's headers and files begin at multiples
 ENTRY = np.dtype([("block", "<u4"), ("headers", "<u4"), ("size", "<u4"), ("check", "<u4")])
 OPEN_SHARDS = 64                # kept open by a process
@@ -178,6 +180,8 @@ def members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
         with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
             while member := tar.next():
                 tar.members.clear()         # or it would keep all of them
+                if member.size < 0:         # the next header would be one of before
+                    raise tarfile.TarError("a size below 0")
                 yield member
             offset = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
@@ -198,8 +202,8 @@ def kind_of(member: tarfile.TarInfo, suffixes: Sequence[str]) -> str | None:
         return "folders, links and such"
     if name.startswith("."):
         return "hidden"
-    if suffix not in suffixes:
-        return suffix or "no suffix"
+    if suffix not in suffixes or own_ending(name):
+        return own_ending(name) or suffix or "no suffix"
     return None if member.size < 2**32 else "too large"
 
 
@@ -312,7 +316,12 @@ def index_all(shards: Sequence[str], suffixes: Sequence[str], cache: str = CACHE
     with ProcessPoolExecutor(count) if count > 1 else nullcontext() as pool:
         made = tqdm((pool.map if pool else map)(make, missing), "index", len(missing),
                     unit="shard", disable=not missing or bool(ranks and not ranks.is_main))
-        found |= dict(zip(missing, made))
+        try:
+            found |= dict(zip(missing, made))
+        except BrokenProcessPool:
+            raise UserError(f"A process that indexed {len(missing)} shards, such as {missing[0]}, "
+                            "has died, mostly because memory ran out; free some and start again: "
+                            "what is indexed is kept.") from None
     failed = [index for index in found.values() if isinstance(index, UserError)]
     if failed:
         more = f" ({len(failed) - 1} more of {len(shards)} shards can't be indexed)"

@@ -23,10 +23,15 @@ TEMPLATES = {"imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES,
              "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
 
 
+def is_template(text: str) -> bool:
+    """Whether a text of a usual length has one plain {}: other fields would compute, or be long."""
+    return len(text) <= 1000 and re.fullmatch(r"[^{}]*\{\}[^{}]*", text) is not None
+
+
 def find_templates(setting: str) -> Sequence[Template]:
     """What the setting TEMPLATES names: a key of TEMPLATES, or one template. UserError otherwise.
     """
-    if setting not in TEMPLATES and not re.fullmatch(r"[^{}]*\{\}[^{}]*", setting):
+    if setting not in TEMPLATES and not is_template(setting):
         raise UserError(f"TEMPLATES is {setting!r}; it must be {', '.join(TEMPLATES)} or a "
                         "template with {}.")
     return TEMPLATES.get(setting, (setting,))
@@ -40,7 +45,7 @@ def fill_template(template: Template, name: str) -> str:
 def check_names(names: Sequence[str], templates: Sequence[Template]) -> None:
     """Raises UserError unless names are a list, and templates have a place for one."""
     texts = [template for template in templates if isinstance(template, str)]
-    if isinstance(names, str) or any("{}" not in text for text in texts):
+    if isinstance(names, str) or not all(map(is_template, texts)):
         raise UserError(f"names are {names!r} and templates {templates!r}; give a list of names, "
                         "and templates with {}.")
 

@@ -1,10 +1,12 @@
 """open_clip's models by name, and their vision towers as timm trunks: one code path serves all."""
 
+import gzip
 import logging
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import open_clip
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as OpenClipViT
+from safetensors import safe_open
 from timm.layers import PatchEmbed
 from timm.models import eva, vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
@@ -36,7 +39,7 @@ def locate(name: str, near: str | Path | None = None) -> str:
     folder = Path(name.removeprefix("local-dir:"))
     above = Path(near).absolute().parents if near else ()
     places = [place / folder for place in (Path.cwd(), *above, ROOT)]
-    return f"local-dir:{next((place for place in places if place.is_dir()), places[0])}"
+    return f"local-dir:{next(filter(os.path.isdir, places), places[0])}"
 
 
 @contextmanager
@@ -54,8 +57,9 @@ def paths_inside(source: str) -> Iterator[None]:
     config = read_json(path, "model_cfg")["model_cfg"]
     try:
         tower = config["vision_cfg"].get("timm_model_name") or ""
-        named = [config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path"),
-                 tower.removeprefix("local-dir:") if tower.startswith("local-dir:") else None]
+        merges = config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
+        named = [merges, tower.removeprefix("local-dir:") if tower.startswith("local-dir:")
+                 else None]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no model of open_clip's ({error}); write it again.") from None
     named = [path for path in named if path]
@@ -67,9 +71,71 @@ def paths_inside(source: str) -> Iterator[None]:
         raise UserError(f"{folder} says that it needs {' and '.join(named)}, which is not there; "
                         "put the folder back to where it was written, or write it again.")
     try:
+        check_sizes(path, config)
+        if tower.startswith("local-dir:"):
+            of_tower = Path(tower.removeprefix("local-dir:")) / "config.json"
+            check_sizes(of_tower, read_json(of_tower, "architecture"))
+        if merges:
+            check_merges(merges)
         yield
     finally:
         os.chdir(before)
+
+
+def check_sizes(path: Path, config: dict) -> None:
+    """Raises UserError on a number of a model's configuration that is out of any usual range."""
+    parts = [*config.items()]
+    for name, value in parts:       # grows, since a configuration may be as deep as it likes
+        if isinstance(value, dict | list):
+            parts += value.items() if isinstance(value, dict) else [(name, one) for one in value]
+        elif isinstance(value, int | float) and not (
+                abs(value) <= {"layers": 256, "depth": 256, "vocab_size": 2**20}.get(name, 2**13)):
+            raise UserError(f"{path} has {name} {value!r:.40}, which no model has; copy the "
+                            "model's folder again.")
+
+
+def check_merges(path: str) -> None:
+    """Raises UserError unless a vocabulary is text, compressed by gzip, of a usual size."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError
+        with gzip.open(path) as file:
+            text = file.read(2**24)     # of a few megabytes; a small file may hold many gigabytes
+        if len(text) == 2**24 or not text.decode():
+            raise ValueError
+    except (OSError, EOFError, ValueError, zlib.error):
+        raise UserError(f"{path} is no vocabulary of open_clip's, less than 16 MB of text "
+                        "compressed by gzip; copy the model's folder again.") from None
+
+
+@contextmanager
+def building(source: str) -> Iterator[None]:
+    """Within it, what open_clip raises as it builds a model or its tokenizer is one sentence."""
+    logging.disable(logging.WARNING)        # open_clip would warn of missing weights
+    try:
+        with paths_inside(source):
+            yield
+    except UserError:
+        raise
+    except Exception as error:      # a configuration that is wrong may raise anything
+        if "transformers" in str(error) and isinstance(error, ImportError | RuntimeError):
+            raise UserError(f"The text tower of {source} needs the package transformers; install "
+                            "it by pip install transformers, or use a model without, such as "
+                            "EVA02-B-16 or ViT-B-16.") from None
+        if not source.startswith("local-dir:"):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source} is no whole model of open_clip's ({reason}); copy or write it "
+                        "again.") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@cache
+def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a model as open_clip finds it."""
+    with building(source):
+        return open_clip.get_tokenizer(source)
 
 
 def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
@@ -88,9 +154,8 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
                             "open_clip_model.safetensors there.")
     elif schema != "hf-hub":
         check_tag(model_name, tag)
-    logging.disable(logging.WARNING)        # open_clip would warn of missing weights
     try:
-        with paths_inside(model_name):
+        with building(model_name):
             return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
                                           force_custom_text=True)
     except (RuntimeError, OSError) as error:
@@ -99,13 +164,11 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
         raise UserError(f"The weights {tag} of {model_name} could not be downloaded; check the "
                         "network, name a file of weights instead, or try the toy world of "
                         "README.md.") from None
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def check_folder(name: str, file: str, library: str) -> None:
     """Raises UserError unless the folder of a `local-dir:` name has the library's `file`."""
-    if not (Path(name.removeprefix("local-dir:")) / file).is_file():
+    if not os.path.isfile(Path(name.removeprefix("local-dir:")) / file):
         raise UserError(f"{name} has no {file}; name a folder that holds a model in {library}'s "
                         "format, by its whole path if it is elsewhere.")
 
@@ -132,31 +195,47 @@ def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:
     Raises UserError if the method can't use it.
     """
     try:
-        is_timm = isinstance(visual, TimmModel)
-        trunk = with_dynamic_size(visual.trunk) if is_timm else convert_vit(visual)
+        trunk = (with_dynamic_size(visual.trunk) if isinstance(visual, TimmModel)
+                 else convert_vit(visual))
     except (AttributeError, RuntimeError):     # a transformer with parts that timm's does not have
-        trunk = None
-    if not isinstance(trunk, TIMM_VITS) or not is_usable(trunk):
-        raise UserError(f"The vision tower of {model_name} is not a transformer with a projected "
-                        "[CLS] token, which the method distils from; use an EVA02 or OpenAI-style "
-                        "ViT such as EVA02-B-16 or ViT-B-16.")
+        trunk = getattr(visual, "trunk", visual)
+    reason = reason_against(trunk)
+    if reason:
+        raise UserError(f"The vision tower of {model_name} {reason}, so the method can't distil "
+                        "from it; use an EVA02 or OpenAI-style ViT such as EVA02-B-16 or ViT-B-16.")
     attn = trunk.blocks[-1].attn
     if attn.qkv is not None:
         attn.qkv = SplitQKV(attn.qkv)
     return trunk
 
 
+def reason_against(trunk: nn.Module) -> str:
+    """Why `VisionTower` can't use a tower, for a sentence; "" if it can."""
+    is_open_clip = isinstance(trunk, OpenClipViT)       # and could not be converted
+    if not isinstance(trunk, TIMM_VITS | OpenClipViT):
+        return f"is not a transformer with a projected [CLS] token but a {type(trunk).__name__}"
+    pool = trunk.pool_type if is_open_clip else trunk.global_pool
+    has_projection = trunk.attn_pool is None if is_open_clip else isinstance(trunk.head, nn.Linear)
+    if pool not in ("tok", "token") or not has_projection:
+        return f"is not a transformer with a projected [CLS] token (its tokens' pooling is {pool})"
+    block = trunk.transformer.resblocks[-1] if is_open_clip else trunk.blocks[-1]
+    if not all(isinstance(getattr(block, name, None), nn.Identity | None)
+               for name in ("ls1", "ls_1", "gamma_1")):
+        return "scales what its blocks add (LayerScale)"
+    if is_open_clip or type(block) not in (eva.EvaBlock, vision_transformer.Block):
+        return f"has blocks or norms of another kind than a plain one ({type(block).__name__})"
+    if type(trunk.patch_embed) is not PatchEmbed:
+        return f"makes its patches by several layers ({type(trunk.patch_embed).__name__})"
+    fused = block.attn.qkv
+    if trunk.num_prefix_tokens != 1 or trunk.pos_embed is None or (
+            fused is not None and fused.bias is None):
+        return "has registers, no position embedding, or projections without a bias"
+    return ""
+
+
 def is_usable(trunk: nn.Module) -> bool:
     """Whether a trunk has a projected [CLS], plain patches, and blocks like `_last_block` needs."""
-    block = trunk.blocks[-1]
-    fused = block.attn.qkv
-    has_plain_block = (
-        type(block) in (eva.EvaBlock, vision_transformer.Block)
-        and (fused is None or fused.bias is not None) and getattr(block, "gamma_1", None) is None
-        and isinstance(getattr(block, "ls1", None), nn.Identity | type(None)))
-    return (has_plain_block and trunk.global_pool == "token" and isinstance(trunk.head, nn.Linear)
-            and trunk.num_prefix_tokens == 1 and trunk.pos_embed is not None
-            and type(trunk.patch_embed) is PatchEmbed)
+    return not reason_against(trunk)
 
 
 def with_dynamic_size(trunk: nn.Module) -> nn.Module:
@@ -229,6 +308,13 @@ def recorded_model(file: str | None, record: dict) -> str:
     if is_remote or not is_plain(config):
         raise UserError(f"{file} says that it is {name}, for which open_clip asks a hub or runs "
                         f"code; if you trust it, say --model {name}.")
+    if config and "model" in record and os.path.isfile(file):
+        with safe_open(file, "pt") as weights:      # another model may be large: not made in vain
+            widths = [weights.get_slice(weight).get_shape()[:1] for weight in weights.keys()
+                      if weight.endswith(("visual.head.weight", "visual.trunk.head.weight"))]
+        if any(width != [config.get("embed_dim")] for width in widths):
+            raise UserError(f"{file} does not fit {name}, which it says it is: its embeddings have "
+                            "another width; name the model that the file was made with.")
     return name
 
 
@@ -246,27 +332,29 @@ def is_plain(config: dict) -> bool:
 
 
 def create_vit(name: str, pretrained: bool) -> nn.Module:
-    """A timm ViT by name, or of a `local-dir:FOLDER`, for images of any size.
+    """A timm ViT by name, `hf-hub:` or `local-dir:FOLDER`, for images of any size.
 
     pretrained: False for random weights.
-    Raises UserError if timm has no such model, or if it is no plain ViT.
+    Raises UserError if timm has no such model or no weights of it, or if it is no plain ViT.
     """
-    source = locate(name)
-    if name.startswith("local-dir:"):
+    source, is_local = locate(name), name.startswith("local-dir:")
+    if is_local:
         check_folder(source, "config.json", "timm")
-    elif not timm.is_model(name):
+    elif not name.startswith("hf-hub:") and not timm.is_model(name):
         raise UserError(f"timm has no model named {name!r}; see timm.list_models('*dino*').")
     any_size = {} if name.startswith("samvit") else {"dynamic_img_size": True}
     try:
         trunk = timm.create_model(source, pretrained=pretrained, num_classes=0, **any_size)
-    except TypeError:       # a model of a fixed image size does not know dynamic_img_size
-        trunk = None
-    except (OSError, RuntimeError):
-        if not name.startswith("local-dir:"):
-            raise
-        raise UserError(f"{name} has no weights of a VFM in timm's format; name a folder that has "
-                        "them, such as local-dir:toy/vfm.") from None
-    if not isinstance(trunk, TIMM_VITS | SAM):
-        raise UserError(f"{name} is no plain ViT whose patch tokens can be compared; use one, such "
-                        "as vit_base_patch14_dinov2.lvd142m.")
+        kind = type(trunk).__name__
+    except TypeError:       # unless its class, or a folder's arguments, have another mistake
+        trunk, kind = None, "it does not take dynamic_img_size, timm's option for any size"
+    except Exception as error:      # timm raises anything on weights and folders of others
+        if isinstance(error, OSError) and not is_local:
+            raise           # a download that fails
+        raise UserError(f"{name} has no weights of a VFM in timm's format; name a model or a "
+                        "folder that has them, such as local-dir:toy/vfm.") from None
+    if not isinstance(trunk, TIMM_VITS | SAM) or not isinstance(trunk.patch_embed, PatchEmbed):
+        kind = type(trunk.patch_embed).__name__ if isinstance(trunk, TIMM_VITS | SAM) else kind
+        raise UserError(f"{name} is no plain ViT whose patch tokens can be compared ({kind}); use "
+                        "one, such as vit_base_patch14_dinov2.lvd142m.")
     return trunk

@@ -5,9 +5,13 @@ CustomTextCLIP). A record is what a `declip.safetensors` says of itself.
 """
 
 import json
+import os
 import re
 import zlib
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
@@ -16,8 +20,16 @@ from safetensors.torch import save_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from util import UserError
-from util.files import atomic_write
+from util import UserError, settings
+from util.files import (
+    Schema,
+    atomic_write,
+    is_list,
+    is_number,
+    is_of,
+    schema_of,
+    wrong_field,
+)
 from util.towers import locate
 
 # timm's names of an EVA02 tower and EVA-CLIP's. The key has no bias in either.
@@ -36,7 +48,7 @@ VIT_NAMES = (("^cls_token$", "class_embedding"), ("^pos_embed$", "positional_emb
 # ------------------------------------------------------------------------------------------- in
 
 def read_record(path: str | Path) -> dict:
-    """What a `declip.safetensors` says of itself: model, context, scale, mean, std, settings.
+    """What a safetensors file of this project says of itself, checked against RECORD.
 
     {} for other files. Raises UserError for a damaged safetensors file or record.
     """
@@ -48,12 +60,55 @@ def read_record(path: str | Path) -> dict:
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); write or download it "
                         "again.") from None
-    except (ValueError, RecursionError):
-        record = None
-    if record != {} and not (isinstance(record, dict) and RECORDED <= set(record)):
-        raise UserError(f"{path} has metadata that train.py does not write; it must be json with "
-                        f"{', '.join(sorted(RECORDED))}; write or copy it again.")
+    except (ValueError, RecursionError) as error:
+        record = str(error)
+    if record != {}:
+        check_fields(path, record, RECORD, ("model", "context", "scale"))
     return record
+
+
+def read_design(path: str | Path, content: dict, design: type[tuple]) -> tuple:
+    """Fields of a record as a NamedTuple, whose annotations are their schema; else UserError."""
+    check_fields(path, content, schema_of(design), design._fields)
+    return design(**content)
+
+
+def check_fields(path: str | Path, record: object, schema: Schema, needed: Collection[str]) -> None:
+    """Raises UserError unless a record, or a part of one, fits its schema."""
+    wrong = wrong_field(record, schema, needed)
+    if wrong:
+        raise UserError(f"{path} has metadata that train.py does not write ({wrong}); write or "
+                        "copy it again.")
+
+
+def is_settings(value: object) -> bool:
+    """Whether a value is a training's settings: plain values, of the types that are read again."""
+    return isinstance(value, dict) and all(SETTINGS.get(name, is_setting)(setting)
+                                           for name, setting in value.items())
+
+
+def is_setting(value: object) -> bool:
+    """Whether a value is a plain one, or a list of them."""
+    return all(isinstance(part, str | int | float | None)
+               for part in (value if isinstance(value, list) else [value]))
+
+
+# What is read again of a training's settings; of the others only the kind is known.
+SETTINGS = {"step": lambda value: is_number(value, 0, 2**53), "SCALE": partial(is_of, float | None),
+            **dict.fromkeys(("MODEL", "PRETRAINED", "CONTEXT", "ATTENTION", "BACKBONE", "DATASET"),
+                            partial(is_of, str | None))}
+# The fields of every record of this project.
+RECORD = {
+    "model": partial(is_of, str), "context": partial(is_of, str),
+    "scale": partial(is_of, float | None), "use": partial(is_of, str), "settings": is_settings,
+    "mean": partial(is_list, fits=is_number, length=3),
+    "std": partial(is_list, fits=partial(is_number, least=1e-6), length=3),
+    "catseg": lambda value: isinstance(value, dict),
+    "fvit": lambda value: not wrong_field(value, DETECTOR, DETECTOR),
+    "ov_dquo": lambda value: not wrong_field(value, DETECTOR, DETECTOR.keys() - {"tau"})}
+DETECTOR = {"classes": partial(is_list, fits=partial(is_of, str)),
+            "seen": partial(is_list, fits=partial(is_of, bool)), "tau": is_number,
+            "design": lambda value: isinstance(value, dict), "backbone": partial(is_of, str)}
 
 
 def read_clip_record(path: str | Path) -> dict:
@@ -61,7 +116,7 @@ def read_clip_record(path: str | Path) -> dict:
 
     Raises UserError also if there is no such file, or if it is more than a CLIP.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no checkpoint {path}; train.py writes declip.safetensors into "
                         "its OUT folder.")
     record = read_record(path)
@@ -70,12 +125,24 @@ def read_clip_record(path: str | Path) -> dict:
     return record
 
 
-RECORDED = {"model", "context", "scale"}       # what every record has
+def used_record(cfg: SimpleNamespace, path: str | None, attention: str | None,
+                decoupled: Sequence[str]) -> dict:
+    """As read_clip_record, {} without a path; UserError also for settings of the model in vain.
+
+    attention: what alone is computed, None for the context. decoupled: those that have a SCALE.
+    """
+    record = read_clip_record(path) if path else {}
+    used = attention or cfg.CONTEXT or record.get("context", "q")
+    settings.refuse_unused(
+        cfg, CONTEXT=attention and f"is for a model without ATTENTION, which is {attention}",
+        SCALE=used not in decoupled and f"is of decoupled blocks, but {used} always has 1/√d",
+        PRETRAINED=record and f"is for files that don't say what they are, but {path} does")
+    return record
 
 
 def is_weights_file(name: str) -> bool:
     """Whether a name is a file of weights, there or not, and no tag."""
-    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or Path(name).is_file()
+    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.isfile(name)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -83,11 +150,13 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises UserError if there is no such file, or if it holds anything but tensors by name.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
                         "tag, or none.")
     if Path(path).suffix == ".safetensors":
-        return read_safetensors(path)
+        state, record = read_safetensors(path)
+        check_layout(path, state)
+        return state, record
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:       # not written by torch.save, or more than tensors
@@ -101,8 +170,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                         "declip.safetensors beside it.")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    return {name.removeprefix("module."): value for name, value in state.items()
-            if isinstance(value, Tensor)}, {}
+    state = {name.removeprefix("module."): value for name, value in state.items()
+             if isinstance(name, str) and isinstance(value, Tensor)}
+    check_layout(path, state)
+    return state, {}
+
+
+def check_layout(path: str | Path, state: dict[str, Tensor]) -> None:
+    """Raises UserError for weights under the names that the transformers library gives them."""
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        raise UserError(f"{path} has the layout of Hugging Face's transformers (vision_model.*), "
+                        "which is not read; give the same weights in open_clip's or the authors' "
+                        "own layout.")
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -154,7 +233,8 @@ def check_fit(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]
     model: its name. may_lack: what begins the names of weights that may be missing.
     """
     missing = [name for name in own if name not in state and not name.startswith(may_lack)]
-    alien = [name for name in state if name not in own or state[name].shape != own[name].shape]
+    alien = [name for name in state if name not in own or state[name].shape != own[name].shape
+             or state[name].is_floating_point() != own[name].is_floating_point()]
     if missing or alien:
         raise UserError(f"{path} does not fit {model}: {len(missing)} weights are missing and "
                         f"{len(alien)} are unknown or of another shape, the first being "

@@ -21,7 +21,7 @@ from data import Classes, make_classes, read_classes, resize
 from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
 from util import UserError
 from util.files import find
-from util.labels import VOID, MissingData, SegmentationBenchmark, SegmentationImages
+from util.labels import CLASS_FILES, VOID, MissingData, SegmentationBenchmark, SegmentationImages
 from util.samples import TrainingData
 
 # --------------------------------------------------------------------------- images to train with
@@ -39,6 +39,8 @@ class LabelledImages(TrainingData):
         self.scenes, image = scenes, scenes.benchmark.image
         super().__init__([str(scenes.root / image.format(name)) for name in scenes.names],
                          read_timeout)
+        self.sources = [CLASS_FILES / scenes.benchmark.classes, *(
+            [scenes.instances.content.path] if scenes.instances else [])]
 
     def read(self, index: int) -> Labelled:
         return Labelled(*self.scenes[index])
@@ -60,20 +62,21 @@ def find_training(name: str, data: str | Path) -> tuple[SegmentationImages, list
     return scenes, classes.names
 
 
-LONGEST = 16        # times the short side that the long one may have: a strip is not blown up
+MAX_SIDE = 1333     # of an image that is resized for training (published)
 
 
-def augment(sample: Labelled, size: int, key: str) -> Labelled:
+def augment(sample: Labelled, size: int, key: str, how: str = "pil") -> Labelled:
     """A random crop, in colours of its own and perhaps flipped, the same for the same `key`: float
     [0, 1] (3, size, size) and labels int64 (size, size).
 
-    The shorter side is resized to `size`; what an image lacks is grey, and void.
+    The shorter side is resized to `size`, `how` as data.resize says; what an image lacks then,
+    because its longer side would be more than MAX_SIDE, is grey, and void.
     """
     rng, (image, label) = random.Random(key), sample
     H, W = label.shape
-    h, w = resized_size(image, size, LONGEST * size)
+    h, w = resized_size(image, size, MAX_SIDE)
     top, left = rng.randint(0, max(0, h - size)), rng.randint(0, max(0, w - size))
-    image = resize(image, h, w)[:, top:top + size, left:left + size]
+    image = resize(image, h, w, how)[:, top:top + size, left:left + size]
     label = label[nearest(top, image.shape[1], h, H, label.device)]
     label = label[:, nearest(left, image.shape[2], w, W, label.device)].long()
     image = jitter(image, rng)
@@ -85,9 +88,9 @@ def augment(sample: Labelled, size: int, key: str) -> Labelled:
 
 
 def nearest(start: int, count: int, length: int, original: int, device: torch.device) -> Tensor:
-    """For pixels `start` ... of a side resized to `length`, the nearest ones of the original."""
-    places = torch.arange(start, start + count, device=device)
-    return ((places + 0.5) * (original / length)).long().clamp(max=original - 1)
+    """For pixels `start` ... of a side resized to `length`, what OpenCV and torch call the nearest
+    ones of the original: rounded down."""
+    return torch.arange(start, start + count, device=device) * original // length
 
 
 def jitter(image: Tensor, rng: random.Random) -> Tensor:
@@ -140,14 +143,16 @@ def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]
     table = {}
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(r"\s*(\d+)\s*[:\s]\s*([^,]*[^,\s]).*", line)
-        if line.strip() and not (found and 1 <= int(found[1]) <= most):
+        value = re.match(r"\d{1,9}(?=[\s:])", line.strip())
+        rest = line.strip()[value.end():].lstrip().removeprefix(":") if value else ""
+        name = rest.partition(",")[0].strip()
+        if line.strip() and not (name and 1 <= int(value[0]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
                             f"value from 1 to {most}, and a name.")
-        if found and int(found[1]) in table:
-            raise UserError(f"{path} names label value {found[1]} twice; write one class a line.")
-        if found:
-            table[int(found[1])] = found[2].strip()
+        if name and int(value[0]) in table:
+            raise UserError(f"{path} names label value {value[0]} twice; write one class a line.")
+        if name:
+            table[int(value[0])] = name
     if not table:
         raise UserError(f"{path} names no class; write one class a line.")
     return [*table], [*table.values()]
@@ -237,4 +242,4 @@ class Reduced(SegmentationImages):
         (H, W), (h, w) = label.shape, resized_size(image, 512, max(label.shape))
         rows, columns = (nearest(0, side, side, original, label.device)
                          for side, original in ((h, H), (w, W)))
-        return (resize(image, h, w) * 255).round().byte(), label[rows][:, columns]
+        return (resize(image, h, w, "cv2") * 255).round().byte(), label[rows][:, columns]

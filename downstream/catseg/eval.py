@@ -4,8 +4,9 @@
     python -m downstream.catseg.eval --benchmarks ade150 voc20 --ckpt ...
     torchrun --nproc_per_node 4 -m downstream.catseg.eval --ckpt ...
 
-Published inference: the image stretched to 640 x 640, four windows of 384, and all of it at 384;
-the mean of the windows' probabilities and of the whole's, at the original size. The checkpoint says
+Published inference: the image is resized to a short side of 640 (at most 2,560 long), and that,
+without antialiasing, stretched to 640 x 640 for four windows of 384, and to 384 as a whole; the
+mean of the windows' probabilities and of the whole's, at the original size. The checkpoint says
 which model it is. Prints mIoU and each class's IoU; writes them to catseg.json beside it.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -24,11 +26,11 @@ from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import evaluate, summarize, table, window_starts
+from eval_seg import evaluate, resized_size, summarize, table, window_starts
 from util import UserError, distributed, settings
-from util.files import write_result
-from util.labels import find_data, overview
+from util.labels import NOT_IN_DATA, find_data, overview
 from util.precision import autocast, check_precision
+from util.results import identity, write_result
 
 SHARED = {"eval_region": ["The evaluation"]}
 
@@ -49,7 +51,7 @@ BATCH_SIZE = 1                      # images that share forward passes
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what catseg.json holds."""
+    """Evaluates as the command line (or `argv`) says; returns each benchmark's figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__, cfg.TF32) as ranks:
         return run(cfg, ranks)
@@ -62,8 +64,16 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     sets, missing = find_data(cfg.BENCHMARKS, tuple(TABLE_4), cfg.DATA, find_evaluation)
     segmenter = open_catseg(cfg.CKPT).to(ranks.device)
     protocol = Protocol.of(segmenter, cfg.SIZE, cfg.STRIDE, cfg.WINDOW_BATCH, cfg.PRECISION)
+    settings.refuse_unused(
+        cfg, DATA=all(Path(images.benchmark.folder).is_absolute() for images, _ in sets.values())
+        and NOT_IN_DATA,
+        STRIDE=not protocol.places() and "is of windows, but SIZE is one window")
     attention, result = segmenter.design.attention or segmenter.clip.context, {}
     for name, (dataset, classes) in sets.items():
+        of = identity(cfg, segmenter, [vars(classes), len(dataset)], **segmenter.clip.describe()
+                      | segmenter.design._asdict() | {"attention": attention, "benchmark": name,
+                                                      "size": protocol.size,
+                                                      "stride": protocol.stride})
         segment = partial(predict, protocol, segmenter, classes, encode(segmenter, classes))
         loader = load_share(dataset, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
         confusion = evaluate(segment, loader, len(classes), ranks, name)
@@ -72,7 +82,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
         if ranks.is_main:
             print(f"\n{name}: CAT-Seg over {segmenter.clip.model_name}, attention {attention}, "
                   f"{len(dataset)} images\n{table(result[name])}")
-            write_result(cfg, "catseg", {"benchmarks": result} | segmenter.clip.describe())
+            write_result(cfg, "catseg", of, result[name])
     if ranks.is_main and (len(result) > 1 or missing):
         print(overview(result, missing, of_paper=()))     # Table 4 has no mean
     return result
@@ -137,9 +147,13 @@ def predict(protocol: Protocol, segmenter: CATSeg, classes: Classes, text: Tenso
 def make_views(protocol: Protocol, segmenter: CATSeg, image: Tensor) -> Tensor:
     """uint8 (3, H, W) -> normalised (n + 1, 3, S, S): its windows, then all of it."""
     size, window, clip = protocol.size, protocol.window, segmenter.clip
-    stretched = resize(image, size, size)
+    how = segmenter.design.resize
+    if how == "pil":        # published: two steps
+        image, how = resize(image, *resized_size(image, size, 4 * size), how), "cv2"
+    stretched = resize(image, size, size, how)
     views = [stretched[:, y:y + window, x:x + window] for y, x in protocol.places()]
-    return normalize(torch.stack([*views, resize(image, window, window)]), clip.mean, clip.std)
+    return normalize(torch.stack([*views, resize(image, window, window, how)]),
+                     clip.mean, clip.std)
 
 
 def best_prompt(protocol: Protocol, logits: Tensor, size: tuple[int, int], most: int = 2**25

@@ -15,13 +15,11 @@ all places, are called guidance.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
@@ -30,12 +28,12 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
-from data import constant
+from data import RESIZES, constant
 from model import ATTENTIONS, DeCLIP
 from util import UserError
-from util.text import check_lengths
-from util.towers import SplitQKV, paths_inside, projection, recorded_model
-from util.weights import check_fit, read_record, read_weights, write_checkpoint
+from util.text import check_lengths, is_template
+from util.towers import SplitQKV, projection, recorded_model, tokenizer_of
+from util.weights import check_fit, read_design, read_record, read_weights, write_checkpoint
 
 
 class Design(NamedTuple):
@@ -48,6 +46,7 @@ class Design(NamedTuple):
     layers: int = 2
     max_classes: int = 256      # fewer are padded; of more, the most similar ones are kept
     template: str = "A photo of a {} in the scene"
+    resize: str = "pil"         # one of data.RESIZES; of files that do not say, bicubic
 
 
 class CATSeg(nn.Module):
@@ -144,13 +143,6 @@ class CATSeg(nn.Module):
             "use": "python -m downstream.catseg.eval or tools.segment"})
 
 
-@cache
-def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of a model as open_clip finds it."""
-    with paths_inside(source):
-        return open_clip.get_tokenizer(source)
-
-
 def is_catseg(path: str | Path | None) -> bool:
     """Whether a file says that it holds a segmenter."""
     return bool(path) and Path(path).is_file() and "catseg" in read_record(path)
@@ -162,18 +154,27 @@ def open_catseg(path: str | Path) -> CATSeg:
     Raises UserError if there is no such file, or if it holds something else.
     """
     state, record = read_weights(path)
-    design = {RENAMED.get(name, name): value for name, value in record.get("catseg", {}).items()}
-    if set(design) != set(Design._fields):
+    if "catseg" not in record:
         raise UserError(f"{path} is no segmenter; give the catseg.safetensors that "
                         "downstream.catseg.train writes.")
+    design = read_design(path, {"resize": "bicubic"} | {
+        RENAMED.get(name, name): value for name, value in record["catseg"].items()}, Design)
     clip = DeCLIP(recorded_model(path, record), None, record["context"], record["scale"])
-    clip.visual.mean, clip.visual.std = tuple(record["mean"]), tuple(record["std"])
-    segmenter = CATSeg(clip, Design(**design))
+    clip.visual.mean, clip.visual.std = (
+        tuple(record.get(name, getattr(clip, name))) for name in ("mean", "std"))
+    check_design(clip, design)
+    with torch.device("meta"):      # nothing is made that the file does not hold
+        parts = Aggregator(design, design.image_size // clip.patch_size,
+                           clip.visual.trunk.num_classes).state_dict(prefix="aggregator.")
+    check_fit(path, {name: value for name, value in state.items() if name in parts}, parts,
+              "the aggregator that it describes")
+    segmenter = CATSeg(clip, design)
     check_fit(path, state, segmenter.state_dict(), clip.model_name)
     segmenter.load_state_dict(state)
     return segmenter.eval()
 
 
+MAX_SIDE = 2**13        # of the images that a segmenter sees
 RENAMED = {"most_classes": "max_classes"}       # fields of Design as older files have them
 
 
@@ -183,17 +184,22 @@ def check_design(clip: DeCLIP, design: Design) -> None:
     if clip.text is None:
         raise UserError("The weights hold no text tower, which CAT-Seg trains too; give a file "
                         "that has both, such as a declip.safetensors.")
-    if design.image_size % (2 * clip.patch_size) or design.image_size < 2 * clip.patch_size:
-        twice = 2 * clip.patch_size
+    twice = 2 * clip.patch_size
+    side = max(1, round(min(design.image_size, MAX_SIDE) / twice)) * twice
+    if design.image_size != side:
         raise UserError(f"The image size is {design.image_size}, but it must be an even number of "
                         f"{clip.model_name}'s patches of {clip.patch_size} px; set it to "
-                        f"{max(1, round(design.image_size / twice)) * twice}.")
-    if design.width % 16 or design.width % design.heads or design.layers < 1:
+                        f"{side}.")
+    if (design.width % 16 or not 16 <= design.width <= 2**13 or not 1 <= design.layers <= 64
+            or design.heads < 1 or design.width % design.heads or design.max_classes < 1):
         raise UserError(f"The width is {design.width}, the heads are {design.heads}, the layers "
-                        f"{design.layers}; the width must be a multiple of 16 and of the heads, "
-                        "and there must be a layer.")
-    if design.template.count("{}") != 1:
-        raise UserError(f"The template is {design.template!r}; it must have one {{}}.")
+                        f"{design.layers}, the most classes {design.max_classes}; the width must "
+                        "be a multiple of 16 and of the heads, at most 8192, and there must be 1 "
+                        "to 64 layers and a class.")
+    if design.resize not in RESIZES:
+        raise UserError(f"RESIZE is {design.resize!r}; it must be one of {', '.join(RESIZES)}.")
+    if not is_template(design.template):
+        raise UserError(f"The template is {design.template[:60]!r}; it must have one {{}}.")
 
 
 # --------------------------------------------------------------------------------- the aggregator

@@ -24,6 +24,7 @@ from downstream.catseg.data import LabelledImages, augment, find_training
 from downstream.catseg.model import CATSeg, Design
 from eval_region import open_model
 from util import distributed, settings
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
 from util.samples import Batch
 
@@ -37,6 +38,7 @@ RESUME = False                      # go on with the run in OUT from its last ch
 
 # The aggregator
 IMAGE_SIZE: int | None = None       # side of a crop; None: 24 patches (384 for B/16, 336 for L/14)
+RESIZE = "pil"                      # how images are resized: pil (published), cv2, bicubic
 NORMALIZE = True                    # guide by L2-normalised content (published: not for OpenAI's)
 WIDTH = 128                         # of the aggregator; smaller is faster
 HEADS = 4                           # of its attention
@@ -72,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """The whole of training: one loop for one process and many."""
     check(cfg)
+    settings.refuse_unused(cfg, DATA=cfg.IMAGES.endswith(".json") and NOT_IN_DATA)
     scenes, names = find_training(cfg.IMAGES, cfg.DATA)
     dataset = LabelledImages(scenes, cfg.READ_TIMEOUT)
     dataset.read(0)     # a label of another data set is found before a model is loaded
@@ -96,7 +99,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
 def make_views(model: CATSeg, batch: Batch, key: str) -> tuple[Tensor, Tensor]:
     """Normalised crops (B, 3, S, S) and their labels (B, S, S), by `key` and the images' indices.
     """
-    views = [augment(sample, model.design.image_size, f"{key}-{index}")
+    views = [augment(sample, model.design.image_size, f"{key}-{index}", model.design.resize)
              for sample, index in zip(batch.data, batch.indices)]
     images, labels = map(torch.stack, zip(*views))
     return normalize(images, model.clip.mean, model.clip.std), labels
@@ -121,7 +124,7 @@ def build(cfg: SimpleNamespace, names: list[str]) -> CATSeg:
     size = cfg.IMAGE_SIZE or 24 * clip.patch_size
     torch.manual_seed(cfg.SEED)
     model = CATSeg(clip, Design(size, cfg.ATTENTION, cfg.NORMALIZE, cfg.WIDTH, cfg.HEADS,
-                                cfg.LAYERS, cfg.MAX_CLASSES, cfg.TEMPLATE))
+                                cfg.LAYERS, cfg.MAX_CLASSES, cfg.TEMPLATE, cfg.RESIZE))
     model.set_classes(names)
     model.freeze()
     return model.train()

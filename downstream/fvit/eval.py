@@ -7,7 +7,8 @@
 
 The data set is that of the training unless another one is named; classes that the detector does not
 know get their names' embeddings, without training. Prints AP of boxes, and of masks if it has
-them: OV-COCO's figure is AP50, OV-LVIS's that of masks. Writes them beside the checkpoint.
+them: OV-COCO's figure is AP50, OV-LVIS's that of masks. Writes them beside the checkpoint. Novel
+is only what the detector's training has not seen.
 """
 
 import sys
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,16 +26,19 @@ from downstream.detection import (
     Annotations,
     Detections,
     EvaluationImages,
+    Results,
     encode_detections,
     find_annotations,
     groups_of,
     precisions,
     summarize,
+    with_masks,
 )
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
 from util import UserError, distributed, settings
-from util.files import write_result
+from util.labels import NOT_IN_DATA
 from util.precision import autocast, check_precision
+from util.results import identity, result_path, write_result
 from util.weights import read_record
 
 SHARED = {"downstream.fvit.train": ["The data"], "eval_region": ["The evaluation"]}
@@ -45,6 +50,7 @@ PRECISION = "fp32"                  # bf16, fp16: faster on a GPU, but rounded; 
 
 # What is evaluated
 DATASET: str | None = None          # None: that of the training; or coco, objects365, my.json ...
+DETECTIONS: str | None = None       # file for what is found, as COCO results; None: none is written
 
 # The scores; None: what SCORE_RULES has for the data set
 A: float | None = None              # share of the VLM in the scores of seen classes
@@ -66,7 +72,7 @@ SCORE_RULES = {
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Evaluates as the command line (or `argv`) says; returns what the json holds."""
+    """Evaluates as the command line (or `argv`) says; returns the figures."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__) as ranks:
         return run(cfg, ranks)
@@ -77,21 +83,35 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
+    is_free = result_path(cfg, Path(cfg.DATASET).stem).resolve() != Path(cfg.DATASET).resolve()
+    settings.check(
+        cfg, OUT=(is_free, "another folder than DATASET's, whose name the result has"),
+        DETECTIONS=(not Path(cfg.DETECTIONS or "").is_file(), "a file that is not there yet"))
     rules = score_rules(cfg, cfg.DATASET)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
                                    cfg.NOVEL)
     images = EvaluationImages(annotations)
     images[0]       # a wrong folder is found before a model is loaded
     fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(ranks.device)
-    if annotations.classes != fvit.classes:
+    of = identity(cfg, fvit, [annotations.classes, len(images)], **fvit.backbone.describe()
+                  | fvit.design._asdict() | rules._asdict())
+    has_names = annotations.classes == fvit.classes
+    if not has_names:
         fvit.set_classes(annotations.classes, cache=cfg.CACHE)
-    results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks)
+    check_novel(cfg, annotations, fvit)
+    refuse_unused_rules(cfg, fvit, rules, has_names)
+    masked = (with_masks(annotations) if rules.masks and fvit.mask_head
+              else annotations._replace(objects=[]))
+    results = evaluate(cfg, partial(fvit.detect, rules=rules), images, ranks, len(fvit.classes))
     if not ranks.is_main:
         return {}
-    figures = score(annotations, results, fvit)
+    figures = score(annotations, masked, results, fvit)
     print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
           f"{table(figures)}")
-    write_result(cfg, Path(cfg.DATASET).stem, figures)
+    write_result(cfg, Path(cfg.DATASET).stem, of, figures)
+    if cfg.DETECTIONS:
+        results.write(cfg.DETECTIONS, annotations)
     return figures
 
 
@@ -122,10 +142,39 @@ def score_rules(cfg: SimpleNamespace, dataset: str) -> ScoreRules:
         name: value for name, value in asked.items() if value is not None})
 
 
+def check_novel(cfg: SimpleNamespace, annotations: Annotations, fvit: FViT) -> None:
+    """Says which of the data set's novel classes training has seen; UserError if NOVEL names one.
+    """
+    known = [name for name, is_base, is_seen in zip(annotations.classes, annotations.seen,
+                                                    fvit.seen) if is_seen and not is_base]
+    shown = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+    if known and cfg.NOVEL is not None:
+        raise UserError(f"NOVEL names {shown}, but {cfg.CKPT} has seen that in training; name only "
+                        "what it has not seen, or leave NOVEL out.")
+    if known and distributed.is_main():
+        print(f"{cfg.CKPT} has seen {shown} in training: novel in {cfg.DATASET}, but not to it")
+
+
+def refuse_unused_rules(cfg: SimpleNamespace, fvit: FViT, rules: ScoreRules, has_names: bool
+                        ) -> None:
+    """Raises UserError on an option of the scores that changes nothing for a detector's classes.
+
+    has_names: whether they are those that its file has embeddings of.
+    """
+    no_vlm = not any(rules.a if seen else rules.b for seen in fvit.seen) and (
+        "is of the VLM's scores, whose share is 0")
+    settings.refuse_unused(
+        cfg, TEMPERATURE=no_vlm, AT_BOXES=no_vlm,
+        A=not any(fvit.seen) and "is of seen classes, and none is",
+        B=all(fvit.seen) and "is of novel classes, and none is",
+        CACHE=has_names and f"keeps embeddings of new names, but {cfg.CKPT} has those of its own")
+
+
 def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detections]],
-             images: EvaluationImages, ranks: distributed.Ranks) -> list[dict]:
-    """What any detector finds on all images, over all ranks, as COCO results."""
-    results, loader = [], load_share(images, ranks, cfg.BATCH_SIZE, cfg.NUM_WORKERS)
+             images: EvaluationImages, ranks: distributed.Ranks, num_classes: int) -> Results:
+    """What any detector finds on all images; on rank 0 what all ranks have found."""
+    results, loader = Results(num_classes), load_share(images, ranks, cfg.BATCH_SIZE,
+                                                       cfg.NUM_WORKERS)
     with tqdm(total=len(loader.dataset), desc="detect", unit="image",
               disable=not ranks.is_main) as progress:
         for samples in loader:
@@ -133,19 +182,24 @@ def evaluate(cfg: SimpleNamespace, detect: Callable[[list[Tensor]], list[Detecti
             with autocast(cfg.PRECISION, ranks.device):
                 found = detect(batch)
             for (number, _), detections in zip(samples, found):
-                results += encode_detections(number, detections)
+                results.add(encode_detections(number, detections))
             progress.update(len(samples))
-    return [result for share in distributed.gather(results) for result in share]
+    for file in results.files:
+        distributed.collect_lines(file)
+    return results
 
 
-def score(annotations: Annotations, results: list[dict], fvit: FViT) -> dict:
-    """The figures of boxes, and of masks where detector and data have them (see summarize)."""
+def score(annotations: Annotations, masked: Annotations, results: Results, fvit: FViT) -> dict:
+    """The figures of boxes, and of masks where detector and data have them (see summarize).
+
+    masked: the annotations that have masks, none if the detector has none.
+    """
+    truths = {"boxes": annotations} | ({"masks": masked} if masked.objects else {})
+    found = [[precisions(truth, part, way == "masks", classes) for way, truth in truths.items()]
+             for classes, part in results.parts()]
     groups = groups_of(annotations, fvit.seen)
-    has_masks = results and all("segmentation" in result for result in results) and all(
-        entry.get("segmentation") for entry in annotations.objects)
-    ways = {"boxes": False} | ({"masks": True} if has_masks else {})
-    return {way: summarize(precisions(annotations, results, masks), annotations.classes, groups)
-            for way, masks in ways.items()}
+    return {way: summarize(np.concatenate(parts, axis=2), annotations.classes, groups)
+            for way, parts in zip(truths, zip(*found))}
 
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -25,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import constant, fitted_size, resize
+from data import constant
 from downstream.detection import Detections
 from downstream.detector import (
     Detector,
-    check_square,
+    check_design,
     choose,
     cosines,
     make_generator,
@@ -38,7 +37,6 @@ from downstream.detector import (
     to_pixels,
 )
 from model import DeCLIP, region_features
-from util import settings
 
 
 class Design(NamedTuple):
@@ -57,6 +55,7 @@ class Design(NamedTuple):
     background: float = 0.6         # weight of background regions; OV-LVIS: 0.9
     candidates: int = 2000          # best anchors of a level, before NMS
     proposals: int = 1000           # and what NMS keeps of all levels
+    resize: str = "cv2"             # one of data.RESIZES; of files that do not say, bicubic
 
 
 class Target(NamedTuple):
@@ -308,7 +307,7 @@ class FViT(Detector):
 
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: Design, text: Tensor | None = None):
-        check_design(design, backbone.patch_size)
+        check_design(design, backbone.visual.patch_size, {"norm": NORMS}, RANGES)
         visual = backbone.visual
         super().__init__(backbone, classes, seen, design, text, tapped_layers(visual.num_layers))
         self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
@@ -340,7 +339,8 @@ class FViT(Detector):
         generators = [make_generator(target.key, target.boxes.device) for target in targets]
         losses = self.proposal_losses(scores, deltas, torch.cat(anchors),
                                       list(zip(targets, generators)))
-        proposals = self.propose(scores, deltas, anchors, [image.shape[-2:] for image in images])
+        found = self.propose(scores, deltas, anchors, [image.shape[-2:] for image in images])
+        proposals = [boxes for boxes, _ in found]
         regions = list(map(self.sample_regions, proposals, targets, generators))
         return losses | self.region_losses(levels, regions, targets)
 
@@ -368,8 +368,9 @@ class FViT(Detector):
 
     @torch.no_grad()
     def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor],
-                sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """The proposals of each image, (n, 4), the best first, inside its height and width."""
+                sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """The proposals of each image, (n, 4), the best first, inside its height and width; and
+        their logits (n,)."""
         design, proposals = self.design, []
         for number, size in enumerate(sizes):
             candidates = []
@@ -380,7 +381,8 @@ class FViT(Detector):
             boxes, values, levels = map(torch.cat, zip(*candidates))
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
             boxes, values, levels = boxes[has_area], values[has_area], levels[has_area]
-            proposals.append(boxes[ops.batched_nms(boxes, values, levels, 0.7)[:design.proposals]])
+            kept = ops.batched_nms(boxes, values, levels, 0.7)[:design.proposals]
+            proposals.append((boxes[kept], values[kept]))
         return proposals
 
     @torch.no_grad()
@@ -440,11 +442,12 @@ class FViT(Detector):
         rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
         """
         rules = rules or ScoreRules()
-        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        views = self.views(images)
         sizes = [view.shape[-2:] for view in views]
         taps = self.look(views)
         levels = self.pyramid(taps)
-        proposals = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        found = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        proposals = [boxes for boxes, _ in found]
         embeddings, deltas = self.box_head(pool_regions(levels, self.strides, proposals,
                                                         REGION_SIDE))
         counts = list(map(len, proposals))
@@ -470,6 +473,17 @@ class FViT(Detector):
                                      for mask, box in zip(of_image, some.boxes.tolist())])
                 for some, of_image, image in zip(found, masks, images)]
 
+    @torch.inference_mode()
+    def objects(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """uint8 (3, H, W) each -> its proposals x0 y0 x1 y1 (n, 4) in its pixels, the best first,
+        and their objectness (n,)."""
+        views = self.views(images)
+        sizes = [view.shape[-2:] for view in views]
+        levels = self.pyramid(self.look(views))
+        found = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        return [to_pixels((boxes, logits.sigmoid(), None), size, image.shape[-2:])[:2]
+                for (boxes, logits), size, image in zip(found, sizes, images)]
+
     def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: ScoreRules) -> Tensor:
         """The detector's and the VLM's unit vectors of regions, (n, C) each -> scores (n, K).
 
@@ -486,12 +500,9 @@ class FViT(Detector):
         return super().about() | {"tau": self.tau.item()}
 
 
-def check_design(design: Design, patch_size: int | None = None) -> None:
-    """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
-    if a level of the pyramid would not have a whole number of places."""
-    settings.check(SimpleNamespace(NORM=design.norm),
-                   NORM=(design.norm in NORMS, f"one of {', '.join(NORMS)}"))
-    check_square(design, patch_size)
+RANGES = {"channels": (1, 2**13), "candidates": (1, 2**20),
+          "proposals": (1, 2**16), "anchors": (2, 2**16), "regions": (4, 2**16),
+          "background": (0, 1e6)}      # of Design
 
 
 def tapped_layers(depth: int) -> list[int]:

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from data import training_batches
 from downstream.detection import DetectionData, Objects, augment, find_annotations
-from downstream.detector import encode_names, open_backbone
-from downstream.fvit.model import Design, FViT, Target, check_design
+from downstream.detector import check_design, encode_names, open_backbone
+from downstream.fvit.model import NORMS, RANGES, Design, FViT, Target
+from model import DECOUPLED
 from util import distributed, settings
+from util.labels import NOT_IN_DATA
 from util.run import Run, check_training
+from util.weights import used_record
 
 SHARED = {"util.run": ["The machinery"]}
 
@@ -51,6 +54,7 @@ TEMPLATES = "vild"                  # vild: 63 sentences (published); imagenet, 
 
 # The detector
 IMAGE_SIZE = 640                    # side of the square; OV-LVIS: 1024; L/14: 896
+RESIZE = "cv2"                      # how images are resized: cv2 (published), pil, bicubic
 CHANNELS = 256                      # of the pyramid and the heads
 MASKS = False                       # a mask head; OV-LVIS
 NORM = "batch"                      # batch: statistics over all GPUs' images; group: of each image
@@ -117,7 +121,7 @@ def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[i
           ) -> tuple[list[Tensor], list[Target]]:
     """Images with their objects, resized, cropped and flipped as SEED, epoch and index say."""
     keys = [f"{cfg.SEED}-{epoch}-{index}" for index in indices]
-    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP)
+    shown = [augment(objects, key, cfg.IMAGE_SIZE, cfg.SCALES, cfg.FLIP, cfg.RESIZE)
              for objects, key in zip(data, keys)]
     return [view.image for view in shown], [Target(view.boxes, view.labels, view.masks, key)
                                             for view, key in zip(shown, keys)]
@@ -132,9 +136,8 @@ MAY_CHANGE_ON_RESUME = ("DATA", "ANNOTATIONS", "IMAGES", "CACHE")
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
-    check_design(design_of(cfg))
-    settings.check_min(cfg, CHANNELS=1, CANDIDATES=1, PROPOSALS=1, ANCHORS=2, REGIONS=4,
-                       BACKGROUND=0)
+    check_design(design_of(cfg), None, {"norm": NORMS}, RANGES)
+    settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     has_scales = len(cfg.SCALES) == 2 and 0 < cfg.SCALES[0] <= cfg.SCALES[1] <= 10
     settings.check(cfg, SCALES=(has_scales, "two numbers, 0 < least <= most <= 10"),
                    FLIP=(0 <= cfg.FLIP <= 1, "a share, from 0 to 1"),
@@ -150,6 +153,7 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     """The detector on its frozen backbone, in training mode; with several GPUs its norms share
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
     clip = open_backbone(vars(cfg)).to(ranks.device)
+    used_record(cfg, cfg.BACKBONE, cfg.ATTENTION, DECOUPLED)
     text = encode_names(clip, [*dataset.classes, FViT.OTHER], cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights
     fvit = FViT(clip, dataset.classes, dataset.seen, design_of(cfg), text).to(ranks.device)

@@ -19,7 +19,6 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -28,11 +27,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import fitted_size, resize
 from downstream.detection import Detections
 from downstream.detector import (
     Detector,
-    check_square,
+    check_design,
     choose,
     cosines,
     make_generator,
@@ -41,12 +39,13 @@ from downstream.detector import (
     to_pixels,
 )
 from model import DeCLIP, region_features
-from util import UserError, settings
+from util import UserError
 
 
 class Design(NamedTuple):
     """What a detector is and how it is trained. Each is a setting of train.py, in capitals."""
     image_size: int = 1024          # side of the square that images are fitted into
+    resize: str = "pil"             # one of data.RESIZES (published: PIL's)
     attention: str | None = None    # the last block's, a row of model.ATTENTIONS; None: its context
     map_only: bool = False          # that block makes the dense map alone, none of the taps
     normalization: str = "imagenet"     # imagenet (published) or clip: mean and std of the input
@@ -245,7 +244,10 @@ class OVDQUO(Detector):
 
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: Design, text: Tensor | None = None):
-        check_design(design, backbone.patch_size)
+        check_design(design, backbone.patch_size, {}, RANGES)
+        if design.width % (4 * design.heads):
+            raise UserError(f"WIDTH is {design.width}; it must be a multiple of four times HEADS, "
+                            f"{4 * design.heads}.")
         super().__init__(backbone, classes, seen, design, text,
                          tapped_layers(backbone.visual.num_layers))
         width, embed_dim = design.width, backbone.visual.trunk.embed_dim
@@ -385,7 +387,7 @@ class OVDQUO(Detector):
         rules: None for the defaults. The model must be in eval mode, as open_ov_dquo returns it.
         """
         rules = rules or ScoreRules()
-        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        views = self.views(images)
         found, scores = self.score(views, rules)
         detections = []
         for view, image, boxes, score in zip(views, images, found.boxes, scores):
@@ -396,7 +398,7 @@ class OVDQUO(Detector):
     @torch.inference_mode()
     def objects(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """uint8 (3, H, W) each -> boxes x0 y0 x1 y1 (n, 4) in its pixels, and objectness (n,)."""
-        views = [resize(image, *fitted_size(image, self.design.image_size)) for image in images]
+        views = self.views(images)
         found, _ = self.score(views, ScoreRules())
         return [(in_pixels(boxes, image.shape[-2:]), logits.sigmoid())
                 for boxes, logits, image in zip(found.boxes, found.logits, images)]
@@ -542,17 +544,8 @@ class OVDQUO(Detector):
 NAMING = 100.0      # factor of the cosines that name queries; only FACTOR's effect depends on it
 
 
-def check_design(design: Design, patch_size: int | None = None) -> None:
-    """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
-    if a level would not have a whole number of places."""
-    for name, least in (("layers", 1), ("points", 1), ("ffn", 1), ("queries", 1), ("heads", 1),
-                        ("text_queries", 1), ("denoising", 1)):
-        settings.check_min(SimpleNamespace(**{name.upper(): getattr(design, name)}),
-                           **{name.upper(): least})
-    check_square(design, patch_size)
-    if design.width % (4 * design.heads):
-        raise UserError(f"WIDTH is {design.width}; it must be a multiple of four times HEADS, "
-                        f"{4 * design.heads}.")
+RANGES = {"width": (1, 2**13), "heads": (1, 2**8), "points": (1, 2**8), "layers": (1, 2**6),
+          "ffn": (1, 2**16), "queries": (1, 2**16), "denoising": (1, 2**16)}      # of Design
 
 
 def tapped_layers(depth: int) -> list[int]:

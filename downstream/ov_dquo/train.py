@@ -20,8 +20,8 @@ from torch import Tensor
 
 from data import training_batches
 from downstream.detection import DetectionData, Objects, augment_crop, find_annotations
-from downstream.detector import encode_names, open_backbone
-from downstream.ov_dquo.model import OVDQUO, Design, Target, check_design
+from downstream.detector import check_design, encode_names, open_backbone
+from downstream.ov_dquo.model import OVDQUO, RANGES, Design, Target
 from util import distributed, settings
 from util.run import Run, check_training
 
@@ -46,6 +46,7 @@ DENOISING = 100                     # noised boxes of an image, in groups of all
 
 # The detector
 IMAGE_SIZE = 1024                   # side of the square; L/14: 896
+RESIZE = "pil"                      # how images are resized: pil (published), cv2, bicubic
 MAP_ONLY = False                    # DeCLIP's block makes the dense map alone, none of the taps
 WIDTH = 256                         # of the transformer
 HEADS = 8                           # of its attention
@@ -106,7 +107,7 @@ def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[i
     """Images with their objects, cropped, resized and flipped as SEED, epoch and index say."""
     keys = [f"{cfg.SEED}-{epoch}-{index}" for index in indices]
     shown = [augment_crop(objects, key, cfg.IMAGE_SIZE, cfg.CROP, cfg.SHORT_SIDES, cfg.CROP_SIDES,
-                          cfg.FLIP) for objects, key in zip(data, keys)]
+                          cfg.FLIP, cfg.RESIZE) for objects, key in zip(data, keys)]
     return [view.image for view in shown], [Target(view.boxes, view.labels, view.weights, key)
                                             for view, key in zip(shown, keys)]
 
@@ -120,8 +121,8 @@ MAY_CHANGE_ON_RESUME = ("DATA", "ANNOTATIONS", "IMAGES", "CACHE", "UNKNOWN")
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
-    check_design(design_of(cfg))
-    settings.check_min(cfg, REPEAT=0, NECK_SHARE=0)
+    check_design(design_of(cfg), None, {}, RANGES)
+    settings.check_min(cfg, REPEAT=0, NECK_SHARE=0, TEXT_QUERIES=1)
     least = min(cfg.CROP_SIDES)
     settings.check(cfg, FLIP=(0 <= cfg.FLIP <= 1, "a share, from 0 to 1"),
                    CROP=(0 <= cfg.CROP <= 1, "a share, from 0 to 1"),

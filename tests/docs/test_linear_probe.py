@@ -18,6 +18,7 @@ from model import DeCLIP
 from toy import world
 from util import settings
 from util.labels import VOID
+from util.results import read_results
 
 TINY = {"image_size": 64, "batch_size": 2, "micro_batch": 2, "num_workers": 0, "log_every": 1,
         "lr": 0.1}
@@ -76,7 +77,8 @@ def test_a_linear_layer_learns_to_see_the_toy_world(toy_home):
 def test_its_score_is_that_of_its_predictions(chosen, tmp_path, scenes):
     """mIoU in linear_probe.json, computed pixel by pixel from the layer that the run left."""
     result = run(chosen, tmp_path, epochs=5)
-    assert json.loads((tmp_path / "linear_probe.json").read_text()) == result
+    written, = read_results(tmp_path / "linear_probe.json", val=str(chosen["val"]))
+    assert {key: written[key] for key in result} == result
     probe = linear_probe.LinearProbe(DeCLIP(pretrained=str(chosen["ckpt"])), None, 3)
     probe.head.load_state_dict(weights(tmp_path))
     images, _ = find_set(str(chosen["val"]), "data")
@@ -121,7 +123,7 @@ def test_two_ranks_train_as_one(chosen, tmp_path):
     alone = run(chosen, tmp_path / "one", epochs=3)
     given = chosen | {"micro_batch": 1, "epochs": 3, "out": tmp_path / "two"}
     succeeds(warm.ranks("tests/tiny.py", "docs.linear_probe", *options(**given)))
-    together = json.loads((tmp_path / "two/linear_probe.json").read_text())
+    together, = read_results(tmp_path / "two/linear_probe.json")
     assert together["pixels"] == alone["pixels"]
     assert together["mIoU"] == pytest.approx(alone["mIoU"], abs=2)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

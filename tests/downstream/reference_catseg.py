@@ -124,13 +124,16 @@ def probabilities(size: int, segmenter: CATSeg, text: Tensor, image: Tensor, sta
         found = logits(segmenter, normalize(view, clip.mean, clip.std)[None], text)
         return F.interpolate(found, (window, window), mode="bilinear")[0].sigmoid()
 
-    stretched, layers = resize(image, size, size), []
+    factor = min(size / min(image.shape[1:]), 4 * size / max(image.shape[1:]))
+    seen = resize(image, *(int(side * factor + 0.5) for side in image.shape[1:]), "pil")[None]
+    stretched, layers = F.interpolate(seen, (size, size), mode="bilinear")[0], []
     for y in starts:
         for x in starts:
             layer = torch.full((len(text), size, size), torch.nan, device=text.device)
             layer[:, y:y + window, x:x + window] = of(
                 stretched[:, y:y + window, x:x + window])
             layers.append(layer)
-    whole = F.interpolate(of(resize(image, window, window))[None], (size, size), mode="bilinear")
+    whole = of(F.interpolate(seen, (window, window), mode="bilinear")[0])
+    whole = F.interpolate(whole[None], (size, size), mode="bilinear")
     mean = (torch.stack(layers).nanmean(dim=0) + whole) / 2 if layers else whole
     return F.interpolate(mean, image.shape[1:], mode="bilinear")[0]

@@ -1,15 +1,16 @@
 """downstream.catseg.eval: windows and the whole image against a direct computation, names of a
 class, every set of Table 4, refusals."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import reference_catseg as reference
 import torch
+import torch.nn.functional as F
 import warm
 from conftest import options, succeeds
+from PIL import Image
 from test_catseg_data import write
 from test_catseg_model import NAMES, make
 
@@ -20,6 +21,7 @@ from downstream.catseg.data import find_evaluation
 from downstream.catseg.eval import Protocol
 from downstream.catseg.model import open_catseg
 from util.labels import VOID
+from util.results import read_results
 
 OPTIONS = {"num_workers": 0, "window_batch": 3}
 
@@ -67,6 +69,24 @@ def test_windows_and_the_whole_image(segmenter, sides, size, starts):
     assert len(found[0].unique()) > 1
 
 
+@pytest.mark.parametrize("how, first, mode", [
+    ("pil", Image.Resampling.BILINEAR, {"mode": "bilinear"}),
+    ("cv2", None, {"mode": "bilinear"}), ("bicubic", None, {"mode": "bicubic", "antialias": True})])
+def test_images_are_resized_as_in_training(segmenter, monkeypatch, how, first, mode):
+    """Published: PIL makes the shorter side 640, here 53, and what it gives is then stretched."""
+    monkeypatch.setattr(segmenter, "design", segmenter.design._replace(resize=how))
+    monkeypatch.setattr(catseg_eval, "normalize", lambda images, mean, std: images)
+    image = images()[0].repeat(1, 3, 2)[:, :, :90]      # 120 x 90
+    seen = Image.fromarray(image.permute(1, 2, 0).numpy())
+    seen = seen.resize((53, 71), first) if first else seen
+    seen = torch.from_numpy(np.array(seen)).permute(2, 0, 1)[None] / 255
+    *windows, whole = catseg_eval.make_views(Protocol.of(segmenter), segmenter, image)
+    exact = [F.interpolate(seen, (side, side), **mode)[0].clamp(0, 1) for side in (53, 32)]
+    corners = exact[0][:, :32, :32], exact[0][:, 21:, 21:]
+    for found, expected in zip((windows[0], windows[3], whole), (*corners, exact[1])):
+        assert (found - expected).abs().max() < (1.01 if how != "bicubic" else 0.01) / 255
+
+
 @pytest.mark.parametrize("most", [1, 2 * 53**2 * 5, 2**25])
 def test_names_in_parts_are_names_at_once(segmenter, most):
     protocol, logits = Protocol.of(segmenter), torch.randn(5, 7, 16, 16)
@@ -92,7 +112,9 @@ def test_every_set_is_scored_by_the_shared_loop(checkpoint, tmp_path, capsys, mo
     result = catseg_eval.main(options(**OPTIONS, ckpt=checkpoint, data=tmp_path, out=tmp_path))
     printed = capsys.readouterr().out
     assert list(result) == names
-    assert json.loads((tmp_path / "catseg.json").read_text())["benchmarks"] == result
+    written = read_results(tmp_path / "catseg.json", size=53, stride=21)
+    assert {each["of"]["benchmark"]: each["mIoU"] for each in written} == {
+        name: figures["mIoU"] for name, figures in result.items()}
     assert "context459           -   There is no label table" in printed
     segmenter = open_catseg(checkpoint)
     protocol = Protocol.of(segmenter)
@@ -114,8 +136,8 @@ def test_ranks_score_what_one_process_does(checkpoint, voc, tmp_path):
     result = catseg_eval.main([*given, "--out", str(tmp_path / "one")])
     succeeds(warm.ranks("tests/tiny.py", "downstream.catseg.eval", *given, "--out",
                         str(tmp_path / "two")))
-    two = json.loads((tmp_path / "two/catseg.json").read_text())["benchmarks"]
-    assert two == json.loads(json.dumps(result))
+    two, = read_results(tmp_path / "two/catseg.json", benchmark="voc20")
+    assert {key: two[key] for key in result["voc20"]} == result["voc20"]
 
 
 @pytest.mark.parametrize("given, sentence", [

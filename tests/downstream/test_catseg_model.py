@@ -217,13 +217,18 @@ def test_a_file_describes_itself(name, given, tmp_path):
     assert read_record(tmp_path / "catseg.safetensors")["settings"] == {"LR": 1}
 
 
-def test_files_of_before_name_a_field_otherwise(tmp_path):
+def test_files_of_before(tmp_path):
+    """They name a field otherwise, and images were resized as eval_seg.py does."""
     segmenter = make()
     segmenter.save(tmp_path / "catseg.safetensors")
     record = read_record(tmp_path / "catseg.safetensors")
     record["catseg"]["most_classes"] = record["catseg"].pop("max_classes")
     write_checkpoint(tmp_path / "old.safetensors", segmenter.state_dict(), record)
     assert open_catseg(tmp_path / "old.safetensors").design == segmenter.design
+    del record["catseg"]["resize"]
+    write_checkpoint(tmp_path / "older.safetensors", segmenter.state_dict(), record)
+    older = open_catseg(tmp_path / "older.safetensors").design
+    assert older == segmenter.design._replace(resize="bicubic")
 
 
 def test_a_segmenter_is_no_clip_and_a_clip_no_segmenter(tmp_path):
@@ -255,7 +260,10 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     ({"image_size": 72}, "an even number of tiny-eva's patches of 8 px; set it to 64"),
     ({"attention": "sum"}, "attention is 'sum'; it must be one of"),
     ({"width": 40}, "The width is 40"), ({"heads": 3}, "the heads are 3"),
-    ({"template": "a photo"}, "The template is 'a photo'; it must have one {}")])
+    ({"template": "a photo"}, "The template is 'a photo'; it must have one {}"),
+    ({"template": "{{}}{0:>3000000000}"}, "it must have one {}"), ({"template": "{:>9}"}, "one {}"),
+    ({"layers": 10**6}, "the layers 1000000"), ({"image_size": 2**20}, "set it to 8192"),
+    ({"max_classes": 0}, "the most classes 0"), ({"heads": 0}, "the heads are 0")])
 def test_designs_that_cannot_be(given, sentence):
     with pytest.raises(ValueError) as error:
         make(**given)

@@ -64,8 +64,8 @@ def test_it_learns_two_images_by_heart(labelled, tmp_path, monkeypatch, steps, s
     for path in two.glob("*/*.png"):
         if path.stem in "124":
             path.unlink()
-    monkeypatch.setattr(train, "augment", lambda sample, size, key: Labelled(
-        resize(sample.image, size, size),
+    monkeypatch.setattr(train, "augment", lambda sample, size, key, how: Labelled(
+        resize(sample.image, size, size, how),
         F.interpolate(sample.label[None, None].float(), (size, size))[0, 0].long()))
     lines = run(two, tmp_path / "run", model=f"local-dir:{tiny.ROOT / 'toy/clip'}",
                 pretrained="own", image_size=64, iterations=200, steps=steps, lr=5e-3)
@@ -136,8 +136,8 @@ def test_gradients_are_cut_and_views_sampled_anew(labelled, tmp_path, monkeypatc
         torch.nn.utils.get_total_norm([weight.grad for group in self.param_groups
                                        for weight in group["params"]]).item()))
     augment = train.augment
-    monkeypatch.setattr(train, "augment", lambda sample, size, key: keys.append(key)
-                        or augment(sample, size, key))
+    monkeypatch.setattr(train, "augment", lambda sample, size, key, how: keys.append(key)
+                        or augment(sample, size, key, how))
     run(labelled, tmp_path, seed=3)
     assert norms == pytest.approx([0.01] * 4, rel=1e-3)
     assert len(keys) == len(set(keys)) == 8 and {key[:4] for key in keys} == {"3-0-", "3-1-"}
@@ -156,11 +156,13 @@ def test_a_bad_label_is_left_out_and_listed(labelled, tmp_path):
 
 
 def test_the_file_tells_of_the_run(labelled, tmp_path):
-    lines = run(labelled, tmp_path, iterations=1, attention="catseg", normalize="false")
+    lines = run(labelled, tmp_path, iterations=1, attention="catseg", normalize="false",
+                resize="cv2")
     assert math.isfinite(lines[0]["loss"])
     segmenter = open_catseg(tmp_path / "catseg.safetensors")
     assert (segmenter.design.attention, segmenter.design.normalize) == ("catseg", False)
     assert segmenter.design.template == "A photo of a {} in the scene"
+    assert segmenter.design.resize == "cv2"
 
 
 def test_half_precision(labelled, tmp_path):

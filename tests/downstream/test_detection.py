@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from data import read_classes, resize
+from downstream import detection
 from downstream.detection import (
     Annotations,
     DetectionBenchmark,
@@ -24,6 +26,7 @@ from downstream.detection import (
     Detections,
     EvaluationImages,
     Objects,
+    Results,
     augment,
     encode_detections,
     find_annotations,
@@ -53,6 +56,7 @@ OBJECTS = [annotation(40, "person", 10, 12, 20, 30), annotation(40, "cat", 3, 4,
            annotation(40, "dog", 30, 30, 20, 20, iscrowd=1)]
 # Image 0 has no annotation; ids are in another order than files.
 IDS = [40, 30, 20, 10, 0]
+LVIS_NAMES = ["ant", "bag_of_chips", "cup"]
 
 
 @pytest.fixture
@@ -102,7 +106,7 @@ def test_ov_coco_is_derived_from_the_official_files(coco):
     data = DetectionData(train, masks=False)
     assert [len(data.read(index).boxes) for index in (0, 1)] == [1, 0]
     assert data.classes[data.read(0).labels[0]] == "person"
-    assert groups_of(val, [True] * 65)["novel"] == [not seen for seen in val.seen]
+    assert groups_of(val, val.seen)["novel"] == [not seen for seen in val.seen]
 
 
 @pytest.mark.parametrize("categories", ["all", "seen"])
@@ -128,20 +132,26 @@ def test_zero_shot_files_of_other_code_give_the_same(coco, categories):
                                                               for k in given.labels]
 
 
-def test_ov_lvis_is_derived_from_the_official_files(coco):
-    """Rare classes are novel; images have no names but addresses; all images are evaluated."""
-    names = ["ant", "bag_of_chips", "cup"]
+@pytest.fixture
+def lvis(coco) -> Path:
+    """The scenes as LVIS, below the folder of the data sets."""
     (coco / "lvis").mkdir()
     images = [{"id": id, "coco_url": f"http://images.example/val2017/{number:012}.png",
                "height": 64, "width": 64, "neg_category_ids": [20],
                "not_exhaustive_category_ids": []} for number, id in enumerate((40, 30, 20))]
-    objects = [annotation(40, "ant", 5, 5, 20, 20, names=names),
-               annotation(40, "cup", 5, 5, 20, 20, names=names),
-               annotation(30, "ant", 5, 5, 20, 20, names=names)]
+    objects = [annotation(40, "ant", 5, 5, 20, 20, names=LVIS_NAMES),
+               annotation(40, "cup", 5, 5, 20, 20, names=LVIS_NAMES),
+               annotation(30, "ant", 5, 5, 20, 20, names=LVIS_NAMES)]
     categories = [{"id": 10 * number, "name": name, "frequency": letter}
-                  for number, (name, letter) in enumerate(zip(names, "rfc"))]
+                  for number, (name, letter) in enumerate(zip(LVIS_NAMES, "rfc"))]
     for split in ("train", "val"):
         write(coco / f"lvis/lvis_v1_{split}.json", images, objects, categories)
+    return coco
+
+
+def test_ov_lvis_is_derived_from_the_official_files(lvis):
+    """Rare classes are novel; images have no names but addresses; all images are evaluated."""
+    coco, names = lvis, LVIS_NAMES
     train, val = (find_annotations("ovlvis", split, coco)
                   for split in ("train", "val"))
     assert (train.classes, train.seen) == (names, [False, True, True])
@@ -149,6 +159,28 @@ def test_ov_lvis_is_derived_from_the_official_files(coco):
     assert numbers(val.files) == [0, 1, 2] and len(val.objects) == 3
     assert groups_of(val, val.seen) == {"r": [True, False, False], "c": [False, False, True],
                                         "f": [False, True, False]}
+
+
+LIST = "a list of ids of categories, as LVIS's"
+
+
+@pytest.mark.parametrize("section, field, values, words", [
+    ("images", "neg_category_ids", ["absent", None, {}, 20, "20", [None], ["20"], [2.0], [True]],
+     LIST),
+    ("images", "not_exhaustive_category_ids", ["absent", None, 0, [[20]]], LIST),
+    ("categories", "frequency", ["absent", None, "", "R", "rare", 1, ["r"]], "r, c or f")])
+def test_a_field_of_lvis_that_is_none_is_refused(lvis, section, field, values, words):
+    """Before anything else: without it, all that is found would count in another way."""
+    path = lvis / "lvis/lvis_v1_val.json"
+    content = json.loads(path.read_text())
+    for value in values:
+        wrong = copy.deepcopy(content)
+        wrong[section][1].pop(field)
+        wrong[section][1] |= {} if value == "absent" else {field: value}
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError) as error:
+            find_annotations("ovlvis", "val", lvis)
+        assert f"{field!r}; it must be {words}" in str(error.value), value
 
 
 def test_ones_own_json_is_split_by_names(coco):
@@ -196,9 +228,13 @@ def test_only_boxes_inside_the_image_are_trained_with(coco, bbox, more, expected
     assert found == ([expected] if expected else [])
 
 
-def test_an_annotation_that_says_no_area_counts(coco):
-    change(coco / "coco/annotations/instances_val2017.json",
-           lambda content: [each.pop("area") for each in content["annotations"]])
+@pytest.mark.parametrize("area", [None, "600", 0, -1, math.nan, True, [600], "absent"])
+def test_an_annotation_that_says_no_area_has_its_box_s(coco, area):
+    def changed(content):
+        for each in content["annotations"]:
+            each.pop("area") if area == "absent" else each.update(area=area)
+    change(coco / "coco/annotations/instances_val2017.json", changed)
+    assert len(DetectionData(find_annotations("ovcoco", "train", coco), masks=False).boxes) == 1
     val = find_annotations("ovcoco", "val", coco)
     perfect = [encode_detections(0, Detections(torch.tensor([[10.0, 12, 30, 42]]),
                                                torch.tensor([0.9]), torch.tensor([0]), None))]
@@ -220,13 +256,13 @@ def test_the_fingerprint_is_that_of_the_objects(coco):
 
 @pytest.mark.parametrize("key, mirrored", [("a", False), ("b", True), ("c", True)])
 def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
-    """Against a direct search: the view is found in the resized image, mirrored or not, and boxes
-    and masks are where it is."""
+    """Against a direct search: the view is found in the image resized as OpenCV does (published),
+    mirrored or not, and boxes and masks are where it is."""
     objects = DetectionData(find_annotations("coco", "train", coco),
                             masks=True).read(0)
     with_masks, view = (augment(each, key, side=48, scales=(1.5, 1.5), flip=float(mirrored))
                         for each in (objects, objects._replace(masks=torch.zeros(2, 0, 0))))
-    whole = resize(objects.image, 72, 72)
+    whole = resize(objects.image, 72, 72, "cv2")
     assert view.image.shape == (3, 48, 48)
     as_it_is = view.image, view.image.flip(-1)
     places = [(top, left, flipped) for top in range(25) for left in range(25)
@@ -243,9 +279,22 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
     assert torch.equal(view.image, with_masks.image)
     assert torch.equal(view.labels, objects.labels[kept])
     assert torch.equal(with_masks.labels, objects.labels[kept])
+    masks = F.interpolate(objects.masks[None].float(), (72, 72))[0, kept, top:top + 48,
+                                                                 left:left + 48]
+    assert torch.equal(with_masks.masks.float(), masks.flip(-1) if flipped else masks)
     for box, cut, mask in zip(with_masks.boxes.tolist(), view.boxes.numpy(), with_masks.masks):
         assert box == box_around(mask)
-        assert np.abs(np.array(box) - cut).max() <= 0.5     # of a mask that fills its box
+        assert np.abs(np.array(box) - cut).max() < 1        # of a mask that fills its box
+    otherwise = augment(objects, key, 48, (1.5, 1.5), float(mirrored), "bicubic").image
+    assert 0.01 < (otherwise - view.image).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("size, expected", [((30, 60), (7, 13)), ((64, 48), (13, 10))])
+def test_sizes_are_rounded_as_published(size, expected):
+    """The longest side down, here from 13.9; of the other, halves up: 6.5 to 7, 9.75 to 10."""
+    objects = Objects(torch.zeros(3, *size).byte(), torch.zeros(0, 4), torch.zeros(0).long(),
+                      torch.zeros(0, 0, 0), torch.zeros(0))
+    assert augment(objects, "a", 20, (0.695, 0.695)).image.shape[1:] == expected
 
 
 def test_views_are_random_and_repeatable(coco):
@@ -272,8 +321,7 @@ def test_a_view_need_not_show_an_object(coco):
     shown = np.mean([len(view.boxes) == len(view.labels) == 1 for view in views])
     assert abs(shown - (12 / 25)**2) < 0.08      # 12 of 25 places in either direction reach it
     assert all(view.image.shape == (3, 24, 24) for view in views)
-    empty = objects._replace(boxes=objects.boxes[:0], labels=objects.labels[:0],
-                             masks=objects.masks[:0])
+    empty = objects.only(torch.zeros(len(objects.boxes), dtype=torch.bool))
     assert augment(empty, "0", side=24).boxes.shape == (0, 4)
 
 
@@ -312,7 +360,7 @@ def test_the_smallest_objects_of_a_view():
     """Boxes from a hundredth of a pixel on are trained with; of masks, those with a pixel."""
     boxes = torch.tensor([[10.0, 16, 40, 16.5], [10, 16, 40, 16.05], [36, 36, 37, 37]])
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
-    masks[0, 16, 10:40] = masks[2, 36, 36] = True
+    masks[0, 10:22, 10:40] = masks[2, 36, 36] = True
     objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks,
                       torch.ones(3))
     tenth = {"key": "0", "side": 6, "scales": (1, 1)}       # 64 pixels are 6
@@ -378,14 +426,60 @@ def test_average_precision_is_pycocotools(kind):
     evaluation = official(truth, results, kind)
     found = precisions(annotations, results, masks=kind == "segm")
     assert np.allclose(found, evaluation.eval["precision"][..., -1])
-    result = summarize(found, annotations.classes, {"novel": [True, False, True, False]})
+    result = summarize(found, [*"abad"], {"novel": [True, False, True, False]})
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     assert [result[name] for name in names] == pytest.approx(list(100 * evaluation.stats[:6]))
     assert 10 < result["AP50"] < 90
-    # The mean of the classes' own; no class is counted twice.
+    # The mean of the classes' own, two of one name; no class is counted twice.
     of_classes = list(result["classes"].values())
     assert result["groups"]["novel"]["AP50"] == pytest.approx(np.mean(of_classes[::2]))
     assert result["AP50"] == pytest.approx(np.mean(of_classes))
+
+
+@pytest.mark.parametrize("is_lvis", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_classes_scored_apart_have_the_same_precision(monkeypatch, is_lvis, masks):
+    """Bit for bit, from the disk; also where LVIS looked for nothing that was found on an image."""
+    monkeypatch.setattr(detection, "AT_ONCE", 3)
+    annotations, found, _ = synthetic()
+    images = [image | {"neg_category_ids": [image["id"] % 4] * (image["id"] < 9),
+                       "not_exhaustive_category_ids": [2]} for image in annotations.images]
+    objects = [each for each in annotations.objects if each["image_id"] < 9]
+    annotations = annotations._replace(images=images, objects=objects,
+                                       benchmark=DetectionBenchmark(is_lvis=is_lvis))
+    results = Results(4)
+    results.add(found)
+    parts = [precisions(annotations, part, masks, classes) for classes, part in results.parts()]
+    assert [part.shape[2] for part in parts] == [3, 1]
+    assert np.array_equal(np.concatenate(parts, axis=2), precisions(annotations, found, masks))
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_written_detections_are_scored_by_pycocotools(kind, tmp_path):
+    """Against the json that was given, under its ids of images and classes."""
+    annotations, found, _ = synthetic()
+    images = [image | {"id": 7 * image["id"] + 40, "file_name": f"{image['id']}.jpg"}
+              for image in annotations.images]
+    objects = [each | {"id": number, "image_id": 7 * each["image_id"] + 40,
+                       "category_id": 90 - each["category_id"]}
+               for number, each in enumerate(annotations.objects, 1)]
+    annotations = annotations._replace(images=images, objects=objects, ids=[90, 89, 88, 87])
+    results = Results(4)
+    results.add(found)
+    results.write(tmp_path / "found.json", annotations)
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert len(written) == len(found) and all(
+        (each["file_name"], each["category"]) == (f"{(each['image_id'] - 40) // 7}.jpg",
+                                                  "abcd"[90 - each["category_id"]])
+        for each in written)
+    truth = {"images": images, "annotations": objects, "categories": [
+        {"id": id, "name": name} for id, name in zip(annotations.ids, "abcd")]}
+    ours = summarize(precisions(annotations, found, kind == "segm"), [*"abcd"], {})
+    assert [ours[name] for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")] == pytest.approx(
+        list(100 * official(truth, written, kind).stats[:6]))
+    results = Results(4)
+    results.write(tmp_path / "found.json", annotations)
+    assert json.loads((tmp_path / "found.json").read_text()) == []
 
 
 def test_nothing_found_is_zero_and_no_object_is_none():

@@ -7,14 +7,17 @@ import pytest
 import torch
 import warm
 from conftest import options, succeeds
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from test_fvit_train import scenes_json  # noqa: F401 - four drawn scenes as COCO instances
 from tiny import ROOT
 
-from downstream.detection import DetectionData, Detections, find_annotations
+from downstream.detection import DetectionData, Detections, find_annotations, groups_of
 from downstream.fvit import eval as evaluation
 from downstream.fvit.model import Design, FViT, ScoreRules, open_fvit
 from model import DeCLIP
 from util import settings
+from util.results import read_results
 
 NAMES, SEEN = ["ground", "disc", "box"], [False, True, True]
 SMALL = Design(image_size=64, channels=16, candidates=100, proposals=20, templates="{}", masks=True)
@@ -56,7 +59,8 @@ def test_a_perfect_detector_has_100(checkpoint, scenes_json, tmp_path, monkeypat
     for way in ("boxes", "masks"):
         assert figures[way]["AP"] == pytest.approx(100), way
         assert figures[way]["groups"]["novel"]["AP50"] == pytest.approx(100)
-    assert json.loads((tmp_path / "instances.json").read_text())["boxes"] == figures["boxes"]
+    result, = read_results(tmp_path / "instances.json", dataset=str(scenes_json), least=0, b=0.8)
+    assert result["boxes"] == figures["boxes"]
     monkeypatch.setattr(FViT, "detect", perfect(scenes_json, lambda labels: labels.clamp(min=1)))
     groups = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))["boxes"]["groups"]
     assert groups["novel"] == {"AP": 0, "AP50": 0}
@@ -67,7 +71,7 @@ def test_two_ranks_find_what_one_process_finds(checkpoint, scenes_json, tmp_path
     one = evaluation.main(arguments(checkpoint, scenes_json, tmp_path / "one"))
     succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.eval",
                         *arguments(checkpoint, scenes_json, tmp_path / "two")))
-    two = json.loads((tmp_path / "two" / "instances.json").read_text())
+    two, = read_results(tmp_path / "two" / "instances.json")
     assert {way: two[way] for way in one} == one and set(one) == {"boxes", "masks"}
 
 
@@ -90,9 +94,51 @@ def test_transfer_swaps_the_names(checkpoint, scenes_json, tmp_path, monkeypatch
     own = open_fvit(checkpoint).text
     torch.testing.assert_close(seen["text"][1:3], own[:2])
     assert figures["boxes"]["AP"] == pytest.approx(100)
-    # What is novel may be said, too.
-    figures = evaluation.main(arguments(checkpoint, other, tmp_path, novel="Disc"))
-    assert set(figures["boxes"]["groups"]) == {"novel", "base"}
+    # What is novel may be said, too: the rest of what training has not seen is in no group.
+    for novel, expected in ((None, ["kite", "ground"]), ("kite", ["kite"])):
+        asked = find_annotations(str(other), "val", novel=novel)
+        groups = groups_of(asked, seen["seen"])
+        assert [name for name, flag in zip(asked.classes, groups["novel"]) if flag] == expected
+        assert groups["base"] == seen["seen"]
+
+
+def test_novel_is_what_training_has_not_seen(checkpoint, scenes_json, tmp_path,  # noqa: F811
+                                             monkeypatch, capsys):
+    """Whatever the command line or the data set says."""
+    with pytest.raises(SystemExit, match="NOVEL names disc, but .* has seen that in training; name "
+                                         "only what it has not seen, or leave NOVEL out"):
+        evaluation.main(arguments(checkpoint, scenes_json, tmp_path, novel="ground, disc"))
+    monkeypatch.setattr(FViT, "detect", perfect(scenes_json))
+    monkeypatch.setattr(evaluation, "find_annotations", lambda *given: find_annotations(
+        *given)._replace(seen=[True, False, True]))     # as a known data set's split
+    figures = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))
+    assert figures["boxes"]["groups"] == {}     # its novel disc was seen, its ground is not novel
+    assert "has seen disc in training: novel in" in capsys.readouterr().out
+
+
+def test_masks_that_are_none_are_counted(checkpoint, scenes_json, tmp_path,  # noqa: F811
+                                         monkeypatch, capsys):
+    """Others of the image are scored all the same."""
+    monkeypatch.setattr(FViT, "detect", perfect(scenes_json))
+    content = json.loads(scenes_json.read_text())
+    content["annotations"][0]["segmentation"] = [[5, 5, 60, 60]]
+    content["annotations"][1]["segmentation"] = None
+    other = scenes_json.with_name("other.json")
+    other.write_text(json.dumps(content))
+    figures = evaluation.main(arguments(checkpoint, other, tmp_path))
+    assert figures["boxes"]["AP"] == pytest.approx(100) and figures["masks"]["AP"] > 50
+    assert "2 masks of less than three points (such as" in capsys.readouterr().out
+
+
+def test_what_is_found_is_scored_by_pycocotools(checkpoint, scenes_json, tmp_path,  # noqa: F811
+                                                monkeypatch, capsys):
+    monkeypatch.setattr(FViT, "detect", perfect(scenes_json, lambda labels: labels.clamp(min=1)))
+    found = tmp_path / "found.json"
+    figures = evaluation.main(arguments(checkpoint, scenes_json, tmp_path, detections=found))
+    truth = COCO(str(scenes_json))
+    reference = COCOeval(truth, truth.loadRes(str(found)), "bbox")
+    reference.evaluate(), reference.accumulate(), reference.summarize()
+    assert figures["boxes"]["AP"] == pytest.approx(100 * reference.stats[0])
 
 
 @pytest.mark.parametrize("dataset, preset, expected", [
@@ -134,6 +180,7 @@ def test_a_backbone_may_lie_elsewhere(checkpoint, tmp_path):
     ({"precision": "fp8"}, "PRECISION"), ({"dataset": "lvis"}, "There is no data set 'lvis'"),
     ({"novel": "dics"}, "has no category 'dics'; did you mean 'disc'?"),
     ({"images": "nowhere"}, "which is not there"),
+    ({"detections": ROOT / "README.md"}, "README.md'; it must be a file that is not there yet"),
     ({"ckpt": "no.safetensors"}, "There is no weights file no"),
     ({"backbone": "no.safetensors"}, "There is no backbone no.safetensors"),
     ({"ckpt": ROOT / "toy/clip/open_clip_model.safetensors"}, "is no detector")])
@@ -151,3 +198,8 @@ def test_a_json_of_training_is_not_evaluated_by_default(checkpoint, tmp_path):
     fvit.save(tmp_path / "fvit.safetensors", {"DATASET": "my/train.json"})
     with pytest.raises(SystemExit, match="was trained with my/train.json; say what to evaluate on"):
         evaluation.main(options(ckpt=tmp_path / "fvit.safetensors"))
+
+
+def test_a_result_takes_no_place_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
+    with pytest.raises(SystemExit, match="OUT is .* must be another folder than DATASET's"):
+        evaluation.main(arguments(checkpoint, scenes_json, scenes_json.parent))

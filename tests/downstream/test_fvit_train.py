@@ -11,6 +11,7 @@ from conftest import draw_scene, options, succeeds
 from PIL import Image
 from pycocotools import mask as coco_masks
 
+import train as distillation
 from downstream import detection
 from downstream.fvit import train
 from downstream.fvit.model import FViT, ScoreRules, open_fvit
@@ -100,7 +101,8 @@ def test_masks_are_learned(scenes_json, tmp_path, saved_once):
 
 
 def test_log_and_file_tell_of_the_run(scenes_json, tmp_path, capsys):
-    lines = run(scenes_json, tmp_path, epochs=1, rpn_norm="true", keep_best="true")
+    lines = run(scenes_json, tmp_path, epochs=1, rpn_norm="true", keep_best="true",
+                resize="pil")
     assert set(lines[0]) == {"step", "epoch", "lr", "loss", "proposal class", "proposal box",
                              "class", "box", "images_per_second", "memory_mb", "bad_steps",
                              "bad_files"}
@@ -109,6 +111,7 @@ def test_log_and_file_tell_of_the_run(scenes_json, tmp_path, capsys):
     fvit = open_fvit(tmp_path / "fvit.safetensors")
     assert (fvit.classes, fvit.seen) == (["ground", "disc", "box"], [False, True, True])
     assert fvit.design.rpn_norm and fvit.design.keep_best and fvit.design.channels == 16
+    assert fvit.design.resize == "pil"
     assert "evaluate it with python -m downstream.fvit.eval" in capsys.readouterr().out
 
 
@@ -127,11 +130,11 @@ def test_only_the_detector_is_trained_and_kept(scenes_json, tmp_path):
 def test_crops_change_with_the_epoch(scenes_json):
     cfg, data = parsed(scenes_json, seed=3), [None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "augment", lambda objects, key, side, scales, flip:
-                      detection.Objects((key, side, scales, flip), None, None, None))
+        patch.setattr(train, "augment", lambda objects, *how: detection.Objects(how, None, None,
+                                                                                None))
         for epoch in range(2):
             (seen,), (target,) = train.views(cfg, data, epoch, [4])
-            assert seen == (f"3-{epoch}-4", 64, (0.1, 2.0), 0.5) and target.key == seen[0]
+            assert seen == (f"3-{epoch}-4", 64, (0.1, 2.0), 0.5, "cv2") and target.key == seen[0]
 
 
 def test_gradients_are_clipped(scenes_json, tmp_path, monkeypatch):
@@ -180,16 +183,16 @@ def test_weight_decay_spares_nothing(scenes_json):
 def test_two_ranks_train_the_detector_of_one(scenes_json, tmp_path):
     """Numbers of sampled anchors and regions differ between ranks. Norms of each image alone:
     PyTorch shares the statistics of batch norms on GPUs only (the next test). A large EPS, because
-    AdamW would make noise of gradients that are 0 but for rounding."""
+    AdamW would make noise of gradients that rounding changes: of 0, and where a ReLU bends."""
     given = {"norm": "group", "batch_size": 4, "micro_batch": 4, "epochs": 2, "anchors": 9000,
-             "regions": 40, "masks": "true", "lr": 1e-2, "warmup": 0, "eps": 1e-2}
+             "regions": 40, "masks": "true", "lr": 1e-2, "warmup": 0, "eps": 0.1}
     one = run(scenes_json, tmp_path / "one", **given)
     everything = TINY | {"dataset": scenes_json, "novel": "ground", "out": tmp_path / "two"} | given
     succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.train", *options(**everything)))
     two = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
     of_one, of_two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in of_one.items():
-        torch.testing.assert_close(of_two[name], weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(of_two[name], weight, rtol=0, atol=2e-5)
     assert [line["mask"] for line in one] == pytest.approx([line["mask"] for line in two], rel=1e-4)
     for ours, theirs in zip(losses(one), losses(two)):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -221,7 +224,12 @@ def test_a_resumed_run_is_the_uninterrupted_run(scenes_json, tmp_path):
     assert all(torch.equal(of_parts[name], value) for name, value in of_whole.items())
 
 
-def test_a_run_is_not_continued_as_another(scenes_json, tmp_path):
+def test_a_run_is_not_continued_as_another(scenes_json, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:    # of before weight decay was as published: two groups
+        patch.setattr(train, "build_optimizer", distillation.build_optimizer)
+        run(scenes_json, tmp_path / "old", epochs=2, steps=1)
+    with pytest.raises(SystemExit, match="does not have the weights that are trained"):
+        run(scenes_json, tmp_path / "old", epochs=2, resume="true")
     run(scenes_json, tmp_path / "run", epochs=2, steps=1)
     with pytest.raises(SystemExit, match="was begun with LR 0.0001, but now it is 0.1"):
         run(scenes_json, tmp_path / "run", epochs=2, resume="true", lr=0.1)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import draw_scene
 from torchvision.ops import box_convert, box_iou, generalized_box_iou, roi_align
 
-from data import fitted_size
 from downstream.ov_dquo import model
 from downstream.ov_dquo.model import OVDQUO, Design, Found, ScoreRules, Target, open_ov_dquo
 from model import DeCLIP
@@ -554,7 +553,7 @@ def test_detections_in_pixels(detector):
     assert len(found.boxes) == len(found.labels) == 5 and found.masks is None
     assert (found.scores.diff() <= 0).all() and (found.scores > 1e-4).all()
     assert (found.boxes >= 0).all() and (found.boxes[:, 2:] <= torch.tensor([96, 128])).all()
-    view = model.resize(image, *fitted_size(image, 64))
+    view, = detector.views([image])
     of_view, scores = detector.score([view], rules)
     best = scores[0].amax()
     query = (scores[0] == best).nonzero()[0, 0]

@@ -1,8 +1,11 @@
 """tools/bench.py: it measures what it says, beside the plain forms, and refuses in a sentence."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import options
+from conftest import options, preset
 
 from tools import bench, reference
 from util import settings
@@ -17,7 +20,9 @@ TINY = {"model": "tiny-vit", "vfm_model": "tiny_vfm", "image_size": 64, "crop_si
 
 def measured(*more: str, **changed) -> dict[str, dict[str, bench.Row]]:
     """The rows of a tiny bench, by part and name."""
-    found = bench.main([*options(**TINY | changed), *more])
+    with tempfile.TemporaryDirectory() as folder:
+        words = [preset(Path(folder), **TINY), *options(**changed), *more]
+        found = bench.main(words)
     return {part: {row.name: row for row in rows} for part, rows in found.items()}
 
 
@@ -79,12 +84,12 @@ def test_ratios_say_how_much_better_this_code_is():
     assert bench.Row("images/s", {"this code": 10.0, "plain": 2.0}).ratio == 5
 
 
-def test_operations_are_those_of_the_formula():
+def test_operations_are_those_of_the_formula(tmp_path):
     """Of a ViT of L blocks with N tokens of width D: 2N(4D² + 2D·hidden) + 4N²D for each block.
 
     Patches and projection are added to these.
     """
-    made = bench.Bench(settings.parse(options(**TINY), bench), Ranks(0, 1, CPU), None)
+    made = bench.Bench(settings.parse([preset(tmp_path, **TINY)], bench), Ranks(0, 1, CPU), None)
     student = made.clip.visual
     trunk = student.trunk
     depth, D, C = len(trunk.blocks), trunk.embed_dim, trunk.num_classes
@@ -97,8 +102,8 @@ def test_operations_are_those_of_the_formula():
 
 
 @pytest.mark.parametrize("crops, rows, columns", [(12, 3, 4), (36, 6, 6), (7, 1, 7)])
-def test_grids_have_the_wanted_number_of_crops(crops, rows, columns):
-    made = bench.Bench(settings.parse(options(**TINY | {"crops": crops}), bench),
+def test_grids_have_the_wanted_number_of_crops(crops, rows, columns, tmp_path):
+    made = bench.Bench(settings.parse([preset(tmp_path, **TINY | {"crops": crops})], bench),
                        Ranks(0, 1, CPU), None)
     assert made.grid == (rows, columns, list(range(crops)))
 
@@ -122,6 +127,8 @@ def test_memory_counts_what_is_alive_at_once():
     ({"repeats": 0}, "REPEATS is 0; it must be at least 1"),
     ({"window": 30}, "WINDOW 30 is no multiple"),
     ({"images": "nowhere"}, "nowhere does not exist"),
+    ({"parts": "train", "window": 32}, "WINDOW is for segment, so it has no effect"),
+    ({"parts": "segment", "scales": (1, 2)}, "SCALES is for fvit, so it has no effect"),
     ({"worker_counts": 0}, "WORKER_COUNTS is (0,); it must be from 1"),
 ])
 def test_refusals_say_what_to_do(wrong, sentence):

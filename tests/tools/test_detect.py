@@ -2,6 +2,7 @@
 of any shape, bad input."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib import colors
 from matplotlib import pyplot as plt
 from PIL import Image
 from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
 
 from downstream.detection import Detections
 from downstream.fvit.model import Design, FViT
@@ -72,8 +74,31 @@ def test_numbers_are_coco_results(checkpoint, photo, finds, tmp_path):
     assert [result["category_id"] for result in results] == [1, 3]
     assert [result["category"] for result in results] == ["disc", "kite"]
     assert {result["image_id"] for result in results} == {139}
+    assert {result["file_name"] for result in results} == {"000000000139.png"}
     assert results[0]["bbox"] == [8, 6, 22, 22] and results[0]["score"] == pytest.approx(0.9)
     assert np.array_equal(coco_masks.decode(results[0]["segmentation"]), mask.numpy())
+
+
+def test_numbers_have_the_ids_of_a_json(checkpoint, photo, finds, tmp_path):
+    """So that pycocotools scores them with it; photographs that it does not list are refused."""
+    images = [{"id": 40, "file_name": "scene.png", "height": 48, "width": 64},
+              {"id": 7, "file_name": "val/scene.png", "height": 48, "width": 64}]
+    categories = [{"id": 90, "name": "kite"}, {"id": 3, "name": "box"}]
+    truth = tmp_path / "instances.json"
+    truth.write_text(json.dumps({"images": images, "categories": categories}))
+    (tmp_path / "val").mkdir()
+    finds(labels=(0, 1))
+    run(checkpoint, photo("val/scene.png"), classes=truth, json="true")
+    results = json.loads((tmp_path / "val/scene.detection.json").read_text())
+    assert [(each["category_id"], each["category"]) for each in results] == [(3, "box"),
+                                                                             (90, "kite")]
+    assert {(each["image_id"], each["file_name"]) for each in results} == {(7, "val/scene.png")}
+    reference = COCO()
+    reference.dataset = json.loads(truth.read_text()) | {"annotations": []}
+    reference.createIndex()
+    assert reference.loadRes(results).getAnnIds(imgIds=[7], catIds=[90])
+    with pytest.raises(SystemExit, match="instances.json does not list .*other.png"):
+        run(checkpoint, photo("other.png"), classes=truth, json="true")
 
 
 def test_frames_are_where_objects_are(checkpoint, photo, finds, tmp_path):
@@ -169,6 +194,29 @@ def test_names_cover_no_others_and_stay_inside():
             along = min(chip.y1, other.y1) - max(chip.y0, other.y0)
             assert across < 3 or along < 3
     plt.close(figure)
+
+
+def test_a_failure_of_one_photograph_is_its_own(checkpoint, photo, finds, tmp_path, monkeypatch):
+    """And one of a name that is no text, or too long for a suffix, is done."""
+    photo("a.png"), photo("b.png"), photo(f"{'n' * 250}.png")
+    os.rename(tmp_path / "b.png", os.fsencode(tmp_path) + b"/b\xff.png")
+    finds()
+    draw = detect.draw
+    monkeypatch.setattr(detect, "draw", lambda photo, *more: draw(photo, *more) if "a.detection" not
+                        in more[-1] else json.loads("no figure"))
+    with pytest.raises(SystemExit, match="a.png failed"):
+        run(checkpoint, tmp_path, json="true")
+    assert [len([*tmp_path.glob(f"*.detection.{kind}")]) for kind in ("png", "json")] == [2, 2]
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"a": 0, "b": 0, "temperature": 50}, "TEMPERATURE is of the VLM's scores"),
+    ({"cache": "x"}, "CACHE keeps embeddings of new names, but"),
+    ({"classes": "disc", "b": 0.5}, "B is of novel classes, and none is"),
+    ({"classes": "kite", "a": 0.5}, "A is of seen classes, and none is")])
+def test_an_option_without_effect_is_refused(checkpoint, photo, given, words):
+    with pytest.raises(SystemExit, match=words):
+        run(checkpoint, photo(), **given)
 
 
 @pytest.mark.parametrize("photos, given, words", [

@@ -1,7 +1,12 @@
 """segment.py: classes as a person types them, shares that are the prediction's, photographs of any
 shape, bad input."""
 
+import errno
 import json
+import os
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -19,8 +24,9 @@ from downstream.catseg.model import CATSeg, Design
 from model import DeCLIP
 from tools import segment
 from toy.world import NAMES, draw_scene
-from util.images import read_image
-from util.labels import read_label
+from util.images import list_images, read_image
+from util.labels import SegmentationBenchmark, SegmentationImages, read_label
+from util.samples import ImageShards
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "templates": "a photo of a {}.", "largest": 300}
 EVERYTHING = ", ".join(NAMES)
@@ -113,6 +119,91 @@ def test_photographs_of_one_name_have_figures_of_their_own(photo, tmp_path):
     figures = {path.relative_to(tmp_path / "out").as_posix()
                for path in (tmp_path / "out").rglob("*.png")}
     assert figures == {"a.segmentation.png", "a.png.segmentation.png", "more/a.segmentation.png"}
+
+
+def test_photographs_of_one_name_of_several_folders(photo, tmp_path):
+    """Nor do capitals, cut names and photographs themselves cost one its figure."""
+    for folder in ("one", "two", "Two", "three"):
+        (tmp_path / folder).mkdir()
+        photo(1, f"{folder}/a.png")
+    photo(1, "one/A.PNG"), photo(1, "one/a.segmentation.png")
+    photo(1, f"one/{'ä' * 120}1.png"), photo(1, f"one/{'ä' * 120}2.png")
+    asked = [*(str(tmp_path / name) for name in ("one", "two", "Two", "three")),
+             str(tmp_path / "one/a.segmentation.png")]
+    for out in (None, str(tmp_path / "out")):
+        figures = segment.find_photos(asked, out)
+        assert len(figures) == 8
+        drawn = {str(path).casefold() for path in figures.values()}
+        assert len(drawn) == 8 and drawn.isdisjoint(str(path).casefold() for path in figures)
+        assert all(len(os.fsencode(path.name)) < 255 for path in figures.values())
+        assert segment.find_photos(asked, out) == figures
+
+
+def test_what_the_tools_draw_is_no_photograph(photo, tmp_path, capsys):
+    """By one rule, for folders and shards and benchmarks; what is named one by one is read."""
+    path, _ = photo()
+    for name in ("scene.labels.png", "scene.detection.png", "attention.png", "my attention.png"):
+        photo(2, name)
+    paths, left_out = list_images(tmp_path)
+    assert [Path(file).name for file in paths] == ["my attention.png", "scene.png"]
+    assert left_out == {".labels.png": 1, ".detection.png": 1, "/attention.png": 1}
+    assert [*segment.find_photos([str(tmp_path / "scene.labels.png")])]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for file in tmp_path.glob("*.png"):
+            tar.add(file, file.name)
+    shards = ImageShards(str(tmp_path / "x.tar"))
+    assert len(shards) == 2 and shards.others == left_out
+    given = {"folder": str(tmp_path), "names": "*", "label": "{}.png", "classes": "",
+             "values": range(99)}
+    assert SegmentationImages(SegmentationBenchmark(image="{}.png", **given), "").names == [
+        "my attention", "scene"]
+    assert SegmentationImages(SegmentationBenchmark(image="{}.labels.png", **given), "").names == [
+        "scene"]
+    assert f"left out of {tmp_path}: 3 images that our tools drew" in capsys.readouterr().out
+    segment.find_photos([str(tmp_path)])
+    assert f"left out of {tmp_path}: 1 .labels.png" in capsys.readouterr().out.replace(
+        "1 .detection.png, ", "")
+
+
+def test_a_failure_of_one_photograph_is_its_own(photo, tmp_path, monkeypatch):
+    """Reading, drawing, writing: others are done, it is named, and the status is not 0; a name that
+    is no text, or too long for a suffix, is none. A full disk ends the run."""
+    for name in ("a.png", "b.png", "c.png", f"{'n' * 250}.png"):
+        photo(1, name, size=64)
+    os.rename(tmp_path / "c.png", os.fsencode(tmp_path) + b"/c\xff.png")
+    draw = segment.draw
+
+    def fail(photo, panels, classes, name, *more):
+        if name == "a.png":
+            raise error
+        draw(photo, panels, classes, name, *more)
+
+    monkeypatch.setattr(segment, "draw", fail)
+    error = ValueError("of this photograph")
+    with pytest.raises(SystemExit, match=r"a.png failed \(of this photograph\)"):
+        run(tmp_path, classes="star, dots")
+    assert len([*tmp_path.glob("*.segmentation.png")]) == 3
+    error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(SystemExit, match="No space left on device; make room"):
+        run(tmp_path, classes="star, dots", out=tmp_path / "out")
+    assert not [*tmp_path.glob("out/*.png")]
+
+
+def test_labels_of_ones_own_are_not_replaced(photo, tmp_path):
+    path, _ = photo(size=64)
+    (tmp_path / "scene.labels.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="scene.labels.png is there and not of this tool"):
+        run(path, classes="star, dots", labels="true")
+    assert (tmp_path / "scene.labels.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("names", ["background, cat", "dog | Background"])
+def test_background_is_one_class(names):
+    cfg = SimpleNamespace(CLASSES=names, BACKGROUND=True, THRESHOLD=None, LOGIT_SCALE=None)
+    with pytest.raises(ValueError, match="CLASSES names background, which is the class that"):
+        segment.find_classes(cfg)
+    cfg.BACKGROUND = False
+    assert len(segment.find_classes(cfg)) == names.count(",") + 1
 
 
 def test_background_is_not_what_was_asked_for():
@@ -373,8 +464,12 @@ def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
     found, = catseg_eval.predict(catseg_eval.Protocol.of(segmenter), segmenter, classes,
                                  catseg_eval.encode(segmenter, classes), [read_image(path)])
     assert panels["CAT-Seg (toy/clip)"] == segment.shares(found, classes)
-    for more, words in (({"threshold": 0.5, "background": "true"}, "THRESHOLD is 0.5; it must"),
-                        ({"pamr": 10}, "PAMR is 10; it must be 0"),
-                        ({"classes": "a " * 50}, "is longer than the 32 tokens")):
-        with pytest.raises(SystemExit, match=words):
-            run(path, **given | more, ckpt=tmp_path / "catseg.safetensors")
+    file = ["--ckpt", str(tmp_path / "catseg.safetensors")]
+    with pytest.raises(SystemExit, match="is longer than the 32 tokens"):
+        segment.main([str(path), "--classes", "a " * 50, *file])
+    for option in ("threshold 0.5 --background", "pamr 10", "templates simple", "window 64",
+                   "stride 8", "short_side 64", "long_side 64", "scale 1", "context qk",
+                   "model ViT-B-16", "pretrained openai", "attention clip --scale 1"):
+        name = option.split(" --")[-1 if "attention" in option else 0].split()[0].upper()
+        with pytest.raises(SystemExit, match=f"{name} .* a CAT-Seg.*, so it has no effect; leave"):
+            segment.main([str(path), "--classes", "star", *file, *f"--{option}".split()])

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import options
+from conftest import options, preset
 from PIL import Image
 from test_model import images
 from tiny import ROOT
 
 from model import DeCLIP, load_vfm
-from tools import visualize
+from tools import segment, visualize
 from tools.visualize import attention_maps
 from toy import world
 from util import settings
+from util.results import write_result
 from util.run import LOG_FIELDS
 from util.towers import projection
 
@@ -216,11 +217,57 @@ def checkpoint(tmp_path_factory) -> str:
     ("segmentation",
      {"classes": "dots, star", "methods": ("clip", "clearclip"), "templates": "a {}."})])
 def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
-    given = {key: value for key, value in (TOY | given).items() if key not in ("scale",)}
-    visualize.main([kind, str(photo),
-                    *options(**given | {"ckpt": checkpoint, "figure": tmp_path / "a.png"})])
+    given |= {"ckpt": checkpoint, "figure": tmp_path / "a.png"}
+    toy = {key: value for key, value in TOY.items() if key != "scale"}
+    visualize.main([kind, str(photo), preset(tmp_path, **toy), *options(**given)])
     with Image.open(tmp_path / "a.png") as figure:
         assert min(figure.size) > 200
+
+
+@pytest.mark.parametrize("suffix, first", [
+    ("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_a_figure_has_the_format_that_its_name_says(tmp_path, suffix, first):
+    path = tmp_path / f"c.{suffix}"
+    segment.save_figure(plt.figure(), path)
+    assert path.read_bytes().startswith(first)
+
+
+def test_all_photographs_are_shown_and_a_broken_one_is_named(photo, checkpoint, tmp_path,
+                                                             monkeypatch):
+    """More than six in one figure, or a sentence; what can't be read costs no other one its row."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.png").write_bytes(photo.read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    figures, save = [], segment.save_figure
+    monkeypatch.setattr(segment, "save_figure",
+                        lambda figure, *more, **how: figures.append(len(figure.axes)) or save(
+                            figure, *more, **how))
+    words = ["segmentation", str(folder), *options(
+        classes="dots, star", methods="clip", ckpt=checkpoint, templates="a {}.",
+        figure=tmp_path / "a.png")]
+    with pytest.raises(SystemExit, match="broken.png can't be read as an image"):
+        visualize.main(words)
+    assert figures == [7 * 3] and (tmp_path / "a.png").exists()
+    monkeypatch.setattr(visualize, "MAX_ROWS", 5)
+    with pytest.raises(SystemExit, match="8 photographs were given, but a figure has room for 5"):
+        visualize.main(words)
+
+
+@pytest.mark.parametrize("kind, given, words", [
+    ("attention", {"methods": "clip"}, "METHODS is for segmentation"),
+    ("cls", {"anchor": "3,4"}, "ANCHOR is for attention, correlation"),
+    ("cls", {"window": 32}, "WINDOW is for segmentation"),
+    ("curves", {"model": "ViT-B-16"}, "MODEL is for attention, cls, correlation, segmentation"),
+    ("segmentation", {"attention": "clip"}, "ATTENTION is for other scripts"),
+    ("attention", {"anchor": "3,4", "seed": 3}, "SEED chooses the anchor if ANCHOR does not"),
+    ("curves", {"out": "x", "figure": "y.png"}, "OUT is for a figure without a name"),
+    ("curves", {"figure": "y.gif"}, "FIGURE is 'y.gif'; it must be a file of a kind"),
+    ("curves", {"figure": "y"}, "FIGURE is 'y'; it must be a file of a kind")])
+def test_an_option_that_a_figure_does_not_read_is_refused(kind, given, words):
+    with pytest.raises(SystemExit, match=words):
+        visualize.main([kind, "nothing", *options(**given)])
 
 
 def test_a_row_is_the_model_that_it_is_called(photo, tmp_path):
@@ -300,32 +347,40 @@ def test_what_is_no_log_is_one_sentence(tmp_path, text, problem):
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
-def region_json(path: Path, **settings) -> Path:
-    """A region.json of two sizes; no thing was found by its mask."""
-    def of_size(best: float) -> dict:
-        means = {f"{way} {kind}": {"top1": best + place} for kind in ("thing", "stuff")
+def add_sizes(folder: Path, best: dict[int, float], **of) -> None:
+    """A region.json's results at some sizes; no thing was found by its mask."""
+    cfg = SimpleNamespace(OUT=str(folder), CKPT=None)
+    model = {"model": "EVA02-B-16", "attention": "qk", "ckpt": "out/a.pt"}
+    for size, first in best.items():
+        means = {f"{way} {kind}": {"top1": first + place} for kind in ("thing", "stuff")
                  for place, way in enumerate(("box", "mask", "crop"))}
-        return {"mAcc": means | {"mask thing": {"top1": None}}}
-    content = {"sizes": {"224": of_size(40), "560": of_size(60)}, "model": "EVA02-B-16",
-               "context": "qk", "scale": 1.0}
-    defaults = {"ATTENTION": None, "CKPT": "out/a.pt", "PRETRAINED": "tag"}
-    path.write_text(json.dumps(content | {"settings": defaults | settings}))
-    return path
+        write_result(cfg, "region", model | of | {"size": size}, {
+            "title": f"by {(model | of)['attention']}",
+            "mAcc": means | {"mask thing": {"top1": None}}})
 
 
 def test_sizes_are_lines_for_things_and_stuff(tmp_path):
-    path = region_json(tmp_path / "region.json")
-    figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
+    """Of the newest evaluation in the file, or of the one that is asked for."""
+    def sizes(**given) -> plt.Figure:
+        words = ["sizes", str(tmp_path / "region.json"), *options(**given)]
+        cfg = settings.parse(words, visualize, "KIND_AND_FILES")
+        return visualize.sizes(cfg, words[1:2], torch.device("cpu"))
+
+    add_sizes(tmp_path, {224: 1, 560: 2, 784: 3}, attention="clip", ckpt=None)
+    add_sizes(tmp_path, {560: 60, 224: 40})
+    figure = sizes()
     things, stuff = ({line.get_label(): line.get_xydata().tolist() for line in axis.lines}
                      for axis in figure.axes)
     assert things == {"boxes": [[224, 40], [560, 60]], "[CLS] of crops": [[224, 42], [560, 62]]}
     assert stuff == things | {"masks": [[224, 41], [560, 61]]}
-    assert figure.get_suptitle() == "EVA02-B-16, attention qk, scale 1.0, out/a.pt"
+    assert figure.get_suptitle() == "by qk"
     plt.close(figure)
-    path = region_json(path, ATTENTION="clip", CKPT=None)
-    figure = visualize.sizes(SimpleNamespace(), [str(path)], torch.device("cpu"))
-    assert figure.get_suptitle() == "EVA02-B-16, attention clip, tag"
+    figure = sizes(attention="clip")
+    assert figure.get_suptitle() == "by clip"
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[224, 1], [560, 2], [784, 3]]
     plt.close(figure)
+    with pytest.raises(ValueError, match="no result of this CKPT, MODEL and ATTENTION"):
+        sizes(attention="sclip")
 
 
 @pytest.mark.parametrize("words, sentence", [
@@ -337,9 +392,9 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
     (["attention", "PHOTO", "--vfm_model", "samvit_base_patch16", "--vfm_pretrained", "false"],
      "attends within windows"),
     (["segmentation", "PHOTO"], "CLASSES names no class"),
-    (["sizes", "presets/toy_region.txt"], "is not json"),
+    (["sizes", "presets/toy_region.txt"], "presets/toy_region.txt holds no results"),
     (["sizes", "README.md", "README.md"], "2 files were given"),
-    (["sizes", "toy/vfm/config.json"], "is no region.json of eval_region.py"),
+    (["sizes", "toy/vfm/config.json"], "config.json holds no results as evaluations write them"),
     (["curves", "README.md"], "is no log of train.py"),
     (["curves", "toy/clip/log.jsonl"], "is no log of train.py"),
     (["attention", "PHOTO", "toy"], "but this figure is of one"),
@@ -349,6 +404,6 @@ def test_sizes_are_lines_for_things_and_stuff(tmp_path):
 def test_bad_input_is_one_sentence(photo, tmp_path, words, sentence):
     with pytest.raises(SystemExit) as error:
         visualize.main([str(photo) if word == "PHOTO" else word for word in words]
-                       + options(**{key: value for key, value in TOY.items()
-                                    if f"--{key}" not in words}))
+                       + [preset(tmp_path, **{key: value for key, value in TOY.items()
+                                              if f"--{key}" not in words})])
     assert sentence in str(error.value) and "\n" not in str(error.value)

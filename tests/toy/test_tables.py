@@ -16,6 +16,7 @@ from model import DeCLIP
 from toy import tables, world
 from toy.world import NAMES, SEEN, THINGS, UNSEEN
 from util import settings
+from util.weights import write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,7 @@ def made(monkeypatch) -> list[list[str]]:
         groups = {"novel": {"AP50": ap}, "base": {"AP50": ap}}
         return {"boxes": {"AP50": ap, "groups": groups}}
 
+    monkeypatch.setattr(tables, "training_seconds", lambda folder: None)
     for script in (tables.train, tables.fvit_train, tables.catseg_train):
         monkeypatch.setattr(script, "main", made.append)
     for script, evaluate in ((tables.eval_region, regions), (tables.eval_seg, pixels),
@@ -94,6 +96,22 @@ def test_a_table_is_mean_and_deviation_of_runs_that_are_made_once(tmp_path, made
 
 
 # ------------------------------------------------------------------------------------- Table 1
+
+def test_seconds_are_those_of_all_steps(tmp_path):
+    """By a log whose run went on twice; a blank if its end is not there."""
+    lines = [{"step": step, "lr": 0.1, "loss": 1.0, "images_per_second": rate}
+             for step, rate in ((1, 2.0), (4, 8.0), (6, 4.0))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_checkpoint(tmp_path / "declip.safetensors", {}, {
+        "model": "x", "context": "q", "scale": None, "settings": {"BATCH_SIZE": 4, "step": 6}})
+    assert tables.training_seconds(tmp_path) == 1 * 4 / 2 + 3 * 4 / 8 + 2 * 4 / 4
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    assert tables.training_seconds(tmp_path) is None
+    lines = tables.layout("%", {"a": [{"seconds": None, "mIoU": 1.0}],
+                                "b": [{"seconds": 2.0, "mIoU": 1.0}]}).splitlines()
+    assert [line.split() for line in lines[1:]] == [["a", "1.0"], ["b", "2.0", "1.0"]]
+    assert lines[1].index("1.0") == lines[2].index("1.0")       # in its column
+
 
 def test_rows_of_table_1_are_what_they_are_called():
     def of_row(row: list[str]) -> tuple:
@@ -211,7 +229,7 @@ def test_a_run_learns_from_seen_classes_alone(toy_home, monkeypatch):
 @pytest.mark.parametrize("words, sentence", [
     ("catseg --scenes train", "SCENES is 'train'; it must be val or dev"),
     ("detection --seeds 1 3", r"SEEDS is \(1, 3\); it must be from 0 to 2"),
-    ("detection --search", "SEARCH is True; it must be false but for table1"),
+    ("detection --search", "SEARCH is for --search, table1, so it has no effect"),
     ("table2", "it must be one of table1, detection, catseg")])
 def test_refusals(words, sentence):
     with pytest.raises(SystemExit, match=sentence):

@@ -91,6 +91,12 @@ def test_what_is_not_said_has_a_default(own):
     ({"protocol": {"windows": 3}}, "has 'protocol'"), ({"mean": 3}, "has 'mean'"),
     ({"protocol": {"stride": 0}}, "STRIDE is 0"), ({"threshold": 4}, "THRESHOLD is 4"),
     ({"classes": "no.txt"}, "There is no class file FOLDER/no.txt"),
+    ({"classes": "/etc/hostname"}, "names /etc/hostname, which is not below FOLDER"),
+    ({"classes": "../../c.txt"}, "/c.txt, which is not below FOLDER"),
+    ({"folder": "/etc"}, "names /etc, which is not below"),
+    ({"image": "../{}.jpg"}, "has 'image'"), ({"label": "/etc/{}.png"}, "has 'label'"),
+    ({"names": "a/../../n.txt"}, "has 'names'"), ({"classes": "\ud800"}, "has 'classes'"),
+    ({"origin": [[[[[[[1]]]]]]]}, "has 'origin'"), ({"values": [0, 0, 1]}, "has 'values'"),
     ({"values": [1, 2]}, "has 3 classes"),
     ({"label": "no/{}.png"}, "There is no"), ({"values": [3, 4, 1]}, "no class and not void"),
 ])
@@ -192,6 +198,13 @@ def test_a_label_that_cannot_be_read_is_one_sentence(own, mask):
     with pytest.raises(ValueError, match="can't be read as a label image") as error:
         first_of(own)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\0", b"a\0b\n", b"x" * 300])
+def test_a_list_of_names_is_text(own, content):
+    (own.parent / "val.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="val.txt is not text in UTF-8 that files can be called"):
+        images_of(own, names="val.txt")
 
 
 def test_names_stay_in_the_folder(own):

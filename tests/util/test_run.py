@@ -34,8 +34,8 @@ from util import UserError
 from util.distributed import Ranks
 from util.images import list_images
 from util.order import epoch_order
-from util.run import LOG_FIELDS, Run, read_state, resume_files
-from util.samples import Batch
+from util.run import LOG_FIELDS, Run, checksums, read_state, resume_files
+from util.samples import Batch, ImageFiles
 from util.weights import read_record
 
 # 80 steps, a checkpoint every 2 and every 7
@@ -408,6 +408,60 @@ def test_a_resume_file_that_lacks_weights_is_refused(images, tmp_path):
         run(images, tmp_path, epochs=2, resume="true")
 
 
+@pytest.mark.parametrize("path, wrong", [
+    (("optimizer", "state", 0, "exp_avg"), torch.zeros(2)),
+    (("optimizer", "state", 0, "exp_avg_sq"), torch.zeros(4, dtype=torch.float16)),
+    (("optimizer", "state", 0, "step"), 3), (("optimizer", "state", 0), {}),
+    (("optimizer", "state"), [1]), (("optimizer", "param_groups"), [torch.zeros(3)]),
+    (("optimizer", "param_groups", 0, "params"), [1]),
+    (("model", "weight"), torch.zeros(5)), (("model", "weight"), "x"), (("scaler", "scale"), 0),
+    (("step",), 2), (("step",), "3"), (("settings",), None), (("bad_steps",), -1),
+    (("images",), 5), (("files",), [1])])
+def test_a_checkpoint_with_a_wrong_field_is_refused(tmp_path, path, wrong):
+    """PyTorch would take a moment of any shape, and write beyond its end."""
+    train_line(tmp_path, 3, EPOCHS=3, STEPS=3)
+    file, = resume_files(tmp_path)
+    state = torch.load(file, weights_only=True)
+    part = state
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = wrong
+    torch.save(state, file)
+    with pytest.raises(UserError, match="does not have the weights that are trained|are damaged"):
+        train_line(tmp_path, 3, EPOCHS=3, STEPS=5, RESUME=True)
+
+
+def test_a_run_goes_on_with_the_files_of_its_begin(tmp_path, capsys):
+    """Not with others of the same names. A checkpoint of before says nothing of them, so the run
+    goes on with a word."""
+    (tmp_path / "a.json").write_text("1")
+    given = {"EPOCHS": 3, "STEPS": 2, "DATASET": str(tmp_path / "a.json")}
+    train_line(tmp_path / "run", 3, **given)
+    train_line(tmp_path / "run", 3, **given, RESUME=True)
+    (tmp_path / "a.json").write_text("2")
+    with pytest.raises(UserError, match="begun with other content of the file that DATASET names"):
+        train_line(tmp_path / "run", 3, **given, RESUME=True)
+    file, = resume_files(tmp_path / "run")
+    state = torch.load(file, weights_only=True)
+    del state["files"]
+    torch.save(state, file)
+    train_line(tmp_path / "run", 3, **given, RESUME=True)
+    assert "is of before files had checksums" in capsys.readouterr().out
+
+
+def test_what_a_run_is_begun_with_has_a_checksum(tmp_path):
+    """A file, and all of a model's folder."""
+    shutil.copytree(tiny.ROOT / "toy/clip", tmp_path / "clip")
+    (tmp_path / "x.json").write_text("{}")
+    cfg = SimpleNamespace(MODEL=f"local-dir:{tmp_path / 'clip'}", IMAGES=str(tmp_path / "x.json"),
+                          OUT=str(tmp_path), TAG="none.pt", VFM_MODEL="vit_base", LR=1.0)
+    before = checksums(cfg, [tmp_path / "x.json"])
+    assert before.keys() == {"MODEL", "IMAGES", "data"}
+    (tmp_path / "clip/config.json").write_text("{}")
+    after = checksums(cfg, [tmp_path / "x.json"])
+    assert {name for name in before if before[name] != after[name]} == {"MODEL"}
+
+
 def test_an_error_saves_the_last_good_step(images, tmp_path, monkeypatch, capsys):
     """Whatever raises, in the middle of an epoch: resumed, the run is the uninterrupted one."""
     given = {"epochs": 3, "batch_size": 1}
@@ -454,6 +508,16 @@ def test_an_error_ends_the_process_at_once(images, tmp_path):
     raised = float(re.search("raised (.*)", "\n".join(lines))[1])
     assert status == 1 and "RuntimeError: a kernel failed" in lines[-1]
     assert ended - raised < 8
+
+
+def test_a_worker_that_is_killed_is_one_sentence(images, tmp_path, monkeypatch):
+    """Mostly by the system, for want of memory. The last step is saved."""
+    own, read = os.getpid(), ImageFiles.read
+    monkeypatch.setattr(ImageFiles, "read", lambda data, index: (
+        os._exit(9) if index == 3 and os.getpid() != own else read(data, index)))
+    with pytest.raises(SystemExit, match="a process that reads images has died, mostly because "
+                                         "memory ran out: lower NUM_WORKERS"):
+        run(images, tmp_path, epochs=3, num_workers=1)
 
 
 # ------------------------------------------------------------------------------------------- images

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from tiny import ROOT
 
+from model import DeCLIP
 from util import settings
 
 SCRIPT = '''"""Does something useful."""
@@ -182,6 +183,71 @@ def test_shared_blocks_of_the_repository_exist(name):
         for block in blocks:
             names = [name for name, setting in at_home.items() if setting.block == block]
             assert any(found[name] == at_home[name] for name in names), (source, block)
+
+
+def test_an_option_without_effect_is_refused(script, tmp_path, capsys):
+    """If the command line itself has it; `none` asks for nothing, and of an argument file a line is
+    printed. Defaults, and settings that were never parsed, are nobody's mistake."""
+    (tmp_path / "x.txt").write_text("--lr 2")
+    preset, why = f"@{tmp_path / 'x.txt'}", {"LR": "is for trainings", "STEPS": "is too"}
+    for words in (["--lr", "1"], ["--lr=1e-5"], [preset, "--lr", "1"]):
+        with pytest.raises(ValueError, match="^LR is for trainings, so it has no effect; leave "):
+            settings.refuse_unused(settings.parse(words, script), **why)
+    for words in ([], ["--steps", "none"], ["--fast"]):
+        settings.refuse_unused(settings.parse(words, script), **why)
+    settings.refuse_unused(SimpleNamespace(LR=1, STEPS=2), **why)
+    settings.refuse_unused(settings.parse(["--lr", "1"], script), LR=None)
+    assert not capsys.readouterr().out
+    settings.refuse_unused(settings.parse([preset], script), **why)
+    assert capsys.readouterr().out == (
+        "of an argument file: LR is for trainings, so it has no effect\n")
+    assert "given" not in vars(settings.parse(["--lr", "1"], script))
+
+
+@pytest.mark.parametrize("command, words", [
+    ("eval_region --attention clip --scale 1", "SCALE is of decoupled blocks, but clip always has"),
+    ("eval_region --attention k --context q", "CONTEXT is for a model without ATTENTION"),
+    ("eval_region --context maskclip --scale 1", "SCALE is of decoupled blocks, but maskclip"),
+    ("eval_seg --attention sclip --scale 1", "SCALE is of decoupled blocks, but sclip"),
+    ("eval_seg --ckpt CKPT --pretrained openai", "PRETRAINED is for files that"),
+    ("downstream.catseg.train --attention catseg --scale 1", "SCALE is of decoupled blocks"),
+    ("docs.linear_probe --attention clip --context q", "CONTEXT is for a model without ATTENTION"),
+    ("tools.segment --classes x --ckpt CKPT --pretrained openai", "PRETRAINED is for files"),
+    ("tools.segment --classes x --context clip --scale 1", "SCALE is of decoupled blocks")])
+def test_settings_of_a_model_in_vain_are_refused_by_every_script(tmp_path, monkeypatch, command,
+                                                                 words):
+    """Before it is loaded."""
+    monkeypatch.setattr("eval_region.DeCLIP", None)
+    name, *options = command.split()
+    if "CKPT" in options:
+        DeCLIP("tiny-vit").save(tmp_path / "declip.safetensors")
+        options[options.index("CKPT")] = str(tmp_path / "declip.safetensors")
+    script = importlib.import_module(name)
+    cfg = settings.parse(options, script)
+    with pytest.raises(ValueError, match=words):
+        (script.open_shown if name == "tools.segment" else script.open_model)(cfg)
+
+
+@pytest.mark.parametrize("command, words", [
+    ("train --lambda 0 --vfm_model x", "VFM_MODEL is of the context loss, which LAMBDA 0"),
+    ("train --lambda 0 --padding false", "PADDING is of the context loss"),
+    ("train --context clip --scale 1", "SCALE is of decoupled blocks, but clip"),
+    ("train --image_root x", "IMAGE_ROOT is for a json, but IMAGES is none"),
+    ("train --images x/{0..9}.tar --outside_root", "OUTSIDE_ROOT is for a json"),
+    ("downstream.fvit.train --dataset my.json --data x", "DATA holds the known data sets"),
+    ("downstream.fvit.eval --dataset my.json --data x", "DATA holds the known data sets"),
+    ("downstream.catseg.train --images my.json --data x", "DATA holds the known data sets"),
+    ("eval_seg --benchmarks toy --data x", "DATA holds the known data sets"),
+    ("eval_seg --benchmarks toy --threshold 0.5", "THRESHOLD is for background, which gets"),
+    ("toy.tables table1 --ckpt x", "CKPT is for detection, catseg, so it has no effect"),
+    ("toy.tables detection --lrs 1", "LRS is for --search, so it has no effect"),
+    ("toy.tables detection --search", "SEARCH is for --search, table1, so it has no effect"),
+    ("toy.tables table1 --search --seeds 1", "SEEDS is for table1, detection, catseg")])
+def test_an_option_that_a_script_does_not_use_is_refused(monkeypatch, command, words):
+    monkeypatch.chdir(ROOT)
+    name, *options = command.split()
+    with pytest.raises(SystemExit, match=words):
+        importlib.import_module(name).main(options)
 
 
 def test_values_out_of_range_are_one_sentence():

@@ -124,6 +124,27 @@ def test_damaged_tars_are_refused(tmp_path):
 
 # --------------------------------------------------------------------------------------- an index
 
+def test_a_size_below_0_is_damage(tmp_path):
+    """tarfile would read its headers again and again."""
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"zero", "1.jpg": b"one"})
+    content = bytearray(path.read_bytes())
+    content[1024 + 124:1024 + 136] = b"\xff" * 10 + b"\xf6\0"        # -2560
+    content[1024 + 148:1024 + 156] = b" " * 8
+    content[1024 + 148:1024 + 156] = b"%06o\0 " % sum(content[1024:1536])
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="can't be read as a tar .*a size below 0"):
+        contents(path)
+
+
+def test_an_indexer_that_is_killed_is_one_sentence(tmp_path, monkeypatch):
+    own = os.getpid()
+    paths = [str(write_tar(tmp_path / f"{name}.tar", {"0.jpg": b"zero"})) for name in "ab"]
+    monkeypatch.setattr(shards, "make_index", lambda *_: os.getpid() != own and os._exit(9))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(UserError, match="A process that indexed 2 shards, such as .*a.tar, has"):
+        Shards(paths, SUFFIXES)
+
+
 def test_an_index_is_made_once(tmp_path, monkeypatch):
     """Beside its shard, or in the cache; a damaged one is made again."""
     path = write_tar(tmp_path / "x.tar", {"0.jpg": b"0"})

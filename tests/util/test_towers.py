@@ -1,14 +1,17 @@
 """util/towers.py: what a file may name is built from data alone."""
 
+import gzip
 import json
 import shutil
 
+import open_clip
 import pytest
+import torch
 from tiny import ROOT
 
-from model import DeCLIP
-from util import printable
-from util.towers import recorded_model
+from model import DeCLIP, load_vfm
+from util import UserError, printable
+from util.towers import create_open_clip, recorded_model, timm_trunk, tokenizer_of
 
 
 @pytest.fixture
@@ -50,3 +53,56 @@ def test_a_folder_without_weights_has_no_weights_of_its_own(folder):
 def test_control_characters_do_not_reach_a_terminal():
     assert printable("photo\x1b[2J.jpg") == "photo\\x1b[2J.jpg"
     assert printable("föto\n漢") == "föto\n漢"
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(bytes(2**25)), b"",
+                                     gzip.compress(b"\xff\xfe"), gzip.compress(b"a b\n")[:-9]],
+                         ids=["plain", "32 MB of zeros", "empty", "no text", "cut off"])
+def test_a_vocabulary_is_a_few_megabytes_of_text(folder, content):
+    (folder / "merges.txt.gz").write_bytes(content)
+    with pytest.raises(UserError, match="merges.txt.gz is no vocabulary of open_clip's"):
+        tokenizer_of(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize("part, changes, sentence", [
+    ("text_cfg", {"layers": 10**6}, "has layers 1000000, which no model has"),
+    ("text_cfg", {"width": 2**40}, "has width 1099511627776"),
+    ("text_cfg", {"heads": "many"}, "is no whole model of open_clip's"),
+    ("vision_cfg", {"image_size": float("nan")}, "has image_size nan")])
+def test_a_folder_describes_a_model_of_a_usual_size(folder, part, changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        DeCLIP(configure(folder, part, **changes))
+
+
+@pytest.mark.skipif(open_clip.hf_model.transformers is not None, reason="transformers is there")
+@pytest.mark.parametrize("use", [lambda: create_open_clip("coca_roberta-ViT-B-32", None),
+                                 lambda: tokenizer_of("ViT-H-14-worldwide")])
+def test_a_package_that_is_missing_is_named(use):
+    with pytest.raises(UserError, match="needs the package transformers; install it by pip"):
+        use()
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("ViT-M-16-alt", "scales what its blocks add .LayerScale."),
+    ("ViT-B-16-SigLIP", "is not a transformer with a projected .CLS. token .* pooling is map"),
+    ("ViT-L-14-CLIPA", "pooling is avg"), ("RN50", "token but a ModifiedResNet"),
+    ("MobileCLIP-B", "makes its patches by several layers .HybridEmbed")])
+def test_a_tower_is_refused_for_what_it_is(name, sentence, monkeypatch):
+    """Built without weights: nothing is computed."""
+    create = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda *given, **options:
+                        create(*given, device="meta", **options))
+    with torch.device("meta"), pytest.raises(UserError, match=sentence):
+        timm_trunk(create_open_clip(name, None).visual, name)
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("vit_base_mci_224", "is no plain ViT .* .HybridEmbed."),
+    ("vit_tiny_r_s16_p8_224", "is no plain ViT .* .HybridEmbed."),
+    ("vitamin_small_224", "is no plain ViT .* .HybridEmbed."),
+    ("naflexvit_base_patch16_gap", "is no plain ViT .* does not take dynamic_img_size"),
+    ("vgg11", "is no plain ViT .* does not take dynamic_img_size"),
+    ("vit_base_patch16_224.no_such_tag", "has no weights of a VFM")])
+def test_a_vfm_is_refused_for_what_it_is(name, sentence):
+    with torch.device("meta"), pytest.raises(UserError, match=sentence):
+        load_vfm(name, pretrained="tag" in name)

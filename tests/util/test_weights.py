@@ -1,6 +1,9 @@
 """util/weights.py: every layout in and out, and a sentence about files that can't be read."""
 
+import copy
+import json
 import random
+import time
 
 import open_clip
 import pytest
@@ -11,8 +14,11 @@ from test_model import TOWERS, randomize
 from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 
+from downstream.catseg.model import Design, open_catseg
+from downstream.fvit import model as fvit_model
+from downstream.fvit.model import open_fvit
 from model import DeCLIP
-from util import UserError, weights
+from util import UserError, towers, weights
 from util.weights import (
     eva_layout,
     from_published,
@@ -24,6 +30,10 @@ from util.weights import (
     write_checkpoint,
 )
 
+NUMBERS = [-1, 0, 10**6, 10**30, 1e300, float("nan"), float("inf")]
+TEXTS = ["", "\ud800", "a\0b", "x" * 9999, "{}{0:>3000000000}", "local-dir:" + "x" * 300]
+DEEP = json.loads("[" * 500 + "]" * 500)
+WRONG = [None, True, *NUMBERS, *TEXTS, [], {}, [1], [None] * 3, DEEP, {"a": {"b": 1}}]
 RECORD = {"model": "tiny-vit", "context": "q", "scale": None, "mean": [0.4, 0.5, 0.6],
           "settings": {"LR": 1e-5}}
 
@@ -158,9 +168,10 @@ def test_damaged_safetensors_are_refused(tmp_path, read, length):
     (None, "There is no weights file"),
     (b"", "is not a plain file of tensors, and nothing else is read"),
     (b"<!DOCTYPE html>", "is not a plain file of tensors, and nothing else is read"),
+    ({"vision_model.embeddings.class_embedding": torch.zeros(2)}, "the layout of Hugging Face's"),
     ([torch.zeros(2)], "holds a list, not weights by name; give a file with a state dict"),
     (torch.zeros(2), "holds a Tensor, not weights by name; give a file with a state dict")],
-    ids=["absent", "empty", "html", "list", "tensor"])
+    ids=["absent", "empty", "html", "transformers", "list", "tensor"])
 def test_files_that_hold_no_weights_are_refused(tmp_path, content, sentence):
     path = tmp_path / "weights.pt"
     if isinstance(content, bytes):
@@ -197,3 +208,59 @@ def test_records_that_train_does_not_write_are_refused(tmp_path, metadata):
     save_file({"w": torch.zeros(2)}, tmp_path / "x.safetensors", {"declip": metadata})
     with pytest.raises(UserError, match="x.safetensors has metadata that train.py does not write"):
         read_record(tmp_path / "x.safetensors")
+
+
+def mutants(record: dict) -> list[dict]:
+    """The record with each field, at any depth, replaced by what it can't be, or left out."""
+    out = []
+    for name, value in record.items():
+        out += [{**record, name: wrong} for wrong in WRONG]
+        out += [{key: other for key, other in record.items() if key != name}]
+        if isinstance(value, dict):
+            out += [{**record, name: mutant} for mutant in mutants(value)]
+    return out
+
+
+OPENERS = {"declip": (lambda path: DeCLIP(pretrained=str(path)), {}),
+           "catseg": (open_catseg, {"catseg": Design(64)._asdict(), "use": "tools.segment"}),
+           "fvit": (open_fvit, {"use": "tools.detect", "fvit": {
+               "classes": ["cat"], "seen": [True], "tau": 50.0, "backbone": "0" * 8,
+               "design": fvit_model.Design()._asdict()}})}
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_mutated_records_are_opened_or_refused(kind, tmp_path, monkeypatch):
+    """Each field of each kind of record by wrong types, sizes, depths and letters: one sentence,
+    in less than a second, and nothing else. The model is made but once."""
+    made = towers.create_open_clip("tiny-eva", None)
+    monkeypatch.setattr("model.create_open_clip", lambda name, tag: (
+        copy.deepcopy(made) if name == "tiny-eva" else towers.create_open_clip(name, tag)))
+    use, more = OPENERS[kind]
+    path, ends = tmp_path / "x.safetensors", []
+    settings = {"LR": 1e-5, "MODEL": "tiny-eva", "PRETRAINED": None, "step": 3}
+    records = mutants(RECORD | {"model": "tiny-eva", "settings": settings} | more)
+    for record in random.Random(0).sample(records, 70):
+        save_file({"visual.norm.weight": torch.zeros(2)}, path, {"declip": json.dumps(record)})
+        began = time.process_time()
+        with pytest.raises(UserError) as error:     # the file has no weights, if nothing else
+            use(path)
+        assert time.process_time() - began < 1 and "\n" not in str(error.value)
+        ends.append("does not write" in str(error.value))
+    assert sum(ends) > len(ends) / 2
+
+
+def test_a_record_of_another_model_is_refused_before_that_is_made(tmp_path):
+    DeCLIP("tiny-eva").save(tmp_path / "x.safetensors")
+    state, record = read_weights(tmp_path / "x.safetensors")
+    write_checkpoint(tmp_path / "x.safetensors", state, record | {"model": "ViT-e-14"})
+    with pytest.raises(UserError, match="its embeddings have another width"):
+        DeCLIP(pretrained=str(tmp_path / "x.safetensors"))
+
+
+def test_weights_are_numbers_of_the_models_kind(tmp_path):
+    DeCLIP("tiny-eva").save(tmp_path / "x.safetensors")
+    state, record = read_weights(tmp_path / "x.safetensors")
+    write_checkpoint(tmp_path / "x.safetensors", state | {
+        "visual.cls_token": state["visual.cls_token"].long()}, record)
+    with pytest.raises(UserError, match="1 are unknown or of another shape.*visual.cls_token"):
+        DeCLIP(pretrained=str(tmp_path / "x.safetensors"))
