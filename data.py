@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from util import UserError
 from util.distributed import Ranks
 from util.files import find
+from util.images import read_image as read_image
 from util.order import rank_batches
 from util.run import Run, ignore_signals
 from util.samples import Batch, TrainingData, collate

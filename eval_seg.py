@@ -11,7 +11,7 @@ checkpoint, which keeps the results of other evaluations.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,16 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (
-    Classes,
-    constant,
-    in_order,
-    load_share,
-    normalize,
-    pad_to,
-    read_classes,
-    resize,
-)
+from data import Classes, constant, in_order, load_share, normalize, pad_to, read_classes, resize
 from eval_region import open_model, title
 from model import DeCLIP
 from util import UserError, distributed, settings
@@ -51,7 +42,7 @@ from util.labels import (
 from util.pamr import refine
 from util.precision import autocast, check_precision
 from util.results import identity, told_apart, write_result
-from util.text import find_templates
+from util.text import best_text, find_templates
 
 # The model, its precision and the run are set as in eval_region.py
 SHARED = {"eval_region": ["The model", "Names and numbers", "The evaluation"]}
@@ -187,6 +178,8 @@ VOC = ("VOCdevkit/VOC2012", "ImageSets/Segmentation/val.txt", "JPEGImages/{}.jpg
        "SegmentationClass/{}.png")
 CONTEXT_LAYOUT = ("VOCdevkit/VOC2010", "ImageSets/SegmentationContext/val.txt",
                   "JPEGImages/{}.jpg", "SegmentationClassContext/{}.png")
+CONTEXT_ORIGIN = ("mmsegmentation's tools/dataset_converters/pascal_context.py writes labels and "
+                  "list, of VOC 2010 and PASCAL-Context's json")
 CITYSCAPES = ("cityscapes", "*/*", "leftImg8bit/val/{}_leftImg8bit.png",
               "gtFine/val/{}_gtFine_labelIds.png")
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -202,10 +195,12 @@ STUFF_VOID = (*(id - 1 for id in NOT_IN_STUFF), 255)
 # Thresholds and scales are the authors' (configs/ of their code); the paper has none.
 KNOWN_BENCHMARKS = {
     "voc21": SegmentationBenchmark(*VOC, "voc21.txt", range(21), (255,), 0.4, 80.0, palette="voc"),
-    "context60": SegmentationBenchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15),
+    "context60": SegmentationBenchmark(*CONTEXT_LAYOUT, "context60.txt", range(60), (255,), 0.15,
+                                       origin=CONTEXT_ORIGIN),
     "coco_object": SegmentationBenchmark(*OBJECT, "coco_object.txt", range(81), threshold=0.2),
     "voc20": SegmentationBenchmark(*VOC, "voc20.txt", range(1, 21), (0, 255), palette="voc"),
-    "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255)),
+    "context59": SegmentationBenchmark(*CONTEXT_LAYOUT, "context59.txt", range(1, 60), (0, 255),
+                                       origin=CONTEXT_ORIGIN),
     "coco_stuff": SegmentationBenchmark(*STUFF, "coco_stuff.txt", STUFF_VALUES, STUFF_VOID),
     "cityscapes": SegmentationBenchmark(*CITYSCAPES, "cityscapes.txt", CITYSCAPES_IDS,
                                         CITYSCAPES_VOID),
@@ -279,9 +274,9 @@ def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor,
     """
     predictions = []
     for scores, image in zip(score_images(protocol, clip, images, text), images):
-        rows = scores.of_pixels()
-        if protocol.pamr:       # all scores of an image are in memory at once, (P, H, W)
-            rows = [refine(rows, image, protocol.pamr)]
+        rows = ([some] for some in scores.of_pixels())
+        if protocol.pamr:
+            rows = [map(partial(refine, image=image, steps=protocol.pamr), scores.of_texts())]
         predictions.append(torch.cat([
             decide(some, classes, protocol.logit_scale, protocol.threshold) for some in rows]))
     return predictions
@@ -303,6 +298,12 @@ class Scores(NamedTuple):
         wide = self.patches @ self.across.T
         for some in self.down.split(max(1, most // wide[:, 0].numel())):
             yield some @ wide
+
+    def of_texts(self, most: int = 10**8) -> Iterator[Tensor]:
+        """Scores of all pixels, (p, H, W), of some texts after the others."""
+        pixels = len(self.down) * len(self.across)
+        for some in self.patches.split(max(1, most // pixels)):
+            yield from self._replace(patches=some).of_pixels(max(most, pixels))
 
 
 @torch.inference_mode()
@@ -378,19 +379,18 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
-def decide(scores: Tensor, classes: Classes, logit_scale: float, threshold: float | None) -> Tensor:
-    """Cosines of all prompts (P, H, W) -> class of each pixel (H, W).
+def decide(scores: Iterable[Tensor], classes: Classes, logit_scale: float,
+           threshold: float | None) -> Tensor:
+    """Cosines of all prompts, (p, H, W) for some after the others -> class of each pixel (H, W).
 
     A class has the probability of its most probable synonym. With a threshold, a pixel where no
     class is that probable is class 0, the background.
     """
-    best, prompt = scores.max(dim=0)
-    prediction = constant(tuple(classes.class_of_prompt), torch.long, scores.device)[prompt]
+    best, prompt, total = best_text(scores, None if threshold is None else logit_scale)
+    prediction = constant(tuple(classes.class_of_prompt), torch.long, best.device)[prompt]
     if threshold is None:
         return prediction
-    total = torch.logsumexp(logit_scale * scores, dim=0)
-    probability = (logit_scale * best - total).exp()
-    return prediction.masked_fill(probability < threshold, 0)
+    return prediction.masked_fill((logit_scale * best - total).exp() < threshold, 0)
 
 
 # ------------------------------------------------------------------------------------- figures

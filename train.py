@@ -126,7 +126,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                 run.backward(loss, losses, batch)
             # 2. The optimiser's step, log, checkpoint, signals
             run.end_step(learning_rate(cfg, step, run.total))
-    run.say_end("python eval_seg.py --ckpt")
+    run.say_end("python eval_seg.py --ckpt", "data/VOCdevkit/VOC2012", "tools.segment")
 
 
 def distill(cfg: SimpleNamespace, student: nn.Module, teacher: VisionTower, vfm: VFM | None,

@@ -45,7 +45,7 @@ from util.coco import (
 from util.distributed import is_main
 from util.files import atomic_write, find
 from util.images import read_image
-from util.labels import CLASS_FILES
+from util.labels import CLASS_FILES, check_sizes
 from util.results import told_apart
 from util.samples import TrainingData
 
@@ -263,7 +263,9 @@ class DetectionData(TrainingData):
         shown = is_shown(boxes, 1)
         if not shown.any():
             raise UserError(f"{self.path} has no object to train with that is no crowd and at "
-                            "least a pixel large; give another json.")
+                            f"least a pixel large: {len(annotations.objects) - len(objects):,} of "
+                            f"{len(annotations.objects):,} are crowds, {len(objects):,} smaller; "
+                            "give another json.")
         self.first = np.searchsorted(image[shown], np.arange(len(self) + 1))
         self.boxes, objects = boxes[shown], list(compress(objects, shown))
         self.labels = np.array([class_of[entry["category_id"]] for entry in objects], np.int64)
@@ -333,9 +335,7 @@ class EvaluationImages(Dataset):
 def read_sized(path: str, size: tuple[int, int]) -> Tensor:
     """An image uint8 (3, H, W); UserError if its height and width are not the json's."""
     image = read_image(path)
-    if tuple(image.shape[-2:]) != size:
-        raise UserError(f"{path} is {tuple(image.shape[-2:])}, but its annotations are for {size}; "
-                        "take the json and the images of one release.")
+    check_sizes("The json's entry", size, path, image.shape[-2:])
     return image
 
 

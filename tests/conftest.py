@@ -1,6 +1,7 @@
 """What several tests share: tiny models, and data sets of drawn scenes in their original
 layouts."""
 
+import gc
 import json
 import os
 import shlex
@@ -12,16 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+# Torch is imported by fixtures: the process that only hands out tests does without.
 os.environ["HF_HUB_OFFLINE"] = "1"      # a test that would download fails instead
+os.environ["OMP_NUM_THREADS"] = "1"     # threads cost tiny models more than they give
 sys.path.insert(0, str(Path(__file__).parent))
-import tiny  # noqa: E402
-
-import eval_region  # noqa: E402
-
-torch.set_num_threads(1)        # threads cost tiny models more than they give
 SIZES = [(64, 64), (48, 80), (80, 40), (64, 96), (33, 65)]      # height, width
 
 
@@ -46,16 +43,26 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--ranks", type=int, default=1, help="the processes of that training")
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not go through it again, and the
+    processes of warm.py share it."""
+    gc.freeze()
+    if warm := sys.modules.get("warm"):
+        warm.server()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random models are the same at every run."""
+    import tiny  # noqa: F401
+    import torch
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def uncached(monkeypatch) -> None:
     """Text embeddings are computed anew in every test that does not ask for a cache."""
-    monkeypatch.setattr(eval_region, "CACHE", None)
+    monkeypatch.setattr("eval_region.CACHE", None)
 
 
 @pytest.fixture(scope="session")
@@ -146,10 +153,11 @@ def toy_home(tmp_path, monkeypatch) -> Path:
     The descriptions of scenes are copies, because paths in them are relative to them.
     """
     (tmp_path / "toy").mkdir()
-    for path in (tiny.ROOT / "toy").glob("*.json"):
+    toy = Path(__file__).parent.parent / "toy"
+    for path in toy.glob("*.json"):
         shutil.copy(path, tmp_path / "toy")
     for model in ("clip", "vfm"):
-        (tmp_path / "toy" / model).symlink_to(tiny.ROOT / "toy" / model)
+        (tmp_path / "toy" / model).symlink_to(toy / model)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -141,8 +141,8 @@ def test_synonyms_and_background():
     classes = make_classes(["background, sky", "cat, kitten", "dog"])
     logits = torch.tensor([[0.0, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0], [9, 0, 0, 0],
                            [0, 0, 9, 0.1]])[:, None]
-    assert eval_seg.decide(logits, classes, 1.0, None).tolist() == [[1, 0, 2, 2]]
-    assert eval_seg.decide(logits, classes, 1.0, 0.5).tolist() == [[1, 0, 2, 0]]
+    assert eval_seg.decide([logits], classes, 1.0, None).tolist() == [[1, 0, 2, 2]]
+    assert eval_seg.decide([logits], classes, 1.0, 0.5).tolist() == [[1, 0, 2, 0]]
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
             image = read_image(voc / f"VOCdevkit/VOC2012/JPEGImages/s_{index}.jpg")
             with torch.inference_mode():
                 logits = slow_logits(protocol(), clip, image, text)
-            prediction = eval_seg.decide(logits, classes, 80, 0.4 if name == "voc21" else None)
+            prediction = eval_seg.decide([logits], classes, 80, 0.4 if name == "voc21" else None)
             labels.append(label.flatten())
             predictions.append(prediction.flatten().numpy())
         expected = slow_iou(np.concatenate(labels), np.concatenate(predictions), len(classes))
@@ -279,7 +279,7 @@ def test_pamr_is_a_step_of_the_protocol(voc):
     text = F.normalize(torch.randn(4, 32), dim=-1)
     with torch.inference_mode():
         scores = pixels(protocol(), clip, image, text)
-        expected = eval_seg.decide(refine([scores], image, 2), classes, 40.0, None)
+        expected = eval_seg.decide([refine(scores, image, 2)], classes, 40.0, None)
     found, = eval_seg.predict(protocol(pamr=2), clip, classes, text, [image])
     plain, = eval_seg.predict(protocol(), clip, classes, text, [image])
     assert torch.equal(found, expected) and not torch.equal(found, plain)

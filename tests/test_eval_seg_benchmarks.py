@@ -174,7 +174,7 @@ def test_all_benchmarks_against_a_direct_computation(tmp_path, checkpoint, capsy
             image = read_image(tmp_path / PLACES[name][0].format(index))
             with torch.inference_mode():
                 logits = slow_logits(Protocol(**WINDOWS | windows), clip, image, text)
-            predictions.append(eval_seg.decide(logits, classes, benchmark.logit_scale,
+            predictions.append(eval_seg.decide([logits], classes, benchmark.logit_scale,
                                                benchmark.threshold).flatten())
             labels.append(expected_label(name, index).flatten())
         expected = slow_iou(np.concatenate(labels), np.concatenate(predictions), len(classes))
@@ -196,9 +196,13 @@ def test_images_without_labels_are_a_missing_set(tmp_path, name):
         SegmentationImages(KNOWN_BENCHMARKS[name], tmp_path)
 
 
-def test_all_without_any_data_is_one_sentence(tmp_path, checkpoint):
-    with pytest.raises(SystemExit, match="None of the benchmarks is in"):
+def test_all_without_any_data_has_a_line_for_each(tmp_path, checkpoint):
+    with pytest.raises(SystemExit, match="None of the benchmarks is in") as error:
         eval_seg.main(options(**OF_CHECKPOINT, ckpt=checkpoint, data=tmp_path, benchmarks="all"))
+    first, *lines = str(error.value).splitlines()
+    assert [line.split()[0] for line in lines] == [*PAPER_BENCHMARKS]
+    longest = len(str(tmp_path)) + 100
+    assert all("There is no /" in line and len(line) < longest for line in lines) and first
 
 
 @pytest.mark.parametrize("name", PAPER_BENCHMARKS)

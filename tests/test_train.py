@@ -53,11 +53,13 @@ def test_declip_learns_to_see_the_toy_world(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy").mkdir()
     shutil.copy(ROOT / "toy/benchmark.json", "toy")     # its scenes are beside it
-    world.main(options(train=80, dev=0, val=20, size=128))
+    world.main(options(train=80, dev=0, val=10, size=128))
     train.main(["@presets/toy.txt", *options(out="my run", num_workers=0)])
     assert capsys.readouterr().out.splitlines()[-1].endswith(
-        "python eval_seg.py --ckpt 'my run/declip.safetensors'")
-    evaluation = ["@presets/toy_seg.txt", *options(out=tmp_path, num_workers=0)]
+        "python -m tools.segment data/toy/train/00000.png --classes \"cat, grass\" "
+        "--ckpt 'my run/declip.safetensors'")
+    evaluation = ["@presets/toy_seg.txt", *options(out=tmp_path, num_workers=0,
+                                                   cache=tmp_path / "cache")]
     clip, untrained = (eval_seg.main([*evaluation, "--attention", name])["toy"]["mIoU"]
                        for name in ("clip", "q"))
     declip = eval_seg.main([*evaluation, "--ckpt", "my run/declip.safetensors"])["toy"]["mIoU"]

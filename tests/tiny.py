@@ -5,12 +5,16 @@ Importing this registers them. As a script it runs one of the repository's scrip
 `python tests/tiny.py train --model tiny-eva --pretrained none ...`, under torchrun too.
 """
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
+import pytest
+import torch
 from timm.models import register_model
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -34,6 +38,16 @@ def tiny_vfm(pretrained: bool = False, **options) -> VisionTransformer:
     """A plain ViT whose patch, 7, is not the student's, with registers."""
     shape = dict(img_size=28, patch_size=7, embed_dim=40, depth=2, num_heads=2, reg_tokens=2)
     return named(VisionTransformer(**shape | known(options)), "tiny_vfm")
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Within it, models of full size are built without drawing their weights, which takes seconds;
+    they are what the memory held."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("normal_", "uniform_", "erfinv_"):
+            patch.setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
+        yield
 
 
 def known(options: dict) -> dict:

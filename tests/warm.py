@@ -1,13 +1,14 @@
 """Scripts in processes of their own that have imported everything before they start.
 
-They have nothing to do with pytest's process, as if a shell had started them, but are forked by a
-server, this file run as a script, that has imported torch and the scripts: that takes seconds. What
-torchrun itself does is tested with torchrun.
+They have nothing to do with what a test has done in pytest's process, but are forked by a server,
+which that process forks before its first test: a process that imports torch takes seconds.
 """
 
 import atexit
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -17,8 +18,11 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
-ROOT = Path(__file__).parent.parent
+from PIL import Image
+
+FORK = multiprocessing.get_context("fork")
 
 
 class Process:
@@ -26,7 +30,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], printed: Path,
                  variables: dict[str, str] | None = None):
-        self.server, self.returncode = server(), None
+        self.returncode = None
         request = {"command": list(map(str, command)), "printed": str(printed),
                    "variables": variables or {}}
         self.pid = self.ask(request)
@@ -34,9 +38,9 @@ class Process:
 
     def ask(self, request: dict | int) -> int | None:
         """Asks the server to start a process -> its id, or how a process ended -> its status."""
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        requests, answers = server()
+        print(json.dumps(request), file=requests, flush=True)
+        return json.loads(answers.readline())
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -60,11 +64,20 @@ class Process:
 
 
 @cache
-def server() -> subprocess.Popen:
-    """The process that forks the others; it ends with this one."""
-    paths = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
-                            stdout=subprocess.PIPE, cwd=ROOT, env=os.environ | paths)
+def server() -> tuple[TextIO, TextIO]:
+    """Forks the process that forks the others -> its requests and answers; it ends with this one.
+
+    conftest.py calls it when nothing has been computed yet, in as few threads as possible.
+    """
+    (requests, to_server), (answers, to_us) = os.pipe(), os.pipe()
+    if not os.fork():
+        os.close(to_server)
+        os.setsid()
+        Image.init()
+        serve(open(requests), open(to_us, "w"))
+    os.close(requests)
+    os.close(to_us)
+    return open(to_server, "w"), open(answers)
 
 
 def start_ranks(command: Sequence[str], printed: Path, count: int = 2) -> list[Process]:
@@ -99,57 +112,33 @@ def ranks(*command: str, count: int = 2, timeout: float = 200) -> subprocess.Com
 
 # ---------------------------------------------------------------------------------- the server
 
-def serve() -> list[str]:
-    """Forks a process for each request, and tells how they ended -> in such a process, its command.
-    """
-    ended: dict[int, int] = {}
-    for line in sys.stdin:
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """Forks a process for each request, and tells how they ended."""
+    started = {}
+    for line in requests:
         request = json.loads(line)
         if isinstance(request, dict):
-            pid = os.fork()
-            if not pid:
-                return become(request)
-            answer = pid
+            process = FORK.Process(target=become, kwargs=request)
+            process.start()
+            started[process.pid] = process
+            answer = process.pid
         else:
-            collect(ended)
-            answer = ended.get(request)
-        print(json.dumps(answer), flush=True)
+            answer = started[request].exitcode
+        print(json.dumps(answer), file=answers, flush=True)
     os._exit(0)
 
 
-def collect(ended: dict[int, int]) -> None:
-    """Notes the exit status of each process that has ended, minus the signal that ended it."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        ended[pid] = os.waitstatus_to_exitcode(status)
+def become(command: list[str], printed: str, variables: dict[str, str]) -> None:
+    """In a new process: a session, files and variables of its own, and the command.
 
-
-def become(request: dict) -> list[str]:
-    """In a new process: a session, files and variables of its own -> its command."""
+    As multiprocessing ends it, what was imported is not taken apart, which takes a second.
+    """
     os.setsid()
-    os.environ |= request["variables"]
-    printed = os.open(request["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(Path(__file__).parent.parent)
+    os.environ |= variables
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(printed, stream)
-    return request["command"]
-
-
-if __name__ == "__main__":
-    import runpy
-
-    import conftest  # noqa: F401
-    import torch._dynamo  # noqa: F401
-
-    import downstream.fvit.train  # noqa: F401
-    import eval_region  # noqa: F401
-    import eval_seg  # noqa: F401
-    import train  # noqa: F401
-
-    sys.argv = serve()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")

@@ -89,10 +89,14 @@ def main(argv: list[str] | None = None) -> dict[str, list["Row"]]:
         bench = Bench(cfg, ranks, ImageFiles(cfg.IMAGES or make_photos(Path(folder), 16)))
         is_gpu = ranks.device.type == "cuda"
         place = torch.cuda.get_device_name() if is_gpu else f"{torch.get_num_threads()} CPU threads"
-        print(f"{settings.show(bench.cfg)}\n{place}, torch {torch.__version__}")
+        print(f"{settings.show(bench.cfg)}\n{place}, torch {torch.__version__}\n{len(cfg.PARTS)} "
+              f"parts; each takes {'about a minute' if is_gpu else 'one to five minutes'}, twice "
+              "that with --baseline, and more with more REPEATS", flush=True)
         for part in cfg.PARTS:
+            start = time.perf_counter()
             rows[part] = list(MEASURES[part](bench))
-            print(table(MEASURES[part].__doc__.splitlines()[0], rows[part]), flush=True)
+            title = MEASURES[part].__doc__.splitlines()[0]
+            print(table(f"{title} ({time.perf_counter() - start:.0f} s)", rows[part]), flush=True)
     return rows
 
 

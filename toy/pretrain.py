@@ -136,6 +136,7 @@ def sample_boxes(source: SceneTensors, count: int, rng: torch.Generator) -> tupl
 def cut(source: SceneTensors, scenes: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Crops as float [0, 1] (n, 3, size, size)."""
     images, places = scenes.unique(return_inverse=True)
+    # toy/clip has weights of before this was aligned: its crops lay half a pixel off.
     return roi_align(source.images[images].float() / 255,
                      torch.cat([places[:, None], boxes], dim=1), size, sampling_ratio=2,
                      aligned=True)

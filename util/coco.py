@@ -11,7 +11,6 @@ first, one by one only to name a wrong entry: COCO has 860,000 annotations.
 """
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -205,7 +204,7 @@ def check_annotations(coco: Coco, needs: set[str]) -> None:
     column = partial(Column, coco.path, "annotations", coco.annotations)
     if any("id" in annotation for annotation in coco.annotations):
         unique(column("id"))
-    if len(coco.annotations) > 200_000:
+    if len(coco.annotations) > 200_000 and is_main():
         print(f"checking the {len(coco.annotations):,} annotations of {coco.path}")
     check_references(coco, column("image_id"), column("category_id"))
     column("iscrowd", 0).one_of({0, 1}, "0 or 1")
@@ -249,7 +248,7 @@ def check_boxes(coco: Coco, column: Column) -> None:
                       "their images")
     for annotation in coco.annotations:
         area = annotation.get("area")
-        if type(area) not in NUMBERS or not 0 < area < math.inf:
+        if type(area) not in NUMBERS or not 0 < area < 1e300:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     ends = sizes_of(coco)[:, ::-1]
     is_shown = ((boxes[:, 2:] > 0) & (corners > 0) & (boxes[:, :2] < ends)).all(axis=1)
@@ -374,21 +373,32 @@ class Instances:
         value = {category["id"]: place + 1
                  for place, category in enumerate(self.content.categories)}
         self.image_of = {image["file_name"]: image["id"] for image in self.content.images}
+        if len(self.image_of) < len(self.content.images):
+            twice = Counter(image["file_name"] for image in self.content.images).most_common(1)
+            raise UserError(f"{path} has {twice[0][1]} images with the name {twice[0][0]!r}; leave "
+                            "one of each.")
+        names = Counter(name.rsplit("/", 1)[-1] for name in self.image_of)
+        # By the name alone, too, where it is one image's: names may lie in folders.
+        self.image_of = {name.rsplit("/", 1)[-1]: id for name, id in self.image_of.items()
+                         if names[name.rsplit("/", 1)[-1]] == 1} | self.image_of
         self.of_image: dict[int, list[tuple]] = {}
         for annotation in self.content.annotations:
             shape = annotation["segmentation"], value[annotation["category_id"]]
             self.of_image.setdefault(annotation["image_id"], []).append(shape)
 
-    def render(self, file_name: str, height: int, width: int) -> np.ndarray:
+    def render(self, file: Path, height: int, width: int) -> np.ndarray:
         """The label image (height, width); of overlapping objects the smaller one is on top.
 
-        Raises UserError for an image that the json does not list, or whose size is another there.
+        Raises UserError for an image that the json does not list: neither its name nor, with some
+        of the folders that it lies in, its path.
         """
-        if file_name not in self.image_of:
-            raise UserError(f"{self.content.path} says nothing of {file_name}; give the json and "
+        places = ("/".join(file.parts[start:]) for start in range(len(file.parts)))
+        name = next((place for place in places if place in self.image_of), None)
+        if name is None:
+            raise UserError(f"{self.content.path} says nothing of {file.name}; give the json and "
                             "the images of one split.")
         objects = [(instance_mask(shape, height, width), value)
-                   for shape, value in self.of_image.get(self.image_of[file_name], [])]
+                   for shape, value in self.of_image.get(self.image_of[name], [])]
         label = np.zeros((height, width), np.uint16)
         for mask, value in sorted(objects, key=lambda found: -int(found[0].sum())):
             label[mask] = value

@@ -89,6 +89,8 @@ def session(script: str, tf32: bool = False) -> Iterator[Ranks]:
     try:
         with fp32_products(tf32):
             yield ranks
+        from util.images import say_turned  # which imports this module
+        say_turned(ranks.is_main)
     except UserError as error:
         # An error in a worker of a DataLoader brings the worker's traceback along.
         sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]

@@ -1,21 +1,26 @@
 """Image files: which there are below a folder or in a json, and their pixels as uint8."""
 
+import io
 import math
+import mmap
 import os
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.Image import Transpose
 from torch import Tensor
 
 from util import UserError
 from util.coco import files_below, read_coco
+from util.distributed import gather
 from util.files import find
 
 MAX_DECODED = 100_000_000   # pixels; larger images are not decoded: a small file could fill memory
@@ -30,6 +35,10 @@ OWN_ENDINGS = (".segmentation.png", ".labels.png", ".detection.png", "/attention
                "/correlation.png", "/segmentation.png", "/sizes.png", "/curves.png")
 # PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# How an image that was turned as its EXIF entry says becomes the stored one.
+TURN_BACK = dict(enumerate((
+    Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM,
+    Transpose.TRANSPOSE, Transpose.ROTATE_90, Transpose.TRANSVERSE, Transpose.ROTATE_270), 2))
 
 
 # -------------------------------------------------------------------------------------- pixels
@@ -51,13 +60,41 @@ def open_image(file: str | Path | BinaryIO, upright: bool, most: int | None) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # of metadata that is not used here
         with Image.open(file, formats=FORMATS) as opened:
-            return torch.from_numpy(decode(opened, upright, most)).permute(2, 0, 1)
+            pixels, is_turned = decode(opened, upright, most)
+    if is_turned:
+        key = file.getvalue() if isinstance(file, io.BytesIO) else os.fsencode(file)
+        TURNED[zlib.crc32(key) % len(TURNED)] = 1 + upright
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def orientation(path: str | Path) -> int:
-    """The EXIF entry of how an image is stored: 1 upright, 5 to 8 on its side."""
+def orientation(file: Image.Image) -> int:
+    """The EXIF entry of how an image is stored: 1 upright, up to 8; from 5 on, on its side."""
+    with suppress(Exception):       # a damaged entry is none
+        number = file.getexif().get(0x0112)
+        return number if number in range(1, 9) else 1
+    return 1
+
+
+def lies(path: str | Path) -> bool:
+    """Whether an image's EXIF entry says that it is stored on its side."""
     with Image.open(path, formats=FORMATS) as opened:
-        return opened.getexif().get(0x0112, 1)
+        return orientation(opened) > 4
+
+
+# Of images that this process or a worker forked from it has read, by a checksum: those that are
+# stored turned, 1 if they were read so, 2 if they were turned upright.
+TURNED = np.frombuffer(mmap.mmap(-1, 2**24), np.uint8)
+
+
+def say_turned(is_main: bool) -> None:
+    """At the end of a run: how many images, over all ranks, are stored turned, if any."""
+    own = {int(key): int(TURNED[key]) for key in np.flatnonzero(TURNED)}
+    TURNED[list(own)] = 0
+    ways = Counter({key: way for of_rank in gather(own) for key, way in of_rank.items()}.values())
+    for way, what in ((1, "read as they are stored, so labels must be of the stored images, not of "
+                          "the upright ones"), (2, "turned upright")):
+        if is_main and ways[way]:
+            print(f"{ways[way]:,} images have an EXIF entry that turns them: they were {what}")
 
 
 @contextmanager
@@ -74,8 +111,8 @@ def unreadable(path: str | Path, what: str) -> Iterator[None]:
                         ) from None
 
 
-def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndarray:
-    """An opened image as RGB, uint8 (H, W, 3).
+def decode(file: Image.Image, upright: bool, most: int | None = None) -> tuple[np.ndarray, bool]:
+    """An opened image as RGB, uint8 (H, W, 3), and whether it is stored turned.
 
     Raises ValueError if it is too large or has values of an unknown range.
     """
@@ -88,17 +125,22 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> np.ndar
     if file.width * file.height > MAX_DECODED:
         raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
                          "are decoded")
+    if file.format == "PNG":
+        file.load()     # its entry may be behind the pixels
+    turn = orientation(file)
     if upright:
         ImageOps.exif_transpose(file, in_place=True)
+    elif turn > 1 and file.format == "TIFF":        # which PIL turns by itself
+        file = file.transpose(TURN_BACK[turn])
     shift = bits_to_drop(file)
     if factor == 1:
-        return to_rgb(file, shift)
+        return to_rgb(file, shift), turn > 1
     # In strips: a copy of the whole image in RGB takes more memory than many files.
     step = 32 * factor
     strips = [file.crop((0, top, file.width, min(top + step, file.height)))
               for top in range(0, file.height, step)]
     return np.concatenate([np.array(Image.fromarray(to_rgb(strip, shift)).reduce(factor))
-                           for strip in strips])
+                           for strip in strips]), turn > 1
 
 
 def reduction(file: Image.Image, most: int | None) -> int:
@@ -146,6 +188,9 @@ def list_images(images: str | Path, root: str | Path | None = None, outside: boo
         if images.is_dir() and any(images.glob("*.tar")):
             raise UserError(f"{images.absolute()} {state}; for its shards, set IMAGES to "
                             f"{images}/*.tar.")
+        if images.parts[:2] == ("data", "toy"):
+            raise UserError(f"{images.absolute()} {state}; draw the toy scenes by python -m "
+                            "toy.world first.")
         raise UserError(f"{images.absolute()} {state}; put images there (any folder of "
                         f"{', '.join(IMAGE_SUFFIXES)} files, or a COCO-style json) or set IMAGES "
                         "to where they are.")

@@ -18,7 +18,7 @@ from util import UserError
 from util.coco import Instances, files_below, read_coco
 from util.distributed import is_main
 from util.files import ROOT, find, is_list, is_name, is_number, is_of, read_json
-from util.images import MAX_DECODED, orientation, own_ending, read_image, unreadable
+from util.images import MAX_DECODED, lies, own_ending, read_image, unreadable
 
 CLASS_FILES = ROOT / "classes"
 VOID = -1       # label of pixels that do not count
@@ -178,7 +178,7 @@ class SegmentationImages(Dataset):
         with unreadable(path, "a label image"):
             if path.exists() and not path.is_file():
                 raise ValueError("it is no regular file")
-            values = (self.instances.render(file.name, *image.shape[1:]) if self.instances
+            values = (self.instances.render(file, *image.shape[1:]) if self.instances
                       else self.read_label(path))
         label = self.lookup[values]
         unknown = values[label == UNKNOWN]
@@ -229,10 +229,11 @@ def find_data(names: Sequence[str], of_paper: Sequence[str], data: str, find_set
         except MissingData as error:
             if not wants_all:
                 raise
-            missing[name] = str(error)
+            missing[name] = str(error).split(", or ")[0].split("; ")[0]
     if not sets:
+        reasons = "".join(f"\n{name:16}{reason}" for name, reason in missing.items())
         raise UserError(f"None of the benchmarks is in {Path(data).absolute()}; docs/data.md says "
-                        f"how each is unpacked: {next(iter(missing.values()))}")
+                        f"how each is unpacked.{reasons}")
     return sets, missing
 
 
@@ -280,7 +281,8 @@ def check_sizes(label: str | Path, of_label: Sequence[int], image: str | Path,
                 of_image: Sequence[int]) -> None:
     """Raises UserError unless a label has its image's height and width."""
     if tuple(of_label) != tuple(of_image):
-        turned = tuple(of_label) == tuple(of_image)[::-1] and orientation(image) > 4
+        turned = tuple(of_label) == tuple(of_image)[::-1] and lies(image)
         advice = ("its EXIF entry turns the image, which is read as it is stored: store it upright"
                   if turned else "they must be of one size")
-        raise UserError(f"{label} is {tuple(of_label)}, but its image {tuple(of_image)}; {advice}.")
+        raise UserError(f"{label} is {tuple(of_label)}, but its image {image} {tuple(of_image)}; "
+                        f"{advice}.")

@@ -149,6 +149,10 @@ class Run:
             if is_half_written(path, own) or re.fullmatch(r"resume-\d{8}\.tmp", path.name):
                 remove(path)
         print(settings.show(self.cfg))
+        count, size = len(self.images.paths), self.cfg.BATCH_SIZE
+        print(f"{count:,} images: {self.steps_per_epoch:,} steps an epoch"
+              + (f"; {count % size} of them, which fill no batch of {size}, are left out of each"
+                 if count % size else ""))
         if self.cfg.RESUME:
             print(f"going on at step {self.resumed['step']}" if self.resumed else
                   f"{self.cfg.OUT} has no checkpoint, so the run begins")
@@ -405,11 +409,20 @@ class Run:
             raise UserError(f"The last checkpoint could not be written to {self.cfg.OUT}; make "
                             "room, and repeat the end with --resume.")
 
-    def say_end(self, command: str) -> None:
-        """Says which file the run made. command: evaluates it, if the file is put behind it."""
-        if self.ranks.is_main:
-            print(f"{self.model_path} holds the model after {self.step} steps; evaluate it with "
-                  f"{command} {shlex.quote(str(self.model_path))}")
+    def say_end(self, command: str, needs: str | Path | None, tool: str) -> None:
+        """Says which file the run made, and a command that works, if the file is put behind it.
+
+        command: evaluates it, with the data `needs`. tool: shows it on an image, without them.
+        """
+        if not self.ranks.is_main:
+            return
+        what = "evaluate"
+        if not (needs and find(needs).exists()):
+            photo = self.images.paths[0]
+            photo = shlex.quote(photo) if Path(photo).is_file() else "photo.jpg"
+            what, command = "try", f'python -m {tool} {photo} --classes "cat, grass" --ckpt'
+        print(f"{self.model_path} holds the model after {self.step} steps; {what} it with "
+              f"{command} {shlex.quote(str(self.model_path))}")
 
 
 # ----------------------------------------------------------------------------- signals, bad steps
@@ -651,9 +664,10 @@ class Log:
                                               for path, reason in new.items()))
         if len(self.failures) > self.cfg.MAX_BAD_FILES * self.images:
             raise UserError(
-                f"{len(self.failures)} of {self.images} image files can't be read, more than "
-                f"MAX_BAD_FILES, {self.cfg.MAX_BAD_FILES:.2%}; they are listed in "
-                f"{self.skipped_path}, so check whether these are the data that you meant.")
+                f"{len(self.failures)} of {self.images} images or their labels can't be used, more "
+                f"than MAX_BAD_FILES, {self.cfg.MAX_BAD_FILES:.2%}; they are listed with the "
+                f"reasons in {self.skipped_path}, so check whether these are the data that you "
+                "meant.")
 
 
 def append(path: Path, text: str) -> None:
@@ -690,7 +704,9 @@ def cut_lines(path: Path, last: int) -> None:
 
 def escaped(text: str) -> str:
     """A file's name or a reason on one line, without control characters."""
-    return printable(text.replace("\n", "\\n"))
+    # Bytes that are no text stay, so that the name still finds its file.
+    return "".join(letter if "\ud800" <= letter <= "\udfff" else printable(letter)
+                   for letter in text.replace("\n", "\\n"))
 
 
 def peak_memory(device: torch.device) -> int:

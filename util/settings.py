@@ -82,7 +82,8 @@ def constants(module: ModuleType) -> dict[str, Constant]:
 
 def own_constants(module: ModuleType) -> dict[str, Constant]:
     """The settings that stand in a script itself."""
-    source = Path(module.__file__).read_text(encoding="utf-8")
+    # What stands below the first function need not be parsed.
+    source, _, _ = Path(module.__file__).read_text(encoding="utf-8").partition("\n\n\ndef ")
     comments = {token.start: token.string.lstrip("# ")
                 for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}

@@ -192,6 +192,10 @@ def members(file: BinaryIO, path: str) -> Iterator[tarfile.TarInfo]:
     if file.read(BLOCK) != bytes(BLOCK):
         raise UserError(f"{path} is damaged or cut off at byte {offset:,}; make or download it "
                         "again.")
+    while rest := file.read(2**20):
+        if rest.strip(b"\0"):
+            raise UserError(f"{path} goes on behind the end of its tar, at byte {offset:,}, as a "
+                            "second tar would; divide it, or make it again.")
 
 
 def kind_of(member: tarfile.TarInfo, suffixes: Sequence[str]) -> str | None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,3 +84,24 @@ def cached_embeddings(folder: str | Path, text: nn.Module, key: Sequence,
     checked = {"checksum": state_checksum(state, "{}")}
     atomic_write(path, lambda file: save_file(state, file, checked))
     return embeddings
+
+
+def best_text(scores: Iterable[Tensor], scale: float | None = None
+              ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores of texts, (p, H, W) for some after the others -> each pixel's best, (H, W), the number
+    of its text, and the logarithm of the sum of exp(scale * score), unless scale is None."""
+    best, count = None, 0
+    for some in scores:
+        score, text = some.max(dim=0)
+        # By rows: a copy of all scores may not fit into memory.
+        total = None if scale is None else torch.cat([
+            torch.logsumexp(scale * rows, dim=0) for rows in some.split(64, dim=1)])
+        count, before = count + len(some), count
+        del some        # or it would be there together with the next
+        if best is None:
+            best, winner, sums = score, text, total
+        else:
+            winner = torch.where(score > best, text + before, winner)
+            best = torch.maximum(score, best)
+            sums = None if scale is None else torch.logaddexp(sums, total)
+    return best, winner, sums

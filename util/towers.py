@@ -233,11 +233,6 @@ def reason_against(trunk: nn.Module) -> str:
     return ""
 
 
-def is_usable(trunk: nn.Module) -> bool:
-    """Whether a trunk has a projected [CLS], plain patches, and blocks like `_last_block` needs."""
-    return not reason_against(trunk)
-
-
 def with_dynamic_size(trunk: nn.Module) -> nn.Module:
     """The same timm model for images of any size; otherwise its rotary embedding fits one size."""
     if not isinstance(trunk, TIMM_VITS) or trunk.dynamic_img_size:
@@ -349,8 +344,11 @@ def create_vit(name: str, pretrained: bool) -> nn.Module:
     except TypeError:       # unless its class, or a folder's arguments, have another mistake
         trunk, kind = None, "it does not take dynamic_img_size, timm's option for any size"
     except Exception as error:      # timm raises anything on weights and folders of others
-        if isinstance(error, OSError) and not is_local:
-            raise           # a download that fails
+        if isinstance(error, OSError) and not is_local:     # a download that fails
+            reason = str(error).split(". ")[0].split("\n")[0]
+            raise UserError(f"The weights of {name} can't be had ({reason}); check the network, or "
+                            "name a VFM that is here by --vfm_model, such as local-dir:toy/vfm."
+                            ) from None
         raise UserError(f"{name} has no weights of a VFM in timm's format; name a model or a "
                         "folder that has them, such as local-dir:toy/vfm.") from None
     if not isinstance(trunk, TIMM_VITS | SAM) or not isinstance(trunk.patch_embed, PatchEmbed):

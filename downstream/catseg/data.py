@@ -6,12 +6,14 @@ key. Sets are read in their original layouts (docs/data.md).
 
 import random
 import re
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.io
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +23,7 @@ from data import Classes, make_classes, read_classes, resize
 from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
 from util import UserError
 from util.files import find
+from util.images import MAX_DECODED
 from util.labels import CLASS_FILES, VOID, MissingData, SegmentationBenchmark, SegmentationImages
 from util.samples import TrainingData
 
@@ -44,6 +47,14 @@ class LabelledImages(TrainingData):
 
     def read(self, index: int) -> Labelled:
         return Labelled(*self.scenes[index])
+
+    def look(self, most: int = 16) -> None:
+        """Raises UserError if a label is not this set's, or the first ones are void throughout."""
+        count = min(most, len(self))
+        if not any((self.read(index).label != VOID).any() for index in range(count)):
+            raise UserError(f"The labels of the first {count} of {len(self):,} images, such as "
+                            f"{self.paths[0]}, are void at every pixel, so nothing can be learned "
+                            "from them; take the labels of this data set.")
 
 
 def find_training(name: str, data: str | Path) -> tuple[SegmentationImages, list[str]]:
@@ -131,10 +142,12 @@ ADE_OBJECTS, ADE_CLASSES = 3688, 847        # label values of ADE20K_2021_17_01,
 CONTEXT_OBJECTS = 459
 
 
-def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]]:
+def read_table(path: Path, most: int, origin: str, void: Sequence[int] = ()
+               ) -> tuple[list[int], list[str]]:
     """The label values and first names of a table's lines `12: name, synonym`, the colon optional.
 
-    most: the largest label value. origin: where the file comes from. Raises UserError if there is
+    most: the largest label value. origin: where the file comes from. void: values that lines may
+    name, too, and that are no class. Raises UserError if there is
     no such file, or if a line is none of these, a value is too large, or occurs twice.
     """
     path = find(path)
@@ -146,6 +159,8 @@ def read_table(path: Path, most: int, origin: str) -> tuple[list[int], list[str]
         value = re.match(r"\d{1,9}(?=[\s:])", line.strip())
         rest = line.strip()[value.end():].lstrip().removeprefix(":") if value else ""
         name = rest.partition(",")[0].strip()
+        if name and int(value[0]) in void:
+            continue
         if line.strip() and not (name and 1 <= int(value[0]) <= most):
             raise UserError(f"{path}, line {number}, is {line.strip()[:60]!r}; it must be a label "
                             f"value from 1 to {most}, and a name.")
@@ -168,16 +183,58 @@ def read_ade(path: Path) -> np.ndarray:
     return red // 10 * 256 + green
 
 
+# How numbers are stored in a MATLAB file, by type. Arrays of classes 6 to 15 hold numbers.
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
+             13: "u8"}
+MATRIX, COMPRESSED = 14, 15
+
+
 def read_mat(path: Path) -> np.ndarray:
-    """PASCAL-Context's .mat file -> its label map, values 0 to 65535 (H, W)."""
-    label = scipy.io.loadmat(path, variable_names=["LabelMap"]).get("LabelMap")
+    """PASCAL-Context's .mat file -> its label map, values 0 to 65535 (H, W).
+
+    Its own reader: scipy's ends the process on some damaged files. Raises whatever on those.
+    """
+    content = path.read_bytes()
+    order = {b"\0\1IM": "<", b"\1\0MI": ">"}[content[124:128]]      # format 5, of MATLAB 5 to 7
+    label = None
+    for kind, element in mat_elements(content[128:], order):
+        if kind == COMPRESSED:
+            inflated = zlib.decompressobj()
+            element = inflated.decompress(element, 8 * MAX_DECODED + 4096)
+            if not inflated.eof:
+                raise ValueError("it is cut off, damaged or too large")
+            (kind, element), = mat_elements(element, order)
+        if kind == MATRIX:
+            (_, flags), (_, shape), (_, name), *numbers = mat_elements(element, order)
+            if name == b"LabelMap":
+                label = flags[0 if order == "<" else 3], np.frombuffer(shape, order + "i4"), numbers
     if label is None:
         raise UserError(f"{path} has no LabelMap; take trainval/*.mat of PASCAL-Context.")
-    if (label.ndim != 2 or label.dtype.kind not in "uif" or not label.size
-            or (label != np.floor(label)).any() or label.min() < 0 or label.max() > 65535):
-        raise UserError(f"{path} has a LabelMap of {label.dtype} {label.shape}, but it must be a "
+    kind, shape, numbers = label
+    values = None
+    if 6 <= kind <= 15 and len(shape) == 2 and len(numbers) == 1:
+        (stored, content), = numbers
+        values = np.frombuffer(content, order + MAT_TYPES[stored]).reshape(shape, order="F")
+    if (values is None or not values.size or (values != np.floor(values)).any()
+            or values.min() < 0 or values.max() > 65535):
+        raise UserError(f"{path} has a LabelMap of {' x '.join(map(str, shape))}, but it must be a "
                         "class number for each pixel; take trainval/*.mat of PASCAL-Context.")
-    return label.astype(np.uint16)
+    return values.astype(np.uint16)
+
+
+def mat_elements(content: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+    """The types and contents of the elements of a MATLAB file. ValueError if it is cut off."""
+    place = 0
+    while place < len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, place)
+        start = place + 8
+        if kind >> 16:      # a small element: both numbers in one, its content in the other
+            kind, size, start = kind & 0xffff, kind >> 16, place + 4
+        if start + size > len(content):
+            raise ValueError("it is cut off or damaged")
+        yield kind, content[start:start + size]
+        place = start + size
+        place += 0 if kind == COMPRESSED else -place % 8
 
 
 def ade847(data: str | Path) -> LabelledSet:
@@ -197,11 +254,12 @@ def ade847(data: str | Path) -> LabelledSet:
 
 def context459(data: str | Path) -> LabelledSet:
     """PC-459: all objects of PASCAL-Context."""
+    void = 0, CONTEXT_OBJECTS + 1
     values, names = read_table(
         Path(data) / "VOCdevkit/VOC2010/labels.txt", CONTEXT_OBJECTS,
-        "PASCAL-Context's page has it beside trainval.tar.gz")
+        "PASCAL-Context's page has it beside trainval.tar.gz", void)
     benchmark = replace(KNOWN_BENCHMARKS["context59"], label="trainval/{}.mat", values=values,
-                        void=(0, CONTEXT_OBJECTS + 1), read=read_mat)
+                        void=void, read=read_mat)
     return SegmentationImages(benchmark, data), make_classes(names)
 
 

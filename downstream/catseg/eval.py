@@ -31,6 +31,7 @@ from util import UserError, distributed, settings
 from util.labels import NOT_IN_DATA, find_data, overview
 from util.precision import autocast, check_precision
 from util.results import identity, write_result
+from util.text import best_text
 
 SHARED = {"eval_region": ["The evaluation"]}
 
@@ -163,13 +164,7 @@ def best_prompt(protocol: Protocol, logits: Tensor, size: tuple[int, int], most:
     Probabilities of pixels, many numbers, exist for some names at a time only, about `most`.
     """
     count = max(1, most // max(len(logits) * protocol.window**2, size[0] * size[1]))
-    parts = logits.split(count, dim=1)
-    best, winner = probabilities(protocol, parts[0], size).max(dim=0)
-    for number, part in enumerate(parts[1:], 1):
-        score, prompt = probabilities(protocol, part, size).max(dim=0)
-        winner = torch.where(score > best, prompt + number * count, winner)
-        best = torch.maximum(score, best)
-    return winner
+    return best_text(probabilities(protocol, some, size) for some in logits.split(count, dim=1))[1]
 
 
 def probabilities(protocol: Protocol, logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ python -m downstream.catseg.eval.
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -77,7 +78,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     settings.refuse_unused(cfg, DATA=cfg.IMAGES.endswith(".json") and NOT_IN_DATA)
     scenes, names = find_training(cfg.IMAGES, cfg.DATA)
     dataset = LabelledImages(scenes, cfg.READ_TIMEOUT)
-    dataset.read(0)     # a label of another data set is found before a model is loaded
+    dataset.look()      # a label of another data set is found before a model is loaded
     with Run(cfg, ranks, dataset, "catseg.safetensors", MAY_CHANGE_ON_RESUME,
              total=cfg.ITERATIONS) as run:
         model = build(cfg, names).to(ranks.device)
@@ -93,7 +94,8 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                 run.backward(loss, {}, batch)
             # 2. The optimiser's step, by a learning rate that falls from LR to 0 as a cosine
             run.end_step(learning_rate(cfg, step), cfg.CLIP_NORM)
-    run.say_end("python -m downstream.catseg.eval --ckpt")
+    run.say_end("python -m downstream.catseg.eval --ckpt", Path(cfg.DATA) / "VOCdevkit/VOC2012",
+                "tools.segment")
 
 
 def make_views(model: CATSeg, batch: Batch, key: str) -> tuple[Tensor, Tensor]:

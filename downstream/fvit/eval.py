@@ -83,10 +83,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     settings.check_min(cfg, BATCH_SIZE=1, NUM_WORKERS=0)
     check_precision(cfg.PRECISION)
     cfg.DATASET = cfg.DATASET or trained_with(cfg.CKPT)
-    is_free = result_path(cfg, Path(cfg.DATASET).stem).resolve() != Path(cfg.DATASET).resolve()
-    settings.check(
-        cfg, OUT=(is_free, "another folder than DATASET's, whose name the result has"),
-        DETECTIONS=(not Path(cfg.DETECTIONS or "").is_file(), "a file that is not there yet"))
+    settings.check(cfg, DETECTIONS=(not Path(cfg.DETECTIONS or "").is_file(),
+                                    "a file that is not there yet"))
     rules = score_rules(cfg, cfg.DATASET)
     settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     annotations = find_annotations(cfg.DATASET, "val", cfg.DATA, cfg.ANNOTATIONS, cfg.IMAGES,
@@ -109,10 +107,17 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> dict:
     figures = score(annotations, masked, results, fvit)
     print(f"\n{cfg.DATASET}: {fvit.backbone.model_name}, {len(images)} images, % of\n"
           f"{table(figures)}")
-    write_result(cfg, Path(cfg.DATASET).stem, of, figures)
+    write_result(cfg, result_name(cfg), of, figures)
     if cfg.DETECTIONS:
         results.write(cfg.DETECTIONS, annotations)
     return figures
+
+
+def result_name(cfg: SimpleNamespace) -> str:
+    """The data set's, in a name that does not take the place of its own json."""
+    name = Path(cfg.DATASET).stem
+    is_taken = result_path(cfg, name).resolve() == Path(cfg.DATASET).resolve()
+    return f"{name}.results" if is_taken else name
 
 
 def trained_with(path: str) -> str:

@@ -2,6 +2,9 @@
 
 import colorsys
 import random
+import struct
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -152,8 +155,27 @@ def test_tables_of_another_form(tmp_path, text, sentence):
     assert sentence in str(error.value)
 
 
+def test_the_table_of_pascal_context_may_name_what_is_no_class(tmp_path):
+    """0 and 460, which are void."""
+    write(tmp_path, "context459")
+    table = tmp_path / "VOCdevkit/VOC2010/labels.txt"
+    table.write_text(f"0: empty\n{table.read_text()}460: unknown\n")
+    images, classes = find_evaluation("context459", tmp_path)
+    assert len(classes) == 459 and classes.names[0] == "thing 1" and images[0][1].max() == 458
+
+
+def test_labels_that_are_void_throughout_are_refused_before_a_model_is_loaded(tmp_path):
+    for values in ([[0, 255]], [[65, 255]]):
+        coco(tmp_path, np.array(values))
+        dataset = LabelledImages(data.find_training("coco_stuff", tmp_path)[0])
+        if values == [[0, 255]]:
+            dataset.look()
+    with pytest.raises(ValueError, match="labels of the first 1 of 1 images, such as .* are void"):
+        dataset.look()
+
+
 @pytest.mark.parametrize("content, sentence", [
-    ({"LabelMap": np.zeros((4, 6, 3))}, r"has a LabelMap of float64 \(4, 6, 3\)"),
+    ({"LabelMap": np.zeros((4, 6, 3))}, "has a LabelMap of 4 x 6 x 3"),
     ({"LabelMap": np.full((4, 6), 1.5)}, "must be a class number for each pixel"),
     ({"LabelMap": np.full((4, 6), -1)}, "must be a class number"),
     ({"LabelMap": np.array(["a"], dtype=object)}, "must be a class number"),
@@ -169,6 +191,35 @@ def test_mat_files_that_are_no_label_maps(tmp_path, content, sentence):
         scipy.io.savemat(path, content)
     with pytest.raises(ValueError, match=sentence):
         find_evaluation("context459", tmp_path)[0][0]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_mat_files_of_any_numbers(tmp_path, kind, compressed):
+    """As scipy, and so MATLAB, writes them: small numbers may be stored as another type."""
+    for most in (3, 250):
+        label = np.random.default_rng(0).integers(0, most, (5, 7))
+        names = np.array(["a", "bc"], dtype=object)
+        scipy.io.savemat(tmp_path / "x.mat", {"names": names, "LabelMap": label.astype(kind)},
+                         do_compression=compressed)
+        assert np.array_equal(data.read_mat(tmp_path / "x.mat"), label)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_mat_files_neither_end_the_process_nor_hang(tmp_path, compressed):
+    """Bits that flip, ends that are missing: an error of Python's, or some label."""
+    label = np.arange(24, dtype=np.uint16).reshape(4, 6)
+    scipy.io.savemat(tmp_path / "x.mat", {"LabelMap": label}, do_compression=compressed)
+    whole = (tmp_path / "x.mat").read_bytes()[120:]
+    for place in range(0, 8 * len(whole), 17):
+        mutant = bytearray(whole)
+        mutant[place // 8] ^= 1 << place % 8
+        for content in (mutant, whole[:place // 8]):
+            (tmp_path / "x.mat").write_bytes(bytes(120) + content)
+            with suppress(ValueError, LookupError, TypeError, struct.error, zlib.error):
+                found = data.read_mat(tmp_path / "x.mat")
+                assert found.dtype == np.uint16
+                assert not compressed or found.tolist() == label.tolist()       # by a checksum
 
 
 def test_a_label_map_without_colours_is_not_ades(tmp_path):

@@ -578,8 +578,8 @@ def test_an_image_of_another_size_is_left_out_and_named(coco):
     Image.new("RGB", (9, 9)).save(train.files[0])
     sample = DetectionData(train, masks=False)[0]
     (path, reason), = sample.skipped
-    assert path == train.files[0] and "is (9, 9), but its annotations are for (64, 64)" in reason
-    with pytest.raises(UserError, match="take the json and the images of one release"):
+    assert path == train.files[0] and f"(64, 64), but its image {path} (9, 9); they" in reason
+    with pytest.raises(UserError, match="they must be of one size"):
         EvaluationImages(train)[0]
 
 

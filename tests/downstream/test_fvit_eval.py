@@ -201,5 +201,7 @@ def test_a_json_of_training_is_not_evaluated_by_default(checkpoint, tmp_path):
 
 
 def test_a_result_takes_no_place_of_the_data_set(checkpoint, scenes_json):  # noqa: F811
-    with pytest.raises(SystemExit, match="OUT is .* must be another folder than DATASET's"):
-        evaluation.main(arguments(checkpoint, scenes_json, scenes_json.parent))
+    before = scenes_json.read_bytes()
+    evaluation.main(arguments(checkpoint, scenes_json, scenes_json.parent))
+    assert scenes_json.read_bytes() == before
+    assert len(read_results(scenes_json.with_name(f"{scenes_json.stem}.results.json"))) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import options, preset
+from PIL import Image
 
 from tools import bench, reference
 from util import settings
@@ -26,14 +27,15 @@ def measured(*more: str, **changed) -> dict[str, dict[str, bench.Row]]:
     return {part: {row.name: row for row in rows} for part, rows in found.items()}
 
 
-def test_bench_prints_every_part_beside_the_plain_version(capsys):
+def test_bench_prints_every_part_beside_the_plain_version(capsys, tmp_path):
     parts = [*bench.PARTS, "fvit", "catseg"]
-    rows = measured("--baseline", parts=parts)
+    Image.new("RGB", (80, 60)).save(tmp_path / "photo.jpg")
+    rows = measured("--baseline", parts=parts, images=tmp_path)
     printed = capsys.readouterr().out
     assert list(rows) == ["input", "operations", "train", "segment", "fvit", "catseg"] == parts
     assert all(row.name in printed for part in rows.values() for row in part.values())
     ours, plains = rows["input"]["to the device, MB"].values.values()
-    assert ours == pytest.approx(3 * 480 * 640 / 1e6)
+    assert ours == pytest.approx(3 * 60 * 80 / 1e6)
     crops = 12 * 3 * 32**2
     assert plains == pytest.approx(4 * (3 * 64**2 + 3 * 56**2 + crops + 12 * 4) / 1e6)
     assert rows["input"]["to the device, MB"].ratio == pytest.approx(plains / ours)
@@ -52,28 +54,32 @@ def test_bench_prints_every_part_beside_the_plain_version(capsys):
     assert [*rows["catseg"]["test, a view: images/s"].values] == ["this code"]
 
 
-def test_the_plain_version_is_plain(monkeypatch):
-    """Its attention is that of reference.py, and ours is not."""
-    whole, own = [], reference.self_attention
+@pytest.fixture
+def whole(monkeypatch) -> list:
+    """How often the attention of reference.py is computed."""
+    calls, own = [], reference.self_attention
     monkeypatch.setattr(reference, "self_attention",
-                        lambda *inputs: whole.append(1) or own(*inputs))
+                        lambda *inputs: calls.append(1) or own(*inputs))
     # Operations are counted with whole matrices in any case.
     monkeypatch.setattr(bench, "measure_operations", lambda _: [bench.Row("all", {"this code": 1})])
-    measured("--checkpointing", parts="train")
-    assert not whole
+    return calls
+
+
+def test_the_plain_version_is_plain(whole):
     measured("--baseline", "--checkpointing", parts="train")
     assert whole
 
 
-def test_without_a_baseline_only_this_code_is_measured(capsys):
-    rows = measured(parts=["train", "segment"])
+def test_without_a_baseline_only_this_code_is_measured(capsys, whole):
+    rows = measured("--checkpointing", parts=["train", "segment"])
+    assert not whole
     assert list(rows) == ["train", "segment"] and "plain" not in capsys.readouterr().out
     assert all(list(row.values) == ["this code"] and row.ratio is None for part in rows.values()
                for row in part.values())
 
 
-def test_shards_are_measured_beside_files():
-    rows = measured(parts="shards")["shards"]
+def test_shards_are_measured_beside_files(images):
+    rows = measured(parts="shards", images=images)["shards"]
     for name in ("CPU time, ms", "images/s, workers: 1"):
         assert all(value > 0 for value in rows[name].values.values())
         assert list(rows[name].values) == ["this code", "files"]

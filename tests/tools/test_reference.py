@@ -147,7 +147,8 @@ def test_checkpointing_is_a_setting():
     assert not training()[1].checkpointing and training(checkpointing="true")[1].checkpointing
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [
+    "false", pytest.param("true", marks=pytest.mark.slow)], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_serve_any_number_of_crops(backend, checkpointing, monkeypatch):
     """The same losses; after the first step nothing is compiled again, though every step has other
@@ -171,13 +172,14 @@ def test_compiled_blocks_serve_any_number_of_crops(backend, checkpointing, monke
 
 
 def test_a_compiled_run_saves_a_checkpoint_like_any(images, tmp_path, monkeypatch):
+    """Also one that computes blocks again in backward."""
     made, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda work, **how: made.append(work)
                         or compile(work, backend="eager", **how))
     for name, compiles, blocks in (("eager", "false", 0), ("compiled", "true", 3 + 3 + 2)):
         train.main(options(**TINY | {"images": images, "out": tmp_path / name, "batch_size": 2,
                                      "num_workers": 0, "epochs": 1,
-                                     "compile": compiles}))
+                                     "compile": compiles, "checkpointing": compiles}))
         assert len(made) == blocks       # of student, teacher and VFM
     eager, compiled = (read_weights(tmp_path / name / "declip.safetensors")[0]
                        for name in ("eager", "compiled"))

@@ -29,7 +29,7 @@ def write(folder: Path, shapes: list[tuple], **changes) -> Path:
 
 
 def rendered(path: Path) -> np.ndarray:
-    return Instances(path).render("a.jpg", HEIGHT, WIDTH)
+    return Instances(path).render(Path("a.jpg"), HEIGHT, WIDTH)
 
 
 def test_smaller_objects_are_on_top(tmp_path):
@@ -55,12 +55,37 @@ def test_every_form_of_a_mask_is_the_same(tmp_path):
         assert np.array_equal(rendered(write(tmp_path, [(3, shape)])), expected)
 
 
+def test_names_may_lie_in_folders(tmp_path):
+    """On the disk, in the json, or in both; of two images with one name the folders decide."""
+    def found(json_names: list[str], file: str) -> int:
+        images = [{"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH}
+                  for number, name in enumerate(json_names)]
+        path = write(tmp_path, [], images=images, annotations=[
+            {"id": 1, "image_id": 0, "category_id": 3, "segmentation": BIG}])
+        return int(Instances(path).render(Path(file), HEIGHT, WIDTH).max())
+
+    for names, file in ((["a.jpg"], "/data/val/a.jpg"), (["val/a.jpg"], "/data/val/a.jpg"),
+                        (["old/a.jpg"], "/data/val/a.jpg"),
+                        (["x/a.jpg", "y/a.jpg"], "/data/x/a.jpg")):
+        assert found(names, file) == 1
+    assert found(["x/a.jpg", "y/a.jpg"], "/data/y/a.jpg") == 0
+    with pytest.raises(ValueError, match="says nothing of a.jpg"):
+        found(["x/a.jpg", "y/a.jpg"], "/data/z/a.jpg")
+
+
 @pytest.mark.parametrize("shape", [7, [[1]], {"size": [4, 6]}, {"size": [9, 9], "counts": "0"},
-                                   {"size": [HEIGHT, WIDTH], "counts": "oooo1"}, [["a", "b"]]])
+                                   {"size": [HEIGHT, WIDTH], "counts": "oooo1"}, [["a", "b"]],
+                                   [[0, 0, 10**400, 0, 9, 9]], [[0, 0, 1e8, 0, 9, 9]]])
 def test_a_segmentation_of_another_form_is_one_sentence(tmp_path, shape):
     with pytest.raises(ValueError, match="instances.json") as error:
         rendered(write(tmp_path, [(3, shape)]))
     assert "\n" not in str(error.value)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    images = [{"id": number, "file_name": "a.jpg", "height": 9, "width": 9} for number in (5, 6)]
+    with pytest.raises(ValueError, match="has 2 images with the name 'a.jpg'; leave one of each"):
+        rendered(write(tmp_path, [(3, BIG)], images=images))
 
 
 @pytest.mark.parametrize("field, value", [("images", 3), ("categories", [3]),
@@ -73,9 +98,9 @@ def test_a_json_of_wrong_types_is_one_sentence(tmp_path, field, value):
 
 def test_an_image_without_objects_is_background_and_one_of_another_split_is_refused(tmp_path):
     instances = Instances(write(tmp_path, []))
-    assert not instances.render("a.jpg", HEIGHT, WIDTH).any()
+    assert not instances.render(Path("a.jpg"), HEIGHT, WIDTH).any()
     with pytest.raises(ValueError, match="says nothing of other.jpg"):
-        instances.render("other.jpg", HEIGHT, WIDTH)
+        instances.render(Path("x/other.jpg"), HEIGHT, WIDTH)
 
 
 # --------------------------------------------------------------------------------- panoptic jsons

@@ -1,5 +1,6 @@
 """util/images.py: which image files there are, and their pixels."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -17,8 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from util import UserError
+from util import UserError, distributed
 from util.images import list_images, read_image
 
 
@@ -72,6 +74,8 @@ def peak() -> int:
 
 def send_memory_of_reading(path: Path, pipe: Connection) -> None:
     """What reading an image adds to the peak of the process that does it, in MB."""
+    ctypes.CDLL(None).malloc_trim(0)        # what was freed before the fork is no memory to reuse
+    Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
     before = peak()
     read_image(path, True, 16_000_000)
     pipe.send(peak() - before)
@@ -206,6 +210,7 @@ def named_json(tmp_path):
 
 @pytest.mark.parametrize("make, sentence", [
     (lambda t: list_images(t / "no"), "no does not exist; put images there"),
+    (lambda t: list_images("data/toy/no"), "draw the toy scenes by python -m toy.world first"),
     (lambda t: list_images(t), "holds no image; put images there"),
     (lambda t: list_images(t / "no.json"), "There is no file"),
     (lambda t: list_images(named_json(t), t / "no"), "which is not there; set IMAGE_ROOT"),
@@ -233,3 +238,36 @@ def test_values_beyond_16_bits_are_refused(tmp_path):
     Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match="values from 0 to 70000, beyond 16 bits"):
         read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_images_stored_turned_are_counted_once(suffix, tmp_path, capsys):
+    """Over the workers of a loader, too; said at the end of a run, which begins the next count."""
+    exif = Image.Exif()
+    for number, entry in enumerate((3, 6, 1, None, 99)):
+        exif[0x0112] = entry
+        Image.new("RGB", (8, 4)).save(tmp_path / f"{number}.{suffix}",
+                                      **{} if entry is None else {"exif": exif})
+    files = sorted(tmp_path.glob("*"))
+    with distributed.session("eval_seg.py"):
+        assert {read_image(path).shape for path in files} == {(3, 4, 8)}
+        [*DataLoader(files, num_workers=1, collate_fn=lambda paths: read_image(paths[0]))]
+    found = "2 images have an EXIF entry that turns them: they were"
+    assert capsys.readouterr().out.startswith(f"{found} read as they are stored, so labels must")
+    with distributed.session("train.py"):
+        images = {read_image(path, upright=True).shape for path in files}
+    assert images == {(3, 4, 8), (3, 8, 4)}
+    assert capsys.readouterr().out == f"{found} turned upright\n"
+    with distributed.session("train.py"):
+        read_image(files[2])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("entry", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_pixels_are_read_as_they_are_stored(suffix, entry, tmp_path):
+    """PIL turns TIFFs by itself."""
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8), Image.Exif()
+    exif[0x0112] = entry
+    Image.fromarray(pixels).save(tmp_path / f"x.{suffix}", exif=exif)
+    assert np.array_equal(read_image(tmp_path / f"x.{suffix}").permute(1, 2, 0), pixels)

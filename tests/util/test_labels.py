@@ -140,7 +140,7 @@ def test_all_leaves_out_what_is_missing(own):
     assert list(sets) == [str(own)] and missing == {"gone": "no gone in data"}
     with pytest.raises(MissingData, match="no gone in data"):
         find_data((str(own), "gone"), (), "data", find_set)
-    with pytest.raises(ValueError, match="None of the benchmarks is in /.*: no gone in data"):
+    with pytest.raises(ValueError, match=r"None of the benchmarks is .*\.\ngone +no gone in data$"):
         find_data(("all",), ("gone",), "data", find_set)
 
 
@@ -189,7 +189,7 @@ def test_palette_images_have_their_numbers(own, mask, scenes):
 
 def test_image_and_label_must_be_of_one_size(own, mask):
     Image.fromarray(np.full((3, 4), 3, np.uint16)).save(mask)
-    with pytest.raises(ValueError, match=r"is \(3, 4\), but its image \(64, 64\); they must be of"):
+    with pytest.raises(ValueError, match=r"is \(3, 4\), but its image .* \(64, 64\); they"):
         first_of(own)
 
 

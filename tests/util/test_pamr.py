@@ -1,5 +1,6 @@
 """util/pamr.py: scores against the plain form, and what refining is for."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,14 +26,26 @@ def pamr_step(scores: Tensor, image: Tensor) -> Tensor:
     return found
 
 
-def test_it_is_that_of_the_plain_form():
-    """Scores after two steps, by whole images and pixel by pixel; more texts than a chunk has, and
-    rows that come in strips."""
-    image = F.interpolate(torch.rand(1, 3, 4, 5), (13, 31))[0].mul(255).byte()
-    scores = torch.rand(20, 13, 31)
-    expected = pamr_step(pamr_step(scores, image), image)
-    found = pamr.refine(scores.clone().split(5, dim=1), image, 2)
+@pytest.mark.parametrize("most", [1, 2**20])
+def test_it_is_that_of_the_plain_form(most):
+    """Scores after three steps, as a whole or in three strips, and pixel by pixel."""
+    image = F.interpolate(torch.rand(1, 3, 4, 5), (61, 5))[0].mul(255).byte()
+    expected = scores = torch.rand(4, 61, 5)
+    for _ in range(3):
+        expected = pamr_step(expected, image)
+    found = pamr.refine(scores.clone(), image, 3, most)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_that_of_a_strip(monkeypatch):
+    """Weights of neighbours, 192 bytes a pixel, are there for `most` pixels at a time, not for all;
+    so figures of 2,000 rows take a tenth of what they would."""
+    image, sizes = torch.zeros(3, 2000, 8, dtype=torch.uint8), []
+    average = pamr.average
+    monkeypatch.setattr(pamr, "average", lambda scores, begin, weights, out: sizes.append(
+        weights.untyped_storage().nbytes()) or average(scores, begin, weights, out))
+    pamr.refine(torch.rand(1, 2000, 8), image, 2, most=1000)
+    assert max(sizes) <= 1000 * 192 and len(sizes) >= 2 * 2000 / 125
 
 
 def test_it_moves_a_border_to_where_the_colour_changes():
@@ -41,7 +54,7 @@ def test_it_moves_a_border_to_where_the_colour_changes():
     image[:, 8:40, 8:40] = 200
     scores = torch.zeros(2, 48, 48)
     scores[0], scores[1, 12:36, 12:36] = 0.5, 1.0
-    found = pamr.refine([scores], image, 10)
+    found = pamr.refine(scores, image, 10)
     assert torch.equal(found.argmax(dim=0).bool(), image[0] > 0)
 
 
@@ -53,4 +66,4 @@ def test_scores_that_are_the_same_everywhere_stay():
         assert weights.shape == (8 * len(pamr.DILATIONS), 9, 30)
         torch.testing.assert_close(weights.sum(dim=0), torch.ones(9, 30))
         scores = torch.tensor([0.25, -3.0]).view(2, 1, 1).expand(2, 9, 30).clone()
-        torch.testing.assert_close(pamr.refine([scores], image, 3), scores)
+        torch.testing.assert_close(pamr.refine(scores.clone(), image, 3), scores)

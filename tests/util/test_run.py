@@ -9,8 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.distributed.run
 import warm
 from conftest import options, succeeds
 from PIL import Image
@@ -38,23 +37,18 @@ from util.run import LOG_FIELDS, Run, checksums, read_state, resume_files
 from util.samples import Batch, ImageFiles
 from util.weights import read_record
 
-# 80 steps, a checkpoint every 2 and every 7
-LONG = TINY | {"epochs": 40, "save_every": 7, "num_workers": 1}
+# 60 steps of `many` images, a checkpoint every 4 and every 10
+LONG = TINY | {"epochs": 6, "save_every": 4, "num_workers": 1}
 
 
-def start(out: Path, images: Path, ranks: int, launch=(), **changes
-          ) -> subprocess.Popen | warm.Process:
+def start(out: Path, images: Path, ranks: int, launch=(), **changes) -> warm.Process:
     """A training in a process of its own, of several ranks by torchrun; it prints into
     `out`.printed."""
     command, printed = long_training(out, images, **changes)
-    if ranks == 1:
-        return warm.Process(command, printed)
-    launcher = ["-m", "torch.distributed.run", "--standalone", *launch, "--nproc_per_node",
-                str(ranks)]
-    with open(printed, "w") as file:
-        return subprocess.Popen([sys.executable, *launcher, *command], cwd=tiny.ROOT, stdout=file,
-                                stderr=subprocess.STDOUT, start_new_session=True,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if ranks > 1:       # torchrun forks them, so they have imported everything
+        command = [torch.distributed.run.__file__, "--standalone", "--start_method", "fork",
+                   "--run_path", *launch, "--nproc_per_node", str(ranks), *command]
+    return warm.Process(command, printed)
 
 
 def start_both(out: Path, images: Path, **changes) -> list[warm.Process]:
@@ -70,19 +64,24 @@ def long_training(out: Path, images: Path, **changes) -> tuple[list[str], Path]:
             *options(**LONG | changes | {"images": images, "out": out})], printed
 
 
-def family_of(pid: int) -> list[int]:
-    """A process and all that it has started."""
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started, the oldest first."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    return sorted(child for child, parent in parents.items() if parent == pid)
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all that it has started."""
     family = [pid]
     for member in family:
-        family += [pid for pid, parent in parents.items() if parent == member]
+        family += children_of(member)
     return family
 
 
-def kill_tree(process: subprocess.Popen | warm.Process) -> None:
+def kill_tree(process: warm.Process) -> None:
     """SIGKILL to a process and all that it has started, as when a machine is lost."""
     family = family_of(process.pid)
     for pid in family:
@@ -100,7 +99,7 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def wait_for_steps(process: subprocess.Popen | warm.Process, log: Path, steps: int) -> bool:
+def wait_for_steps(process: warm.Process, log: Path, steps: int) -> bool:
     """Waits until the log has `steps` more lines; False if the training ended or hangs."""
     first, deadline = None, time.time() + 120
     while process.poll() is None and time.time() < deadline:
@@ -108,7 +107,7 @@ def wait_for_steps(process: subprocess.Popen | warm.Process, log: Path, steps: i
         first = lines if first is None and lines else first
         if first is not None and lines >= first + steps:
             return True
-        time.sleep(0.002)
+        time.sleep(0.01)
     return False
 
 
@@ -129,10 +128,19 @@ def assert_same(one: Path, other: Path) -> None:
 # ----------------------------------------------------------------------------------- kills, signals
 
 @pytest.fixture(scope="module")
-def uninterrupted(images, tmp_path_factory) -> Path:
-    """A run of 40 epochs, 80 steps."""
+def many(images, tmp_path_factory) -> Path:
+    """Twenty images: epochs, which end with a checkpoint, are longer."""
+    folder = tmp_path_factory.mktemp("many")
+    for index in range(4):
+        shutil.copytree(images, folder / str(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many, tmp_path_factory) -> Path:
+    """A run of 60 steps."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    run(images, folder, epochs=40)
+    run(many, folder, epochs=6)
     return folder
 
 
@@ -141,7 +149,7 @@ def kill_again_and_again(images: Path, out: Path, ranks: int, kills: int, **give
     rng, killed = random.Random(0), 0
     while killed < kills:
         process = start(out, images, ranks, resume="true", **given)
-        if not wait_for_steps(process, out / "log.jsonl", rng.randint(0, 24)):
+        if not wait_for_steps(process, out / "log.jsonl", rng.randint(0, 16)):
             break
         time.sleep(rng.random() * 0.05)
         kill_tree(process)
@@ -152,25 +160,25 @@ def kill_again_and_again(images: Path, out: Path, ranks: int, kills: int, **give
     assert not list(out.glob("*.tmp"))
 
 
-def test_killed_at_random_moments(images, tmp_path, uninterrupted, request):
+def test_killed_at_random_moments(many, tmp_path, uninterrupted, request):
     """SIGKILL, again and again; in the end losses and weights are those of a run that was never
     interrupted, bit for bit."""
     kills, ranks = (request.config.getoption(name) for name in ("--kills", "--ranks"))
-    # Two steps an epoch, one for two ranks; a run advances by 12 steps from kill to kill.
-    given = {"epochs": max(40, 10 * kills) * ranks, "batch_size": 2 * ranks}
+    # Ten steps an epoch, five for two ranks; a run advances by 8 steps from kill to kill.
+    given = {"epochs": max(6, 2 * kills) * ranks, "batch_size": 2 * ranks}
     whole = uninterrupted
     if kills > 4 or ranks > 1:
         whole = tmp_path / "whole"
-        assert start(whole, images, ranks, **given).wait(500) == 0
-    kill_again_and_again(images, tmp_path / "parts", ranks, kills, **given)
+        assert start(whole, many, ranks, **given).wait(500) == 0
+    kill_again_and_again(many, tmp_path / "parts", ranks, kills, **given)
     assert_same(whole, tmp_path / "parts")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave(images, tmp_path, uninterrupted, number, code):
+def test_signals_save_and_leave(many, tmp_path, uninterrupted, number, code):
     """The whole group of processes gets it, as from a scheduler or a terminal; the code says what
     it was."""
-    process = start(tmp_path / "parts", images, 1)
+    process = start(tmp_path / "parts", many, 1)
     assert wait_for_steps(process, tmp_path / "parts" / "log.jsonl", 5)
     os.killpg(process.pid, number)
     if number == signal.SIGTERM:
@@ -182,13 +190,13 @@ def test_signals_save_and_leave(images, tmp_path, uninterrupted, number, code):
     assert (f"stopped by {number.name} after step {step}, which is saved; go on with --resume"
             in printed)
     assert "Traceback" not in printed
-    run(images, tmp_path / "parts", epochs=40, resume="true")
+    run(many, tmp_path / "parts", epochs=6, resume="true")
     assert_same(uninterrupted, tmp_path / "parts")
 
 
-def test_a_signal_to_one_rank_stops_both(images, tmp_path):
+def test_a_signal_to_one_rank_stops_both(many, tmp_path):
     out = tmp_path / "run"
-    first, second = start_both(out, images, epochs=2000)
+    first, second = start_both(out, many, epochs=200)
     assert wait_for_steps(first, out / "log.jsonl", 5)
     second.send_signal(signal.SIGTERM)
     codes, printed = (first.wait(60), second.wait(60)), (tmp_path / "run.printed").read_text()
@@ -197,31 +205,30 @@ def test_a_signal_to_one_rank_stops_both(images, tmp_path):
     assert resume_files(out)[0].name == f"resume-{step:08}.pt"
 
 
-def test_two_ranks_killed_and_restarted(images, tmp_path):
+def test_two_ranks_killed_and_restarted(many, tmp_path):
     """First one rank, then the other: torchrun starts the command again, without --resume. Then the
     whole machine: the command with --resume ends as if nothing had happened, to the bit."""
-    given = {"epochs": 60, "batch_size": 4}
+    given = {"epochs": 8, "batch_size": 4}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeeds(warm.ranks(*long_training(whole, images, **given)[0]))
-    process = start(parts, images, 2, launch=["--max_restarts", "3"], **given)
+    succeeds(warm.ranks(*long_training(whole, many, **given)[0]))
+    process = start(parts, many, 2, launch=["--max_restarts", "3"], **given)
     for victim in (0, 1):
-        assert wait_for_steps(process, parts / "log.jsonl", 8), Path(f"{parts}.printed").read_text()
-        killed, = (pid for pid in family_of(process.pid) if is_rank(pid, victim))
-        os.kill(killed, signal.SIGKILL)
+        assert wait_for_steps(process, parts / "log.jsonl", 5), Path(f"{parts}.printed").read_text()
+        killed = children_of(process.pid)
+        os.kill(killed[victim], signal.SIGKILL)
         deadline = time.time() + 60
-        while time.time() < deadline and not any(is_rank(pid, victim) and pid != killed
-                                                 for pid in family_of(process.pid)):
-            time.sleep(0.1)
-    assert wait_for_steps(process, parts / "log.jsonl", 8), Path(f"{parts}.printed").read_text()
+        while time.time() < deadline and set(children_of(process.pid)) & set(killed):
+            time.sleep(0.02)
+    assert wait_for_steps(process, parts / "log.jsonl", 5), Path(f"{parts}.printed").read_text()
     kill_tree(process)
-    succeeds(warm.ranks(*long_training(parts, images, resume="true", **given)[0]))
+    succeeds(warm.ranks(*long_training(parts, many, resume="true", **given)[0]))
     assert_same(whole, parts)
 
 
-def test_a_hung_rank_ends_the_run(images, tmp_path):
+def test_a_hung_rank_ends_the_run(many, tmp_path):
     """The other rank says so after TIMEOUT, and the run goes on from its last step."""
-    out, given = tmp_path / "run", {"epochs": 60, "batch_size": 4}
-    first, hung = start_both(out, images, timeout=3, **given)
+    out, given = tmp_path / "run", {"epochs": 12, "batch_size": 4}
+    first, hung = start_both(out, many, timeout=3, **given)
     assert wait_for_steps(first, out / "log.jsonl", 8)
     hung.send_signal(signal.SIGSTOP)
     assert first.wait(60) == 1
@@ -229,13 +236,13 @@ def test_a_hung_rank_ends_the_run(images, tmp_path):
     step, printed = int(resume_files(out)[0].stem.split("-")[1]), Path(f"{out}.printed").read_text()
     assert f"rank 0: step {step + 1} did not end within TIMEOUT, 3 s" in printed
     assert "hangs; go on with --resume" in printed
-    assert run(images, out, steps=step + 1, resume="true", **given)[-1]["step"] == step + 1
+    assert run(many, out, steps=step + 1, resume="true", **given)[-1]["step"] == step + 1
 
 
-def test_sigterm_saves_while_an_image_does_not_come(images, tmp_path, uninterrupted):
+def test_sigterm_saves_while_an_image_does_not_come(many, tmp_path, uninterrupted):
     """A worker that is stopped stands for a mount that hangs."""
-    out, given = tmp_path / "run", {"epochs": 40, "save_every": 10**6}
-    process = start(out, images, 1, **given)
+    out, given = tmp_path / "run", {"epochs": 6, "save_every": 10**6}
+    process = start(out, many, 1, **given)
     assert wait_for_steps(process, out / "log.jsonl", 8)
     worker, = (pid for pid in family_of(process.pid) if pid != process.pid)
     os.kill(worker, signal.SIGSTOP)
@@ -247,30 +254,19 @@ def test_sigterm_saves_while_an_image_does_not_come(images, tmp_path, uninterrup
     printed = Path(f"{out}.printed").read_text()
     step = int(resume_files(out)[0].stem.split("-")[1])
     assert f"stopped by SIGTERM while step {step + 1} waited for an image" in printed
-    run(images, out, resume="true", **given)
+    run(many, out, resume="true", **given)
     assert_same(uninterrupted, out)
 
 
-def is_rank(pid: int, rank: int) -> bool:
-    """Whether a process is that rank's, and not one of its workers."""
-    with contextlib.suppress(OSError):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        parents = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
-        name = f"RANK={rank}".encode()
-        return name in variables and name not in parents
-    return False
-
-
-def test_two_runs_do_not_write_into_one_folder(images, tmp_path):
+def test_two_runs_do_not_write_into_one_folder(many, tmp_path):
     """As when a scheduler starts a run again that it has not ended yet."""
-    process = start(tmp_path / "run", images, 1, epochs=2000)
+    process = start(tmp_path / "run", many, 1, epochs=200)
     assert wait_for_steps(process, tmp_path / "run" / "log.jsonl", 3)
     with pytest.raises(SystemExit, match="Another process is training into"):
-        run(images, tmp_path / "run", epochs=2000, save_every=7, num_workers=1, resume="true")
+        run(many, tmp_path / "run", epochs=200, save_every=4, num_workers=1, resume="true")
     kill_tree(process)
     # the lock went with the process
-    run(images, tmp_path / "run", epochs=2000, steps=1, resume="true")
+    run(many, tmp_path / "run", epochs=200, steps=1, resume="true")
 
 
 def test_a_run_goes_on_with_other_ranks(images, tmp_path):
@@ -484,7 +480,6 @@ def test_an_error_saves_the_last_good_step(images, tmp_path, monkeypatch, capsys
 
 FAILS = """
 import sys, time
-sys.path[:0] = ["tests", "."]
 import tiny, train
 def fail(*_):
     print("raised", time.time(), flush=True)
@@ -598,7 +593,7 @@ def test_lines_that_cannot_be_read_do_not_stop_a_resume(images, tmp_path):
 
 def test_too_many_bad_images_stop_the_run(images, tmp_path):
     folder = spoiled(images, tmp_path / "images")
-    with pytest.raises(SystemExit, match=r"of 12 image files can't be read, more than "
+    with pytest.raises(SystemExit, match=r"of 12 images or their labels can't be used, more than "
                                          r"MAX_BAD_FILES, 1.00%; they are listed"):
         run(folder, tmp_path / "out", epochs=3)
     assert (tmp_path / "out" / "skipped.txt").exists()
@@ -882,18 +877,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ a full disk
 
 FULL = """
-import shutil, subprocess, sys, threading, time
+import ctypes, os, shutil, sys, threading, time
 from pathlib import Path
-sys.path[:0] = ["tests", "."]
 import tiny, train
 
 out, *argv = sys.argv[1:]
-if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", out]).returncode:
+libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
+if libc.unshare(0x10000000 | 0x20000):      # CLONE_NEWUSER, CLONE_NEWNS
+    sys.exit(77)
+for name, line in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+    Path("/proc/self", name).write_text(line)
+if libc.mount(b"tmpfs", os.fsencode(out), b"tmpfs", 0, b"size=40m"):
     sys.exit(77)
 log, ended = Path(out, "log.jsonl"), threading.Event()
 
 def fill():
-    while not log.exists() or log.read_text().count("\\n") < 3:
+    while not ended.is_set() and (not log.exists() or log.read_text().count("\\n") < 3):
         time.sleep(0.02)
     with open(Path(out, "fill"), "wb", buffering=0) as file:
         while not ended.is_set():       # a checkpoint that fails makes room again
@@ -908,8 +907,9 @@ try:
     train.main([*argv, "--out", out])
 except SystemExit as error:
     print("ended by:", error)
-ended.set()
-filler.join()
+finally:
+    ended.set()
+    filler.join()
 Path(out, "fill").unlink()
 train.main([*argv, "--out", out, "--resume"])
 shutil.copy(log, out + ".log")
@@ -919,19 +919,19 @@ shutil.copy(log, out + ".log")
 def test_a_disk_that_fills_up(images, tmp_path):
     """A real one: the run goes on to its end without a byte to write, and says so; with room, it
     is resumed to the end."""
-    out = tmp_path / "run"
+    out, script, file = (tmp_path / name for name in ("run", "full.py", "printed"))
     out.mkdir()
-    given = options(**TINY | {"images": images, "epochs": 30})
-    done = subprocess.run(["unshare", "-rm", sys.executable, "-c", FULL, str(out), *given],
-                          cwd=tiny.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=200)
-    if done.returncode == 77 or "unshare" in done.stderr:
+    script.write_text(FULL)
+    given = options(**TINY | {"images": images, "epochs": 12})
+    status = warm.Process([script, out, *given], file).wait()
+    if status == 77:
         pytest.skip("no file system can be mounted here")
-    printed = succeeds(done)
+    printed = file.read_text()
+    assert status == 0, printed
     assert "log.jsonl could not be written" in printed and "the run goes on" in printed
     assert "ended by: train.py: The last checkpoint could not be written" in printed
     steps = [json.loads(line)["step"] for line in Path(f"{out}.log").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 60
+    assert steps == sorted(set(steps)) and steps[-1] == 24
 
 
 def test_the_model_is_that_of_the_last_step(images, tmp_path):
@@ -961,9 +961,9 @@ def test_only_its_own_half_written_files_are_removed(images, tmp_path):
     assert not any(path.exists() for path in own) and all(path.exists() for path in mine)
 
 
-def test_a_process_that_stood_still_goes_on(images, tmp_path):
+def test_a_process_that_stood_still_goes_on(many, tmp_path):
     """SIGSTOP for longer than TIMEOUT, then SIGCONT."""
-    process = start(tmp_path / "run", images, 1, timeout=4)
+    process = start(tmp_path / "run", many, 1, timeout=4)
     assert wait_for_steps(process, tmp_path / "run/log.jsonl", 3)
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(6)

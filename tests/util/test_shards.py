@@ -122,6 +122,19 @@ def test_damaged_tars_are_refused(tmp_path):
         make_index(str(path), SUFFIXES, "cache")
 
 
+@pytest.mark.parametrize("rest", ["tar", "bytes", "zeros"])
+def test_what_follows_a_tar_is_not_lost_in_silence(tmp_path, rest):
+    """`cat a.tar b.tar` makes no tar of both; padding of any length is one."""
+    path = write_tar(tmp_path / "x.tar", {"0.jpg": b"zero"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + {"tar": whole, "bytes": b"more", "zeros": bytes(30_000)}[rest])
+    if rest == "zeros":
+        assert contents(path) == {"0.jpg": b"zero"}
+    else:
+        with pytest.raises(UserError, match=r"x.tar goes on behind the end of its tar, at byte \d"):
+            contents(path)
+
+
 # --------------------------------------------------------------------------------------- an index
 
 def test_a_size_below_0_is_damage(tmp_path):

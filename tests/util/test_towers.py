@@ -11,7 +11,7 @@ from tiny import ROOT
 
 from model import DeCLIP, load_vfm
 from util import UserError, printable
-from util.towers import create_open_clip, recorded_model, timm_trunk, tokenizer_of
+from util.towers import create_open_clip, create_vit, recorded_model, timm_trunk, tokenizer_of
 
 
 @pytest.fixture
@@ -26,6 +26,17 @@ def configure(folder, part: str, **changes) -> str:
     config["model_cfg"][part] |= changes
     path.write_text(json.dumps(config))
     return f"local-dir:{folder}"
+
+
+def test_without_a_network_a_vfm_that_is_here_is_named(monkeypatch):
+    """As tools.visualize needs one, also beside the toy world's checkpoint."""
+    def fails(*_, **__):
+        raise OSError("We couldn't connect to the hub. Try again")
+
+    monkeypatch.setattr("timm.create_model", fails)
+    with pytest.raises(UserError, match=r"connect to the hub\); check the network, or name a VFM "
+                                        "that is here by --vfm_model, such as local-dir:toy/vfm"):
+        create_vit("vit_base_patch14_dinov2.lvd142m", True)
 
 
 @pytest.mark.parametrize("part, changes", [
