@@ -80,7 +80,8 @@ def read_json(path: str | Path, *fields: str) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not json ({error}); download it again.") from None
+        raise UserError(f"{path} is not json ({error}); correct it, or put a whole copy there."
+                        ) from None
     missing = [field for field in fields if not isinstance(content, dict) or field not in content]
     if missing:
         raise UserError(f"{path} has no field {missing[0]!r}; a COCO-style file with "

@@ -94,7 +94,7 @@ def say_turned(is_main: bool) -> None:
     for way, what in ((1, "read as they are stored, so labels must be of the stored images, not of "
                           "the upright ones"), (2, "turned upright")):
         if is_main and ways[way]:
-            print(f"{ways[way]:,} images have an EXIF entry that turns them: they were {what}")
+            print(f"images with an EXIF entry that turns them: {ways[way]:,}; they were {what}")
 
 
 @contextmanager

@@ -137,6 +137,7 @@ def test_photographs_of_one_name_of_several_folders(photo, tmp_path):
         assert len(drawn) == 8 and drawn.isdisjoint(str(path).casefold() for path in figures)
         assert all(len(os.fsencode(path.name)) < 255 for path in figures.values())
         assert segment.find_photos(asked, out) == figures
+    assert figures[tmp_path / "three/a.png"].name == "three-a.png.segmentation.png"
 
 
 def test_what_the_tools_draw_is_no_photograph(photo, tmp_path, capsys):

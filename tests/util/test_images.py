@@ -252,7 +252,7 @@ def test_images_stored_turned_are_counted_once(suffix, tmp_path, capsys):
     with distributed.session("eval_seg.py"):
         assert {read_image(path).shape for path in files} == {(3, 4, 8)}
         [*DataLoader(files, num_workers=1, collate_fn=lambda paths: read_image(paths[0]))]
-    found = "2 images have an EXIF entry that turns them: they were"
+    found = "images with an EXIF entry that turns them: 2; they were"
     assert capsys.readouterr().out.startswith(f"{found} read as they are stored, so labels must")
     with distributed.session("train.py"):
         images = {read_image(path, upright=True).shape for path in files}
