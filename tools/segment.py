@@ -255,11 +255,11 @@ def find_photos(asked: Sequence[str], out: str | None = None, suffix: str = SUFF
         for path in map(Path, files):
             roots.setdefault(path, place.parent if place.is_file() else place)
     taken, figures = {unfolded(path) for path in roots}, {}
+    is_one = len({*roots.values()}) == 1        # folder
     for path, root in roots.items():
         folder = Path(out) / path.parent.relative_to(root) if out else path.parent
         # a.jpg and a.png are two photographs, and so are those of one name from several folders
-        is_alone = len({*roots.values()}) == 1
-        clear = path.name if is_alone else f"{path.absolute().parent.name}-{path.name}"
+        clear = path.name if is_one else f"{path.absolute().parent.name}-{path.name}"
         names = chain((path.stem, clear), (f"{clear}-{number}" for number in count(2)))
         figures[path] = next(figure for name in names if unfolded(
             figure := folder / fitting(name, suffix)) not in taken)

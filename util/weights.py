@@ -153,10 +153,17 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if not os.path.isfile(path):
         raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
                         "tag, or none.")
-    if Path(path).suffix == ".safetensors":
-        state, record = read_safetensors(path)
-        check_layout(path, state)
-        return state, record
+    is_safe = Path(path).suffix == ".safetensors"
+    state, record = read_safetensors(path) if is_safe else (read_torch(path), {})
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        raise UserError(f"{path} has the layout of Hugging Face's transformers (vision_model.*), "
+                        "which is not read; give the same weights in open_clip's or the authors' "
+                        "own layout.")
+    return state, record
+
+
+def read_torch(path: str | Path) -> dict[str, Tensor]:
+    """The weights by name in a file of torch.save; UserError if it is none, or one to resume."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:       # not written by torch.save, or more than tensors
@@ -170,18 +177,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                         "declip.safetensors beside it.")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {name.removeprefix("module."): value for name, value in state.items()
-             if isinstance(name, str) and isinstance(value, Tensor)}
-    check_layout(path, state)
-    return state, {}
-
-
-def check_layout(path: str | Path, state: dict[str, Tensor]) -> None:
-    """Raises UserError for weights under the names that the transformers library gives them."""
-    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
-        raise UserError(f"{path} has the layout of Hugging Face's transformers (vision_model.*), "
-                        "which is not read; give the same weights in open_clip's or the authors' "
-                        "own layout.")
+    return {name.removeprefix("module."): value for name, value in state.items()
+            if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict]:
