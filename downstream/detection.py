@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import compress, count
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -171,6 +172,12 @@ def find_files(dataset: str, split: str, data: str | Path
     benchmark = KNOWN_BENCHMARKS[dataset]
     path, folder = getattr(benchmark, split) or (None, "")
     return benchmark, path and find(Path(data) / path), find(Path(data) / folder)
+
+
+def val_images(cfg: SimpleNamespace) -> Path | None:
+    """The folder of the val images of a training's DATASET; None for a json, which has none."""
+    is_own = cfg.DATASET.endswith(".json")
+    return None if is_own else find_files(cfg.DATASET, "val", cfg.DATA)[1]
 
 
 def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchmark,

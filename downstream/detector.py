@@ -44,13 +44,15 @@ class Detector(nn.Module):
     Design, with image_size, resize, attention, normalization and templates. text: embeddings of
     the classes and of OTHER (K + 1, C), None to compute them. layers: blocks whose outputs are
     looked at, the last one included.
-    A kind has `NAME`, of its record and file; `DESIGN`, its Design; and `OTHER`, what the last row
-    of the text names; it is one of the classes that training sees.
+    A kind has `NAME`, of its record and file; `DESIGN`, its Design; `OTHER`, what the last row of
+    the text names, one of the classes that training sees; and `RULES`, how it scores on known data
+    sets. It has `detect` and `objects` (see FViT's).
     """
 
     NAME: str
     DESIGN: type
     OTHER: str
+    RULES: dict[str, NamedTuple]
 
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: NamedTuple, text: Tensor | None, layers: Sequence[int]):
@@ -116,6 +118,14 @@ class Detector(nn.Module):
         """The last block's output (B, D, h, w) -> dense features (B, C, h, w), L2-normalised."""
         content = self.backbone.visual.project(tokens.flatten(2).mT)
         return F.normalize(content.float(), dim=-1).mT.unflatten(2, tokens.shape[2:])
+
+    def gives_masks(self, rules: NamedTuple) -> bool:
+        """Whether detections have masks."""
+        return False
+
+    def unused(self, rules: NamedTuple) -> dict[str, str | bool]:
+        """Settings of scores -> why one changes nothing for these classes; False: it does."""
+        return {}
 
     # ------------------------------------------------------------------------------ the file
 

@@ -80,6 +80,15 @@ class ScoreRules(NamedTuple):
     masks: bool = True              # with masks, if the detector has them
 
 
+# By data set; of every other one: OV-COCO's.
+RULES = {
+    "ovcoco": ScoreRules(),
+    "ovlvis": ScoreRules(b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
+    "coco": ScoreRules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+    "objects365": ScoreRules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+}
+
+
 # ---------------------------------------------------------------------------------------- boxes
 
 RATIOS = (0.5, 1.0, 2.0)            # height : width of the anchors of a place
@@ -303,7 +312,7 @@ class FViT(Detector):
     divide.
     """
 
-    NAME, DESIGN, OTHER = "fvit", Design, "background"
+    NAME, DESIGN, OTHER, RULES = "fvit", Design, "background", RULES
 
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: Design, text: Tensor | None = None):
@@ -461,7 +470,7 @@ class FViT(Detector):
         found = [to_pixels(some, size, image.shape[-2:])
                  for some, size, image in zip(chosen, sizes, images)]
         return self.add_masks(levels, chosen, found, images) if (
-            rules.masks and self.mask_head) else found
+            self.gives_masks(rules)) else found
 
     def add_masks(self, levels: list[Tensor], chosen: list[tuple[Tensor, Tensor, Tensor]],
                   found: list[Detections], images: list[Tensor]) -> list[Detections]:
@@ -494,6 +503,18 @@ class FViT(Detector):
         p_vlm = (rules.temperature * cosines(vlm, self.text)).softmax(dim=-1)
         share = torch.where(self.is_seen, rules.a, rules.b)
         return (p_det ** (1 - share) * p_vlm ** share)[:, :-1]
+
+    def gives_masks(self, rules: ScoreRules) -> bool:
+        """See Detector.gives_masks."""
+        return rules.masks and self.mask_head is not None
+
+    def unused(self, rules: ScoreRules) -> dict[str, str | bool]:
+        """See Detector.unused."""
+        no_vlm = not any(rules.a if seen else rules.b for seen in self.seen) and (
+            "is of the VLM's scores, whose share is 0")
+        return {"TEMPERATURE": no_vlm, "AT_BOXES": no_vlm,
+                "A": not any(self.seen) and "is of seen classes, and none is",
+                "B": all(self.seen) and "is of novel classes, and none is"}
 
     def about(self) -> dict:
         """See Detector.about."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data import training_batches
-from downstream.detection import DetectionData, Objects, augment, find_annotations, find_files
+from downstream.detection import DetectionData, Objects, augment, find_annotations, val_images
 from downstream.detector import check_design, encode_names, open_backbone
 from downstream.fvit.model import NORMS, RANGES, Design, FViT, Target
 from model import DECOUPLED
@@ -114,9 +114,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                 run.backward(sum(losses.values()), losses, batch)
             # 2. The optimiser's step, log, checkpoint, signals
             run.end_step(learning_rate(cfg, step, run.steps_per_epoch), cfg.CLIP_NORM)
-    is_own = cfg.DATASET.endswith(".json")      # has no val set
-    val = None if is_own else find_files(cfg.DATASET, "val", cfg.DATA)[1]
-    run.say_end("python -m downstream.fvit.eval --ckpt", val, "tools.detect")
+    run.say_end("python -m downstream.fvit.eval --ckpt", val_images(cfg), "tools.detect")
 
 
 def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[int]

@@ -79,6 +79,10 @@ class ScoreRules(NamedTuple):
     most: int = 100                 # detections of an image
 
 
+# By data set; of every other one: OV-COCO's.
+RULES = {"ovcoco": ScoreRules(), "ovlvis": ScoreRules(factor=8.0, most=300)}
+
+
 class Levels(NamedTuple):
     """The tokens of all levels, one level after the other, row by row."""
     tokens: Tensor      # (B, T, d)
@@ -240,7 +244,7 @@ class OVDQUO(Detector):
     Raises UserError for a setting out of its range.
     """
 
-    NAME, DESIGN, OTHER = "ov_dquo", Design, "object"
+    NAME, DESIGN, OTHER, RULES = "ov_dquo", Design, "object", RULES
 
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: Design, text: Tensor | None = None):
@@ -415,6 +419,11 @@ class OVDQUO(Detector):
         cosine = self.look_at(vlm_map, found.boxes, levels)
         named = (rules.temperature * F.pad(cosine, (0, 1))).softmax(dim=-1)[..., :-1]
         return found, named * found.logits.sigmoid()[..., None] ** rules.exponent
+
+    def unused(self, rules: ScoreRules) -> dict[str, str | bool]:
+        """See Detector.unused."""
+        return {"FACTOR": (all(self.seen) or not any(self.seen)) and (
+            "is of novel classes beside seen ones, and there are none")}
 
     # ------------------------------------------------------------------------------ training
 

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from data import training_batches
-from downstream.detection import DetectionData, Objects, augment_crop, find_annotations
+from downstream.detection import (
+    DetectionData,
+    Objects,
+    augment_crop,
+    find_annotations,
+    val_images,
+)
 from downstream.detector import check_design, encode_names, open_backbone
 from downstream.ov_dquo.model import OVDQUO, RANGES, Design, Target
 from util import distributed, settings
@@ -99,7 +105,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                 run.backward(sum(losses.values()), losses, batch)
             # 2. The optimiser's step, the average, log, checkpoint, signals
             run.end_step(cfg.LR, cfg.CLIP_NORM)
-    run.say_end("python -m downstream.ov_dquo.eval --ckpt")
+    run.say_end("python -m downstream.ov_dquo.eval --ckpt", val_images(cfg), "tools.detect")
 
 
 def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[int]

@@ -24,9 +24,7 @@ from tqdm import tqdm
 from data import load_share
 from downstream.detection import DetectionData, find_annotations
 from downstream.detector import Detector, open_detector
-from downstream.fvit.eval import detector_settings
-from downstream.fvit.model import FViT
-from downstream.ov_dquo.model import OVDQUO
+from downstream.evaluation import KINDS, detector_settings
 from util import UserError, distributed, settings
 from util.files import atomic_write
 from util.precision import autocast, check_precision
@@ -70,7 +68,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         "DATASET", "DATA", "ANNOTATIONS", "IMAGES", "NOVEL"))
     annotations = find_annotations(dataset, "train", data, *more)
     images = DetectionData(annotations, masks=False)
-    detector = open_detector(cfg.CKPT, cfg.BACKBONE, [FViT, OVDQUO]).to(ranks.device)
+    detector = open_detector(cfg.CKPT, cfg.BACKBONE, KINDS).to(ranks.device)
     found = [{"image_id": annotations.images[index]["id"], "bbox": box, "weight": objectness}
              for index, box, objectness in look(cfg, detector, images, ranks)]
     found = [entry for share in distributed.gather(found) for entry in share]
