@@ -178,13 +178,13 @@ def make_generator(key: str, device: torch.device) -> torch.Generator:
 
 
 def mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """A count's mean over ranks, at least 1.
+    """A count's mean over ranks, where that of all is at least 1.
 
     DDP averages gradients, so what ranks divide by must be this for their gradient to be that of
     one process with all images.
     """
     total, ranks = distributed.sum_over_ranks(torch.tensor([count, 1.0], device=device))
-    return (total / ranks).clamp(min=1)
+    return total.clamp(min=1) / ranks
 
 
 def choose(boxes: Tensor, scores: Tensor, rules: NamedTuple) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,6 +45,7 @@ ASPECT = 4.0                        # largest ratio of the sides
 MIN_AREA = 2000.0                   # in pixels
 MAX_AREA = 0.98                     # share of the image
 MOST = 5                            # boxes of an image
+BEST = 1.0                          # share of all boxes, the surest ones; MEPU's later rounds: 0.3
 
 # What is written
 OUT = "out/unknown.json"            # a json file
@@ -61,7 +62,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     """Writes the unknown objects of all images; UserError if there are none."""
     settings.check_min(cfg, ASPECT=1, MIN_AREA=0, MOST=1, BATCH_SIZE=1, NUM_WORKERS=0)
     settings.check(cfg, **{name: (0 <= getattr(cfg, name) <= 1, "from 0 to 1")
-                           for name in ("KNOWN", "NMS", "MAX_AREA")})
+                           for name in ("KNOWN", "NMS", "MAX_AREA", "BEST")})
     check_precision(cfg.PRECISION)
     trained = detector_settings(cfg.CKPT)
     dataset, data, *more = (getattr(cfg, name) or trained.get(name) for name in (
@@ -113,6 +114,8 @@ def write(cfg: SimpleNamespace, found: list[dict], images: int) -> None:
     if not found:
         raise UserError(f"No unknown object was found in {images} images; lower MIN_AREA, "
                         f"{cfg.MIN_AREA:g} pixels, for small images, or give another CKPT.")
+    found = sorted(found, key=lambda entry: entry["weight"], reverse=True)
+    found = found[:max(1, round(cfg.BEST * len(found)))]
     values = torch.tensor([entry["weight"] for entry in found], dtype=torch.double)
     weights = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-9)
     for number, (entry, weight) in enumerate(zip(found, weights.tolist()), 1):
