@@ -50,7 +50,7 @@ def weights(out) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def unknown_json(scenes_json):
+def unknown_json(scenes_json):  # noqa: F811
     """Two objects that no label names, in the published format."""
     path = scenes_json.with_name("unknown.json")
     path.write_text(json.dumps([
@@ -62,7 +62,7 @@ def unknown_json(scenes_json):
 
 
 @pytest.fixture(scope="module")
-def fvit(tmp_path_factory, scenes_json):
+def fvit(tmp_path_factory, scenes_json):  # noqa: F811
     """An F-ViT of the scenes, of which the ground is novel."""
     folder = tmp_path_factory.mktemp("fvit")
     torch.manual_seed(0)
@@ -113,7 +113,8 @@ def test_log_and_file_tell_of_the_run(scenes_json, unknown_json, tmp_path, capsy
     assert (detector.classes, detector.seen) == (["ground", "disc", "box"], [False, True, True])
     assert detector.design == train.design_of(settings.parse(options(**TINY), train))
     printed = capsys.readouterr().out
-    assert "unknown.json: 4 images, 2 annotations" in printed and "; try it with python -m tools.detect" in printed
+    assert "unknown.json: 4 images, 2 annotations" in printed
+    assert "; try it with python -m tools.detect" in printed
 
 
 @pytest.mark.parametrize("given", [{}, {"repeat": 0.6, "text_queries": 1}])
