@@ -21,6 +21,7 @@ from functools import cached_property
 from itertools import compress, count
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,15 @@ from torch.utils.data import Dataset
 from data import read_classes, resize
 from eval_seg import resized_size
 from util import UserError
-from util.coco import Coco, check_masks, files_below, instance_mask, read_coco
+from util.coco import (
+    UNKNOWN,
+    Coco,
+    check_masks,
+    files_below,
+    instance_mask,
+    read_coco,
+    read_unknown,
+)
 from util.distributed import is_main
 from util.files import atomic_write, find
 from util.images import read_image
@@ -46,8 +55,13 @@ class Objects(NamedTuple):
     """An image and its labelled objects."""
     image: Tensor       # uint8 (3, H, W); float [0, 1] once it is augmented
     boxes: Tensor       # float (k, 4), inside the image
-    labels: Tensor      # long (k,), places in the list of classes
+    labels: Tensor      # long (k,), places in the list of classes; K: of no class, unknown
     masks: Tensor       # bool (k, H, W), or (k, 0, 0) where masks were not asked for
+    weights: Tensor     # float (k,) in [0, 1], how sure an unknown one is an object; 1 of others
+
+    def only(self, kept: Tensor) -> "Objects":
+        """Those of the objects that are kept, (k,) bool or places."""
+        return self._replace(**{name: getattr(self, name)[kept] for name in self._fields[1:]})
 
 
 class Detections(NamedTuple):
@@ -160,6 +174,12 @@ def find_files(dataset: str, split: str, data: str | Path
     return benchmark, path and find(Path(data) / path), find(Path(data) / folder)
 
 
+def val_images(cfg: SimpleNamespace) -> Path | None:
+    """The folder of the val images of a training's DATASET; None for a json, which has none."""
+    is_own = cfg.DATASET.endswith(".json")
+    return None if is_own else find_files(cfg.DATASET, "val", cfg.DATA)[1]
+
+
 def split_classes(path: Path, categories: list[dict], benchmark: DetectionBenchmark,
                   novel: str | None) -> tuple[list[int], list[str], list[bool], list[str]]:
     """The json's id, name, whether seen, and frequency of each class, in the order of ids.
@@ -207,19 +227,32 @@ def with_masks(annotations: Annotations) -> Annotations:
     return annotations._replace(objects=coco.annotations)
 
 
+def with_unknown(annotations: Annotations, path: str) -> Annotations:
+    """The same with the unknown objects of a json, said how many."""
+    unknown = read_unknown(path, annotations.images)
+    if is_main():
+        print(unknown.report())
+    return annotations._replace(objects=annotations.objects + unknown.annotations)
+
+
 # -------------------------------------------------------------------------------------- the data
 
 class DetectionData(TrainingData):
     """Images with at least one object of a seen class. `read` returns Objects, crowds left out.
 
-    masks: whether Objects have masks. classes, seen: see Annotations. Objects of less than a pixel
-    inside the image are left out.
+    masks: whether Objects have masks. classes, seen: see Annotations. unknown: a json of unknown
+    objects (util.coco.read_unknown). repeat: images of classes that fewer than this share of the
+    images have come more often (LVIS's repeat factor). Objects of less than a pixel inside the
+    image are left out.
     Raises UserError if none is left.
     """
 
-    def __init__(self, annotations: Annotations, masks: bool, read_timeout: float = 60.0):
+    def __init__(self, annotations: Annotations, masks: bool, read_timeout: float = 60.0,
+                 unknown: str | None = None, repeat: float | None = None):
         super().__init__(annotations.files, read_timeout)
         annotations = with_masks(annotations) if masks else annotations
+        if unknown:
+            annotations = with_unknown(annotations, unknown)
         self.path, self.classes, self.seen = annotations.path, annotations.classes, annotations.seen
         self.sources = [self.path]
         self.sizes = [(image["height"], image["width"]) for image in annotations.images]
@@ -227,6 +260,7 @@ class DetectionData(TrainingData):
         objects = sorted((entry for entry in annotations.objects if not entry.get("iscrowd", 0)),
                          key=lambda entry: place[entry["image_id"]])
         class_of = {id: number for number, id in enumerate(annotations.ids)}
+        class_of[UNKNOWN] = len(self.classes)
         # Arrays: a million dictionaries would be copied into every worker, little by little.
         image = np.array([place[entry["image_id"]] for entry in objects], dtype=np.int64)
         boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
@@ -242,13 +276,17 @@ class DetectionData(TrainingData):
         self.first = np.searchsorted(image[shown], np.arange(len(self) + 1))
         self.boxes, objects = boxes[shown], list(compress(objects, shown))
         self.labels = np.array([class_of[entry["category_id"]] for entry in objects], np.int64)
+        self.weights = np.array([entry["weight"] if entry["category_id"] == UNKNOWN else 1
+                                 for entry in objects], np.float32)
+        self.factors = repeat and self.repeat_factors(repeat)
         self.shapes = masks and [json.dumps(entry["segmentation"]).encode() for entry in objects]
 
     @cached_property
     def fingerprint(self) -> str:
         """As TrainingData's; other objects give another one."""
         crc = 0
-        for array in (self.first, self.boxes, self.labels):
+        is_unknown = self.labels == len(self.classes)
+        for array in (self.first, self.boxes, self.labels, self.weights[is_unknown]):
             crc = zlib.crc32(array.tobytes(), crc)
         return f"{super().fingerprint}, {len(self.boxes)} objects, {crc:08x}"
 
@@ -261,8 +299,30 @@ class DetectionData(TrainingData):
             size = self.sizes[index]
             found = [instance_mask(json.loads(shape), *size) for shape in self.shapes[these]]
             masks = torch.from_numpy(np.array(found, dtype=bool).reshape(-1, *size))
-        return Objects(image, torch.from_numpy(self.boxes[these]),
-                       torch.from_numpy(self.labels[these]), masks)
+        boxes, labels, weights = (torch.from_numpy(array[these])
+                                  for array in (self.boxes, self.labels, self.weights))
+        return Objects(image, boxes, labels, masks, weights)
+
+    def repeat_factors(self, threshold: float) -> np.ndarray:
+        """How often an image should come (images,): sqrt(threshold / share) of its rarest class,
+        at least once. A class's share is that of the images that have it."""
+        image = np.repeat(np.arange(len(self)), np.diff(self.first))
+        known = self.labels < len(self.classes)
+        pairs = np.unique(np.stack([image[known], self.labels[known]]), axis=1)
+        shares = np.bincount(pairs[1], minlength=len(self.classes)) / len(self)
+        factors = np.ones(len(self))
+        np.maximum.at(factors, pairs[0], np.sqrt(threshold / shares[pairs[1]]))
+        return factors
+
+    def order(self, batch_size: int, epoch: int, seed: int) -> Sequence:
+        """See TrainingData.order; with repeat factors, as many images drawn by them, with
+        replacement."""
+        order = super().order(batch_size, epoch, seed)
+        if self.factors is None:
+            return order
+        generator = np.random.default_rng([seed, epoch])
+        drawn = generator.choice(len(self), order.shape, p=self.factors / self.factors.sum())
+        return torch.from_numpy(drawn)
 
 
 class EvaluationImages(Dataset):
@@ -313,8 +373,34 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
     key: what is random depends on this text alone. scales: the longest side becomes `side` times
     a number of this range. flip: the share that is mirrored. how: of data.resize.
     """
+    return show(objects, draw_view(objects.image, key, side, scales, flip), how)
+
+
+def augment_crop(objects: Objects, key: str, side: int, crop: float = 0.5,
+                 shorts: Sequence[int] = (400, 500, 600), range_: Sequence[int] = (384, 600),
+                 flip: float = 0.5, how: str = "pil") -> Objects:
+    """The same as a DETR has it (published for OV-DQUO): flipped or not; then, of a share `crop` of
+    the images, a part whose sides are drawn from a range, of the image with one of the short sides;
+    then the longest side to `side`."""
+    rng, image = random.Random(key), objects.image
+    size, is_flipped = tuple(image.shape[-2:]), rng.random() < flip
+    parts = [slice(0, whole) for whole in size]
+    if rng.random() < crop:
+        short = rng.choice(shorts)
+        size = tuple(max(1, round(whole * short / min(size))) for whole in size)
+        sides = [rng.randint(min(range_[0], whole), min(range_[1], whole)) for whole in size]
+        starts = [rng.randint(0, whole - part) for whole, part in zip(size, sides)]
+        parts = [slice(start, start + part) for start, part in zip(starts, sides)]
+    shown = show(objects, View(size, *parts, is_flipped), how)
+    h, w = resized_size(shown.image, side, side)
+    factors = torch.tensor([w / shown.image.shape[-1], h / shown.image.shape[-2]] * 2)
+    return shown._replace(image=resize(shown.image, h, w, how), boxes=shown.boxes * factors.to(
+        shown.boxes.device))
+
+
+def show(objects: Objects, view: View, how: str) -> Objects:
+    """The view, and those of the objects that are in it; see augment."""
     of_image = tuple(objects.image.shape[-2:])
-    view = draw_view(objects.image, key, side, scales, flip)
     image = resize(objects.image, *view.size, how)[:, view.rows, view.columns]
     image = image.flip(-1) if view.is_flipped else image
     boxes, masks = view.place(objects.boxes, of_image), objects.masks
@@ -326,7 +412,7 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
         masks = masks[:, y][:, :, x.flip(0) if view.is_flipped else x]
         boxes = boxes_of(masks)
         is_left &= is_shown(boxes, 1)
-    return Objects(image, boxes[is_left], objects.labels[is_left], masks[is_left])
+    return objects._replace(image=image, boxes=boxes, masks=masks).only(is_left)
 
 
 def is_shown(boxes: Tensor | np.ndarray, least: float) -> Tensor | np.ndarray:

@@ -415,7 +415,8 @@ def measure_fvit(bench: Bench) -> Iterator[Row]:
         boxes = (corners * torch.tensor([image.shape[2], image.shape[1]])).flatten(1)
         masks = torch.ones(7, *(image.shape[1:] if cfg.MASKS else (0, 0)), dtype=torch.bool)
         labels = torch.randint(48, (7,))
-        data.append(to_device(Objects(image, boxes, labels, masks), bench.device))
+        objects = Objects(image, boxes, labels, masks, torch.ones(len(boxes)))
+        data.append(to_device(objects, bench.device))
     views = partial(fvit_train.views, cfg, data, 0, list(range(len(data))))
     losses = {"this code": lambda: fvit(*views())}
     optimizer = fvit_train.build_optimizer(cfg, fvit)

@@ -2,7 +2,7 @@
 
     python -m tools.detect photo.jpg --classes "person, red kite" --ckpt out/fvit/fvit.safetensors
     python -m tools.detect photos/ --classes names.txt --json --ckpt ...    # numbers, too
-    python -m tools.detect photo.jpg --ckpt ...                 # the classes that it was made for
+    python -m tools.detect photo.jpg --ckpt out/ov_dquo/ov_dquo.safetensors     # its own classes
 
 Writes photo.detection.png beside each photograph (or into OUT). Classes that training has not seen
 have a dashed frame and an asterisk. --json writes photo.detection.json: COCO results with names of
@@ -26,15 +26,22 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from downstream.detection import Detections, encode_detections, name_results
-from downstream.fvit.eval import detector_settings, refuse_unused_rules, score_rules
-from downstream.fvit.model import FViT, open_fvit
+from downstream.detector import Detector, open_detector
+from downstream.evaluation import (
+    KINDS,
+    detector_settings,
+    kind_of,
+    refuse_unused_rules,
+    score_rules,
+)
 from tools import segment
 from util import UserError, distributed, settings
 from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
 from util.precision import autocast, check_precision
 
-SHARED = {"downstream.fvit.eval": ["The detector", "The scores"]}
+SHARED = {"downstream.fvit.eval": ["The detector", "The scores"],
+          "downstream.ov_dquo.eval": ["The scores"]}
 
 # What is looked for
 CLASSES = ""                        # names with commas between, a .txt or .json file; none: its own
@@ -57,28 +64,28 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; those that fail are named at the end."""
     check_precision(cfg.PRECISION)
-    rules = score_rules(cfg, detector_settings(cfg.CKPT).get("DATASET", ""))
+    rules = score_rules(cfg, kind_of(cfg.CKPT), detector_settings(cfg.CKPT).get("DATASET", ""))
     coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None
     categories = ([(category["id"], category["name"]) for category in coco.categories] if coco
                   else [*enumerate(segment.typed_classes(cfg.CLASSES).names, 1)])
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
-    fvit = open_fvit(cfg.CKPT, cfg.BACKBONE).to(device)
+    detector = open_detector(cfg.CKPT, cfg.BACKBONE, KINDS).to(device)
     if categories:
-        fvit.set_classes([name for _, name in categories], cache=cfg.CACHE)
-    refuse_unused_rules(cfg, fvit, rules, not categories)
-    titles = [name if seen else f"{name}*" for name, seen in zip(fvit.classes, fvit.seen)]
+        detector.set_classes([name for _, name in categories], cache=cfg.CACHE)
+    refuse_unused_rules(cfg, detector, rules, not categories)
+    titles = [name if seen else f"{name}*" for name, seen in zip(detector.classes, detector.seen)]
 
-    def detect_one(fvit: FViT, photo: Tensor, path: Path, out: Path) -> str:
+    def detect_one(detector: Detector, photo: Tensor, path: Path, out: Path) -> str:
         with autocast(cfg.PRECISION, device):
-            found, = fvit.detect([photo.to(device)], rules)
+            found, = detector.detect([photo.to(device)], rules)
         atomic_write(out, partial(draw, photo, found, titles, cfg.LARGEST))
         if cfg.JSON:
             write_json(out.with_suffix(".json"), name_results(
                 encode_detections(0, found), find_image(path, coco),
-                categories or [*enumerate(fvit.classes, 1)]))
+                categories or [*enumerate(detector.classes, 1)]))
         return f"{out}: {describe(found, titles)}"
 
-    segment.say_failed(segment.each_photo(outputs, lambda: fvit, detect_one))
+    segment.say_failed(segment.each_photo(outputs, lambda: detector, detect_one))
 
 
 # ------------------------------------------------------------------------------- the numbers

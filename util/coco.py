@@ -91,6 +91,36 @@ def read_coco(path: str | Path, needs: Collection[str]) -> Coco:
     return coco
 
 
+UNKNOWN = -1        # the category of objects that are of no class
+
+
+def read_unknown(path: str | Path, images: list[dict]) -> Coco:
+    """A json of unknown objects: a list of image_id, bbox and weight, in [0, 1].
+
+    images: the entries that they are of; objects of other images are left out.
+    Raises UserError as read_coco does, and if no object of these images is left.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no {path}; python -m downstream.ov_dquo.unknown finds unknown "
+                        "objects, or train without them: --unknown none.")
+    content = read_json(path)
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise UserError(f"{path} is no list of unknown objects; each has image_id, bbox and weight "
+                        "in braces.")
+    coco = Coco(path, images, [{"id": UNKNOWN, "name": "object"}],
+                [entry | {"category_id": UNKNOWN, "iscrowd": 0} for entry in content])
+    known = {image["id"] for image in images}
+    of_images = Column(path, "objects", content, "image_id").of_types({int, str}, "an image's id")
+    coco.leave_out(np.array([id in known for id in of_images], dtype=bool), "of other images")
+    Column(path, "objects", coco.annotations, "weight").must(
+        lambda value: type(value) in NUMBERS and 0 <= value <= 1, "a number from 0 to 1")
+    check_boxes(coco, Column(path, "objects", coco.annotations, "bbox"))
+    if not coco.annotations:
+        raise UserError(f"{coco.report()}; give the file of these images, or --unknown none.")
+    return coco
+
+
 class Column:
     """A field of all entries of a section: it refuses the first entry that does not fit."""
 

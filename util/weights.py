@@ -104,7 +104,8 @@ RECORD = {
     "mean": partial(is_list, fits=is_number, length=3),
     "std": partial(is_list, fits=partial(is_number, least=1e-6), length=3),
     "catseg": lambda value: isinstance(value, dict),
-    "fvit": lambda value: not wrong_field(value, DETECTOR, DETECTOR)}
+    "fvit": lambda value: not wrong_field(value, DETECTOR, DETECTOR),
+    "ov_dquo": lambda value: not wrong_field(value, DETECTOR, DETECTOR.keys() - {"tau"})}
 DETECTOR = {"classes": partial(is_list, fits=partial(is_of, str)),
             "seen": partial(is_list, fits=partial(is_of, bool)), "tau": is_number,
             "design": lambda value: isinstance(value, dict), "backbone": partial(is_of, str)}

@@ -13,39 +13,30 @@ Letters: B images, D width of the vision tower, C width of the text-image space,
 background is the last row, n regions, k labelled objects, A anchors. Boxes are x0 y0 x1 y1.
 """
 
-import json
 import math
-import os
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import ops
 
-from data import RESIZES, constant, normalize, pad_to, resize
+from data import constant
 from downstream.detection import Detections
-from eval_region import open_model
-from eval_seg import resized_size
-from model import DeCLIP, region_features
-from util import UserError, distributed
-from util.files import find
-from util.text import find_templates
-from util.towers import recorded_model
-from util.weights import (
-    check_fit,
-    read_design,
-    read_weights,
-    state_checksum,
-    write_checkpoint,
+from downstream.detector import (
+    Detector,
+    check_design,
+    choose,
+    cosines,
+    make_generator,
+    mean_over_ranks,
+    open_detector,
+    to_pixels,
 )
+from model import DeCLIP, region_features
 
 
 class Design(NamedTuple):
@@ -87,6 +78,15 @@ class ScoreRules(NamedTuple):
     at_boxes: bool = False          # the VLM sees the final boxes; False: the proposals (published)
     tau: float | None = None        # factor of the detector's cosines; None: the learned one
     masks: bool = True              # with masks, if the detector has them
+
+
+# By data set; of every other one: OV-COCO's.
+RULES = {
+    "ovcoco": ScoreRules(),
+    "ovlvis": ScoreRules(b=0.6, temperature=90.0, least=1e-4, nms=0.5, most=300),
+    "coco": ScoreRules(0.2, 0.2, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+    "objects365": ScoreRules(0.3, 0.3, 120.0, 1e-4, 0.5, 300, tau=50.0, masks=False),
+}
 
 
 # ---------------------------------------------------------------------------------------- boxes
@@ -187,21 +187,6 @@ def sample(matched: Tensor, number: int, share: float, generator: torch.Generato
         chosen.append(places[order[:most]])
         most = number - len(chosen[0])
     return chosen[0], chosen[1]
-
-
-def make_generator(key: str, device: torch.device) -> torch.Generator:
-    """A source of random numbers that depend on the key alone."""
-    return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
-
-
-def mean_over_ranks(count: int, device: torch.device) -> Tensor:
-    """A count's mean over ranks, at least 1.
-
-    DDP averages gradients, so what ranks divide by must be this for their gradient to be that of
-    one process with all images.
-    """
-    total, ranks = distributed.sum_over_ranks(torch.tensor([count, 1.0], device=device))
-    return (total / ranks).clamp(min=1)
 
 
 class SampledRegions(NamedTuple):
@@ -318,7 +303,7 @@ def initialize(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
 
 # ------------------------------------------------------------------------------------ the detector
 
-class FViT(nn.Module):
+class FViT(Detector):
     """The detector. backbone: any CLIP, which stays as it is, in eval mode.
 
     classes: their names. seen: which of them training may see. text: embeddings of the classes and
@@ -327,70 +312,21 @@ class FViT(nn.Module):
     divide.
     """
 
+    NAME, DESIGN, OTHER, RULES = "fvit", Design, "background", RULES
+
     def __init__(self, backbone: DeCLIP, classes: Sequence[str], seen: Sequence[bool],
                  design: Design, text: Tensor | None = None):
-        super().__init__()
+        check_design(design, backbone.visual.patch_size, {"norm": NORMS}, RANGES)
         visual = backbone.visual
-        check_design(design, visual.patch_size)
-        self.backbone, self.design = backbone.requires_grad_(False), design
-        self.layers = tapped_layers(visual.num_layers)
+        super().__init__(backbone, classes, seen, design, text, tapped_layers(visual.num_layers))
         self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
-        is_clip = design.normalization == "clip"
-        self.mean = visual.mean if is_clip else IMAGENET_DEFAULT_MEAN
-        self.std = visual.std if is_clip else IMAGENET_DEFAULT_STD
         norm, channels = NORMS[design.norm], design.channels
         self.pyramid = Pyramid(visual.trunk.embed_dim, channels, norm)
         self.proposal_head = ProposalHead(channels, norm if design.rpn_norm else None)
         self.box_head = BoxHead(channels, visual.trunk.num_classes, norm)
         self.mask_head = MaskHead(channels, norm) if design.masks else None
         self.tau = nn.Parameter(torch.tensor(50.0))
-        text = encode_names(backbone, classes, design.templates) if text is None else text
-        self.register_buffer("text", text.clone())
-        self.name_classes(classes, seen)
-        self.trained = {clean_name(name) for name, is_seen in zip(classes, seen) if is_seen}
         self.eval()
-
-    def name_classes(self, classes: Sequence[str], seen: Sequence[bool]) -> None:
-        """What the rows of `text` are; the last one is the background, which is seen."""
-        self.classes, self.seen = list(classes), [bool(flag) for flag in seen]
-        is_seen = torch.tensor([*self.seen, True], device=self.text.device)
-        self.register_buffer("is_seen", is_seen, persistent=False)
-
-    def set_classes(self, names: Sequence[str], seen: Sequence[bool] | None = None,
-                    cache: str | None = None) -> None:
-        """What is detected from now on. seen: None for the names that training has seen.
-
-        cache: as DeCLIP.encode_text's. Raises UserError if the backbone has no text tower.
-        """
-        seen = [clean_name(name) in self.trained for name in names] if seen is None else seen
-        text = encode_names(self.backbone, names, self.design.templates, cache)
-        self.text = text.to(self.text.device)
-        self.name_classes(names, seen)
-
-    def train(self, mode: bool = True) -> "FViT":
-        """As nn.Module's; the backbone stays in eval mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    # ------------------------------------------------------------------------------ features
-
-    def look(self, images: list[Tensor]) -> list[Tensor]:
-        """Float [0, 1] (3, h, w) each -> the backbone's four outputs, (B, D, h', w') each.
-
-        Padding is 0 after the normalisation. One pass: the last output also makes the VLM's map.
-        """
-        side = self.design.image_size
-        batch = torch.stack([pad_to(normalize(image, self.mean, self.std), side, side)
-                             for image in images])
-        # Not in inference mode: backward through the pyramid needs these outputs.
-        with torch.no_grad():
-            return self.backbone.visual.encode_layers(batch, self.layers, self.design.attention)
-
-    def vlm_map(self, tokens: Tensor) -> Tensor:
-        """The last block's output (B, D, h, w) -> dense features (B, C, h, w), L2-normalised."""
-        content = self.backbone.visual.project(tokens.flatten(2).mT)
-        return F.normalize(content.float(), dim=-1).mT.unflatten(2, tokens.shape[2:])
 
     def anchors(self, levels: list[Tensor]) -> list[Tensor]:
         """The anchors of each level, (A, 4) each."""
@@ -412,7 +348,8 @@ class FViT(nn.Module):
         generators = [make_generator(target.key, target.boxes.device) for target in targets]
         losses = self.proposal_losses(scores, deltas, torch.cat(anchors),
                                       list(zip(targets, generators)))
-        proposals = self.propose(scores, deltas, anchors, [image.shape[-2:] for image in images])
+        found = self.propose(scores, deltas, anchors, [image.shape[-2:] for image in images])
+        proposals = [boxes for boxes, _ in found]
         regions = list(map(self.sample_regions, proposals, targets, generators))
         return losses | self.region_losses(levels, regions, targets)
 
@@ -440,8 +377,9 @@ class FViT(nn.Module):
 
     @torch.no_grad()
     def propose(self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor],
-                sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """The proposals of each image, (n, 4), the best first, inside its height and width."""
+                sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """The proposals of each image, (n, 4), the best first, inside its height and width; and
+        their logits (n,)."""
         design, proposals = self.design, []
         for number, size in enumerate(sizes):
             candidates = []
@@ -452,7 +390,8 @@ class FViT(nn.Module):
             boxes, values, levels = map(torch.cat, zip(*candidates))
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
             boxes, values, levels = boxes[has_area], values[has_area], levels[has_area]
-            proposals.append(boxes[ops.batched_nms(boxes, values, levels, 0.7)[:design.proposals]])
+            kept = ops.batched_nms(boxes, values, levels, 0.7)[:design.proposals]
+            proposals.append((boxes[kept], values[kept]))
         return proposals
 
     @torch.no_grad()
@@ -512,12 +451,12 @@ class FViT(nn.Module):
         rules: None for the defaults. The model must be in eval mode, as open_fvit returns it.
         """
         rules = rules or ScoreRules()
-        side, how = self.design.image_size, self.design.resize
-        views = [resize(image, *resized_size(image, side, side), how) for image in images]
+        views = self.views(images)
         sizes = [view.shape[-2:] for view in views]
         taps = self.look(views)
         levels = self.pyramid(taps)
-        proposals = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        found = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        proposals = [boxes for boxes, _ in found]
         embeddings, deltas = self.box_head(pool_regions(levels, self.strides, proposals,
                                                         REGION_SIDE))
         counts = list(map(len, proposals))
@@ -528,13 +467,31 @@ class FViT(nn.Module):
         vlm = F.normalize(region_features(self.vlm_map(taps[-1]), seen_at), dim=-1)
         scores = self.fuse_scores(embeddings, vlm, rules).split(counts)
         chosen = [choose(regions, score, rules) for regions, score in zip(boxes, scores)]
-        masks = [None] * len(images)
-        if rules.masks and self.mask_head:
-            logits = self.mask_head(pool_regions(levels, self.strides, [box for box, *_ in chosen],
-                                                 MASK_SIDE))
-            masks = logits.sigmoid().split([len(box) for box, *_ in chosen])
-        return [to_pixels(found, size, image.shape[-2:], mask)
-                for found, size, image, mask in zip(chosen, sizes, images, masks)]
+        found = [to_pixels(some, size, image.shape[-2:])
+                 for some, size, image in zip(chosen, sizes, images)]
+        return self.add_masks(levels, chosen, found, images) if (
+            self.gives_masks(rules)) else found
+
+    def add_masks(self, levels: list[Tensor], chosen: list[tuple[Tensor, Tensor, Tensor]],
+                  found: list[Detections], images: list[Tensor]) -> list[Detections]:
+        """The detections with masks, whose boxes in the views are those of `chosen`."""
+        logits = self.mask_head(pool_regions(levels, self.strides, [box for box, *_ in chosen],
+                                             MASK_SIDE))
+        masks = logits.sigmoid().split([len(box) for box, *_ in chosen])
+        return [some._replace(masks=[paste_mask(mask, box, image.shape[-2:])
+                                     for mask, box in zip(of_image, some.boxes.tolist())])
+                for some, of_image, image in zip(found, masks, images)]
+
+    @torch.inference_mode()
+    def objects(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """uint8 (3, H, W) each -> its proposals x0 y0 x1 y1 (n, 4) in its pixels, the best first,
+        and their objectness (n,)."""
+        views = self.views(images)
+        sizes = [view.shape[-2:] for view in views]
+        levels = self.pyramid(self.look(views))
+        found = self.propose(*self.proposal_head(levels), self.anchors(levels), sizes)
+        return [to_pixels((boxes, logits.sigmoid(), None), size, image.shape[-2:])[:2]
+                for (boxes, logits), size, image in zip(found, sizes, images)]
 
     def fuse_scores(self, embeddings: Tensor, vlm: Tensor, rules: ScoreRules) -> Tensor:
         """The detector's and the VLM's unit vectors of regions, (n, C) each -> scores (n, K).
@@ -547,42 +504,24 @@ class FViT(nn.Module):
         share = torch.where(self.is_seen, rules.a, rules.b)
         return (p_det ** (1 - share) * p_vlm ** share)[:, :-1]
 
-    # ------------------------------------------------------------------------------ the file
+    def gives_masks(self, rules: ScoreRules) -> bool:
+        """See Detector.gives_masks."""
+        return rules.masks and self.mask_head is not None
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a file keeps: weights, text, statistics of norms, but not the backbone."""
-        return {name: value for name, value in self.state_dict().items()
-                if not name.startswith("backbone.")}
+    def unused(self, rules: ScoreRules) -> dict[str, str | bool]:
+        """See Detector.unused."""
+        no_vlm = not any(rules.a if seen else rules.b for seen in self.seen) and (
+            "is of the VLM's scores, whose share is 0")
+        return {"TEMPERATURE": no_vlm, "AT_BOXES": no_vlm,
+                "A": not any(self.seen) and "is of seen classes, and none is",
+                "B": all(self.seen) and "is of novel classes, and none is"}
 
-    def save(self, path: str | Path, settings: dict | None = None) -> None:
-        """Writes a file that describes itself; of the backbone it has a checksum and `settings`,
-        which say how to open it."""
-        about = {"classes": self.classes, "seen": self.seen, "design": self.design._asdict(),
-                 "tau": self.tau.item(), "backbone": backbone_checksum(self.backbone)}
-        write_checkpoint(path, self.state(), self.backbone.describe() | {
-            "fvit": about, "use": "python -m downstream.fvit.eval or tools.detect",
-            "settings": settings or {}})
-
-
-def check_design(design: Design, patch_size: int | None = None) -> None:
-    """Raises UserError on a setting out of its range; if the backbone's `patch_size` is known, also
-    if a level of the pyramid would not have a whole number of places."""
-    for name, known in (("norm", tuple(NORMS)), ("normalization", ("imagenet", "clip")),
-                        ("resize", RESIZES)):
-        if getattr(design, name) not in known:
-            raise UserError(f"{name.upper()} is {getattr(design, name)!r}; it must be one of "
-                            f"{', '.join(known)}.")
-    for name, (least, most) in RANGES.items():
-        if not least <= getattr(design, name) <= most:
-            raise UserError(f"{name.upper()} is {getattr(design, name)}; it must be at least "
-                            f"{least} and at most {most}.")
-    side, coarsest = design.image_size, 2 * (patch_size or 0)
-    if coarsest and side % coarsest:
-        raise UserError(f"IMAGE_SIZE {side} is no multiple of twice the backbone's patch size, "
-                        f"{coarsest}; set it to {max(1, round(side / coarsest)) * coarsest}.")
+    def about(self) -> dict:
+        """See Detector.about."""
+        return super().about() | {"tau": self.tau.item()}
 
 
-RANGES = {"image_size": (1, 2**13), "channels": (1, 2**13), "candidates": (1, 2**20),
+RANGES = {"channels": (1, 2**13), "candidates": (1, 2**20),
           "proposals": (1, 2**16), "anchors": (2, 2**16), "regions": (4, 2**16),
           "background": (0, 1e6)}      # of Design
 
@@ -593,37 +532,11 @@ def tapped_layers(depth: int) -> list[int]:
     return published.get(depth, [math.ceil(depth * part / 4) - 1 for part in (1, 2, 3, 4)])
 
 
-def cosines(regions: Tensor, text: Tensor) -> Tensor:
-    """Unit vectors (n, C), (K, C) -> (n, K), in float32 under autocast, too."""
-    with torch.autocast(regions.device.type, enabled=False):
-        return regions.float() @ text.T
-
-
 def cut_masks(masks: Tensor, matched: Tensor, boxes: Tensor) -> Tensor:
     """Masks (k, h, w) of objects -> those of regions (p, 4), cut out as 0 or 1 (p, 28, 28)."""
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
     return (ops.roi_align(masks[:, None].float(), rois, 2 * MASK_SIDE, aligned=True)[:, 0] >= 0.5
             ).float()
-
-
-def choose(boxes: Tensor, scores: Tensor, rules: ScoreRules) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (n, 4) and scores (n, K) -> the detections' boxes, scores, labels, the best first."""
-    region, label = (scores > rules.least).nonzero(as_tuple=True)
-    boxes, scores = boxes[region], scores[region, label]
-    kept = ops.batched_nms(boxes, scores, label, rules.nms)[:rules.most]
-    return boxes[kept], scores[kept], label[kept]
-
-
-def to_pixels(found: tuple[Tensor, Tensor, Tensor], size: tuple[int, int],
-              of_image: tuple[int, int], masks: Tensor | None) -> Detections:
-    """Boxes, scores, labels and masks of an image resized to `size` -> in the image's pixels."""
-    boxes, scores, labels = found
-    (h, w), (H, W) = size, of_image
-    boxes = boxes * constant((W / w, H / h) * 2, torch.float, boxes.device)
-    boxes = ops.clip_boxes_to_image(boxes, of_image)        # the factors are rounded
-    if masks is not None:
-        masks = [paste_mask(mask, box, of_image) for mask, box in zip(masks, boxes.tolist())]
-    return Detections(boxes, scores, labels, masks)
 
 
 def paste_mask(mask: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
@@ -640,106 +553,6 @@ def paste_mask(mask: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
     return pasted
 
 
-# ------------------------------------------------------------------------------ names as text
-
-def vild_sentences() -> list[Callable[[str], str]]:
-    """The 63 sentences of ViLD, functions of a name."""
-    lines = Path(__file__).with_name("vild.txt").read_text().splitlines()
-    return [partial(fill_sentence, line) for line in lines]
-
-
-def fill_sentence(sentence: str, name: str) -> str:
-    """A sentence about a name: {} stands for it, {a} for its article."""
-    name = clean_name(name)
-    article = "an" if name.startswith(tuple("aeiou")) else "a"
-    return sentence.replace("{a}", article).replace("{}", name)
-
-
-def clean_name(name: str) -> str:
-    """A data set's class name as words: "bow_(weapon)/arc." -> "bow (weapon) or arc"."""
-    return name.replace("_", " ").replace("/", " or ").lower().rstrip(".").strip()
-
-
-def encode_names(clip: DeCLIP, names: Sequence[str], templates: str, cache: str | None = None
-                 ) -> Tensor:
-    """Names and "background" -> their embeddings (K + 1, C), L2-normalised.
-
-    templates: vild, or what util.text.find_templates knows. cache: as DeCLIP.encode_text's.
-    """
-    sentences = vild_sentences() if templates == "vild" else find_templates(templates)
-    words = [*map(clean_name, names), "background"]
-    return clip.encode_text(words, sentences, cache).float().contiguous()
-
-
-# ---------------------------------------------------------------------------- opening the file
-
-def backbone_checksum(clip: DeCLIP) -> str:
-    """8 digits of a vision tower's weights, and of its context and scale."""
-    return state_checksum(clip.visual.trunk.state_dict(), json.dumps([clip.context, clip.scale]))
-
-
-def open_backbone(settings: dict) -> DeCLIP:
-    """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
-    file = settings.get("BACKBONE")
-    if file and not os.path.isfile(file):
-        raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
-                        "detector needs that of its training; --backbone none --attention clip is "
-                        "plain CLIP.")
-    return open_model(SimpleNamespace(CKPT=file, **{name: settings.get(name) for name in (
-        "MODEL", "PRETRAINED", "CONTEXT", "SCALE", "ATTENTION")}))
-
-
-def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
-    """The CLIP that a detector's settings name.
-
-    Raises UserError if it is not there, or if the file would decide about a download: only weights
-    that open_clip itself lists are fetched.
-    """
-    file, model, tag = (settings.get(name) for name in ("BACKBONE", "MODEL", "PRETRAINED"))
-    if (file, model, tag) == (None, None, None):
-        raise UserError(f"{path} does not name the backbone that it was trained on; say where that "
-                        "is (--backbone).")
-    file = str(find(file)) if file else None
-    if file and not os.path.isfile(file):
-        raise UserError(f"{path} was trained on {file}, which is not there; say where that "
-                        "backbone is (--backbone).")
-    model = recorded_model(path, {"model": model} if model else {})
-    is_known = tag is None or os.path.isfile(tag) or model.startswith("local-dir:")
-    if not (is_known or (model, tag) in open_clip.list_pretrained()):
-        raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
-                        "does not list; give that backbone.")
-    return open_backbone(settings | {"BACKBONE": file})
-
-
 def open_fvit(path: str | Path, backbone: DeCLIP | str | None = None) -> FViT:
-    """The detector of a `fvit.safetensors`, in eval mode.
-
-    backbone: a CLIP, or the file of one; None for the one that the detector's file names.
-    Raises UserError if the file is another one, if its backbone is not there, and if a backbone is
-    not the one that it was trained on.
-    """
-    state, record = read_weights(path)
-    if "fvit" not in record:
-        raise UserError(f"{path} is no detector; give a fvit.safetensors of "
-                        "downstream/fvit/train.py.")
-    about, settings = record["fvit"], record.get("settings", {})
-    design = read_design(path, {"resize": "bicubic"} | about["design"], Design)
-    if isinstance(backbone, str):
-        backbone = open_backbone(settings | {"BACKBONE": backbone})
-    backbone = backbone or recorded_backbone(path, settings)
-    if backbone_checksum(backbone) != about["backbone"]:
-        raise UserError(f"{path} was trained on another backbone than this "
-                        f"{backbone.model_name} with context {backbone.context}: their "
-                        f"checksums differ; give the one of its training, "
-                        f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
-    backbone.visual.known(design.attention)
-    shape = len(about["classes"]) + 1, backbone.visual.trunk.num_classes
-    if len(about["seen"]) != shape[0] - 1 or getattr(state.get("text"), "shape", None) != shape:
-        raise UserError(f"{path} does not have a row of text and a mark of having been seen for "
-                        f"each of {shape[0] - 1} classes; write or copy it again.")
-    make = partial(FViT, backbone, about["classes"], about["seen"], design, state["text"].float())
-    with torch.device("meta"):      # nothing is made that the file does not hold
-        check_fit(path, state, make().state(), "the detector that it describes")
-    fvit = make()
-    fvit.load_state_dict(state, strict=False)
-    return fvit
+    """The detector of a `fvit.safetensors`, in eval mode; see downstream.detector.open_detector."""
+    return open_detector(path, backbone, [FViT])

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from data import training_batches
-from downstream.detection import DetectionData, Objects, augment, find_annotations, find_files
-from downstream.fvit.model import Design, FViT, Target, check_design, encode_names, open_backbone
+from downstream.detection import DetectionData, Objects, augment, find_annotations, val_images
+from downstream.detector import check_design, encode_names, open_backbone
+from downstream.fvit.model import NORMS, RANGES, Design, FViT, Target
 from model import DECOUPLED
 from util import distributed, settings
 from util.labels import NOT_IN_DATA
@@ -113,9 +114,7 @@ def train(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
                 run.backward(sum(losses.values()), losses, batch)
             # 2. The optimiser's step, log, checkpoint, signals
             run.end_step(learning_rate(cfg, step, run.steps_per_epoch), cfg.CLIP_NORM)
-    is_own = cfg.DATASET.endswith(".json")      # has no val set
-    val = None if is_own else find_files(cfg.DATASET, "val", cfg.DATA)[1]
-    run.say_end("python -m downstream.fvit.eval --ckpt", val, "tools.detect")
+    run.say_end("python -m downstream.fvit.eval --ckpt", val_images(cfg), "tools.detect")
 
 
 def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[int]
@@ -137,7 +136,7 @@ MAY_CHANGE_ON_RESUME = ("DATA", "ANNOTATIONS", "IMAGES", "CACHE")
 def check(cfg: SimpleNamespace) -> None:
     """Raises UserError on a setting out of its range, before anything is loaded."""
     check_training(cfg)
-    check_design(design_of(cfg))
+    check_design(design_of(cfg), None, {"norm": NORMS}, RANGES)
     settings.refuse_unused(cfg, DATA=cfg.DATASET.endswith(".json") and NOT_IN_DATA)
     has_scales = len(cfg.SCALES) == 2 and 0 < cfg.SCALES[0] <= cfg.SCALES[1] <= 10
     settings.check(cfg, SCALES=(has_scales, "two numbers, 0 < least <= most <= 10"),
@@ -155,7 +154,7 @@ def build(cfg: SimpleNamespace, dataset: DetectionData, ranks: distributed.Ranks
     their statistics. On CPUs they don't: PyTorch has no such norm there."""
     clip = open_backbone(vars(cfg)).to(ranks.device)
     used_record(cfg, cfg.BACKBONE, cfg.ATTENTION, DECOUPLED)
-    text = encode_names(clip, dataset.classes, cfg.TEMPLATES, cfg.CACHE)
+    text = encode_names(clip, [*dataset.classes, FViT.OTHER], cfg.TEMPLATES, cfg.CACHE)
     torch.manual_seed(cfg.SEED)     # of the first weights
     fvit = FViT(clip, dataset.classes, dataset.seen, design_of(cfg), text).to(ranks.device)
     if ranks.world_size > 1 and ranks.device.type == "cuda":

@@ -293,7 +293,7 @@ def test_a_view_is_a_part_of_the_resized_image(coco, key, mirrored):
 def test_sizes_are_rounded_as_published(size, expected):
     """The longest side down, here from 13.9; of the other, halves up: 6.5 to 7, 9.75 to 10."""
     objects = Objects(torch.zeros(3, *size).byte(), torch.zeros(0, 4), torch.zeros(0).long(),
-                      torch.zeros(0, 0, 0))
+                      torch.zeros(0, 0, 0), torch.zeros(0))
     assert augment(objects, "a", 20, (0.695, 0.695)).image.shape[1:] == expected
 
 
@@ -321,8 +321,7 @@ def test_a_view_need_not_show_an_object(coco):
     shown = np.mean([len(view.boxes) == len(view.labels) == 1 for view in views])
     assert abs(shown - (12 / 25)**2) < 0.08      # 12 of 25 places in either direction reach it
     assert all(view.image.shape == (3, 24, 24) for view in views)
-    empty = objects._replace(boxes=objects.boxes[:0], labels=objects.labels[:0],
-                             masks=objects.masks[:0])
+    empty = objects.only(torch.zeros(len(objects.boxes), dtype=torch.bool))
     assert augment(empty, "0", side=24).boxes.shape == (0, 4)
 
 
@@ -340,7 +339,7 @@ def test_boxes_are_those_of_the_cropped_masks(flip):
     masks = torch.stack([(y < 6) | (x < 6) | (x >= 58), x >= 61, (x < 9) & (y < 9)])
     places = torch.stack([x, y, 0 * x]).byte()      # each pixel tells where it is
     boxes = torch.tensor([[0.0, 0, 64, 64], [61, 0, 64, 64], [0, 0, 64, 64]])
-    objects = Objects(places, boxes, torch.arange(3), masks)
+    objects = Objects(places, boxes, torch.arange(3), masks, torch.ones(3))
     found = set()
     for number in range(60):
         view = augment(objects, str(number), side=32, scales=(2, 2), flip=flip)
@@ -362,7 +361,8 @@ def test_the_smallest_objects_of_a_view():
     boxes = torch.tensor([[10.0, 16, 40, 16.5], [10, 16, 40, 16.05], [36, 36, 37, 37]])
     masks = torch.zeros(3, 64, 64, dtype=torch.bool)
     masks[0, 10:22, 10:40] = masks[2, 36, 36] = True
-    objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks)
+    objects = Objects(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, torch.arange(3), masks,
+                      torch.ones(3))
     tenth = {"key": "0", "side": 6, "scales": (1, 1)}       # 64 pixels are 6
     assert augment(objects._replace(masks=masks[:, :0, :0]), **tenth).labels.tolist() == [0, 2]
     assert augment(objects, **tenth).labels.tolist() == [0]     # the other masks have none left

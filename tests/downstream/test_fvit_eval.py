@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from test_fvit_train import scenes_json  # noqa: F401 - four drawn scenes as COCO instances
 from tiny import ROOT
 
+from downstream import evaluation as shared
 from downstream.detection import DetectionData, Detections, find_annotations, groups_of
 from downstream.fvit import eval as evaluation
 from downstream.fvit.model import Design, FViT, ScoreRules, open_fvit
@@ -109,7 +110,7 @@ def test_novel_is_what_training_has_not_seen(checkpoint, scenes_json, tmp_path, 
                                          "only what it has not seen, or leave NOVEL out"):
         evaluation.main(arguments(checkpoint, scenes_json, tmp_path, novel="ground, disc"))
     monkeypatch.setattr(FViT, "detect", perfect(scenes_json))
-    monkeypatch.setattr(evaluation, "find_annotations", lambda *given: find_annotations(
+    monkeypatch.setattr(shared, "find_annotations", lambda *given: find_annotations(
         *given)._replace(seen=[True, False, True]))     # as a known data set's split
     figures = evaluation.main(arguments(checkpoint, scenes_json, tmp_path))
     assert figures["boxes"]["groups"] == {}     # its novel disc was seen, its ground is not novel
@@ -150,17 +151,17 @@ def test_what_is_found_is_scored_by_pycocotools(checkpoint, scenes_json, tmp_pat
     ("objects365", [], (0.3, 0.3, 120, 1e-4, 0.5, 300, False, 50, False))])
 def test_scores_are_those_published_for_a_data_set(dataset, preset, expected):
     cfg = settings.parse(preset, evaluation)
-    assert evaluation.score_rules(cfg, dataset) == ScoreRules(*expected)
+    assert shared.score_rules(cfg, FViT, dataset) == ScoreRules(*expected)
 
 
 def test_given_scores_replace_those_of_the_data_set():
     cfg = settings.parse(["--a", "0", "--temperature", "120", "--at_boxes"], evaluation)
     expected = ScoreRules(a=0, b=0.6, temperature=120, least=1e-4, nms=0.5, most=300, at_boxes=True)
-    assert evaluation.score_rules(cfg, "ovlvis") == expected
+    assert shared.score_rules(cfg, FViT, "ovlvis") == expected
 
 
 def test_the_data_set_is_that_of_the_training(checkpoint):
-    assert evaluation.trained_with(str(checkpoint)) == "ovcoco"
+    assert shared.trained_with(str(checkpoint)) == "ovcoco"
     with pytest.raises(SystemExit, match="instances_val2017.json; unpack"):
         evaluation.main(options(ckpt=checkpoint, data="nowhere"))
 

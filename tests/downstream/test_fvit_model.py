@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.ops import box_iou, roi_align
 
 from data import fitted_size, resize
+from downstream import detector
 from downstream.fvit import model
 from downstream.fvit.model import BACKGROUND, IGNORE, Design, FViT, ScoreRules, Target, open_fvit
 from model import DeCLIP
@@ -237,7 +238,7 @@ def test_regions_are_proposals_and_true_boxes(fvit, keep_best):
 
 def test_text_is_of_vilds_sentences(clip):
     fvit = FViT(clip, ["Disc_one"], [True], SMALL._replace(templates="vild"))
-    expected = clip.encode_text(["Disc_one", "background"], model.vild_sentences())
+    expected = clip.encode_text(["Disc_one", "background"], detector.vild_sentences())
     torch.testing.assert_close(fvit.text, expected)
 
 
@@ -258,7 +259,7 @@ def test_proposals_level_by_level(fvit):
     scores = [torch.randn(1, len(each)) for each in anchors]
     deltas = [0.3 * torch.randn(1, len(each), 4) for each in anchors]
     fvit.design = SMALL._replace(candidates=40, proposals=30)
-    proposals, = fvit.propose(scores, deltas, anchors, [(60, 50)])
+    (proposals, logits), = fvit.propose(scores, deltas, anchors, [(60, 50)])
     found = []
     for of_level, score, delta in zip(anchors, scores, deltas):
         best = score[0].argsort(descending=True)[:40]
@@ -270,6 +271,8 @@ def test_proposals_level_by_level(fvit):
     expected = [box for _, box in sorted(found, reverse=True)]
     assert len(expected) > 30 and len(scores[1][0]) > 40
     torch.testing.assert_close(proposals, torch.tensor(expected[:30]))
+    best = sorted(found, reverse=True)[:30]
+    assert logits.tolist() == pytest.approx([score for score, _ in best])
 
 
 def test_class_loss_by_hand(fvit):
@@ -309,9 +312,10 @@ def test_boxes_at_the_edge_stay_in_their_image(height, width):
     size = fitted_size(torch.empty(height, width, device="meta"), 1024)
     edge = torch.tensor([[0.0, 0.0, size[1], size[0]]])
     found = model.to_pixels((edge, torch.ones(1), torch.zeros(1, dtype=torch.long)), size,
-                            (height, width), torch.ones(1, 28, 28))
+                            (height, width))
     assert found.boxes.tolist() == [[0, 0, width, height]]
-    assert found.masks[0].shape == (height, width) and found.masks[0].float().mean() > 0.99
+    mask = model.paste_mask(torch.ones(28, 28), found.boxes[0].tolist(), (height, width))
+    assert mask.shape == (height, width) and mask.float().mean() > 0.99
 
 
 # ---------------------------------------------------------------------------------------- detection
@@ -338,7 +342,7 @@ def test_the_vlm_sees_the_proposals_of_its_own_map(fvit, monkeypatch):
     monkeypatch.setattr(FViT, "fuse_scores", lambda self, embeddings, vlm, rules:
                         given.append(vlm) or torch.zeros(len(vlm), 3))
     proposals = [random_boxes(3, 60).clamp(max=40), random_boxes(2, 60).clamp(max=40)]
-    monkeypatch.setattr(FViT, "propose", lambda *_: proposals)
+    monkeypatch.setattr(FViT, "propose", lambda *_: [(boxes, None) for boxes in proposals])
     with torch.no_grad():
         fvit.box_head.deltas[-1].bias.fill_(3)
     pictures = [(image * 255).byte() for image in images]
@@ -367,7 +371,7 @@ def test_nms_and_thresholds():
 
 def test_detections_are_in_the_pixels_of_their_images(fvit, monkeypatch):
     """An image of 30 x 60 is seen as 32 x 64."""
-    monkeypatch.setattr(FViT, "propose", lambda *_: [torch.tensor([[8., 16, 24, 32]])] * 2)
+    monkeypatch.setattr(FViT, "propose", lambda *_: [(torch.tensor([[8., 16, 24, 32]]), None)] * 2)
     with torch.no_grad():
         fvit.box_head.deltas[-1].weight.zero_()
     blank = torch.zeros(3, 30, 60, dtype=torch.uint8)
@@ -524,14 +528,14 @@ def test_losses_and_scores_are_float32_under_autocast(fvit, precision):
 # ---------------------------------------------------------------------------------------- names
 
 def test_sentences_are_vilds():
-    sentences = [sentence("fire_hydrant") for sentence in model.vild_sentences()]
+    sentences = [sentence("fire_hydrant") for sentence in detector.vild_sentences()]
     assert len(sentences) == len(set(sentences)) == 63
     assert {"There is a fire hydrant in the scene.", "itap of my fire hydrant.",
             "This is a photo of one fire hydrant in the scene.", "This is the toy fire hydrant.",
             "This is a black and white photo of the fire hydrant.",
             "This is an embroidered fire hydrant.", "This is a painting of a fire hydrant.",
             "This is a photo of the hard to see fire hydrant."} <= set(sentences)
-    assert model.vild_sentences()[0]("Apple/Pear_Mix.") == (
+    assert detector.vild_sentences()[0]("Apple/Pear_Mix.") == (
         "There is an apple or pear mix in the scene.")
 
 
@@ -583,16 +587,16 @@ def test_a_file_describes_itself(saved):
 def test_a_file_says_how_images_are_resized(saved, monkeypatch):
     """One that does not say so is of the time when they were resized as train.py does."""
     fvit, path, _ = saved
-    state, record = model.read_weights(path)
+    state, record = detector.read_weights(path)
     del record["fvit"]["design"]["resize"]
-    model.write_checkpoint(path.with_name("old.safetensors"), state, record)
+    detector.write_checkpoint(path.with_name("old.safetensors"), state, record)
     old, seen, look = open_fvit(path.with_name("old.safetensors")), [], FViT.look
     assert old.design == SMALL._replace(resize="bicubic")
     monkeypatch.setattr(FViT, "look",
                         lambda self, views: seen.append(views[0]) or look(self, views))
     image = torch.randint(0, 256, (3, 100, 150)).byte()
-    for detector, how in ((fvit.eval(), "cv2"), (old, "bicubic")):
-        detector.detect([image])
+    for opened, how in ((fvit.eval(), "cv2"), (old, "bicubic")):
+        opened.detect([image])
         torch.testing.assert_close(seen.pop(), resize(image, 43, 64, how))
 
 
@@ -616,13 +620,13 @@ def test_files_that_are_no_detector(saved, tmp_path, clip):
                            (tmp_path / "none", "There is no weights file")):
         with pytest.raises(UserError, match=sentence):
             open_fvit(name)
-    state, record = model.read_weights(path)
+    state, record = detector.read_weights(path)
     of_detector = {name: value for name, value in state.items() if "mask" not in name}
     for broken, sentence in (({"classes": NAMES}, "has metadata that .* does not write"),
                              ({**record["fvit"], "design": {"depth": 3}}, "does not write"),
                              ({**record["fvit"], "design": SMALL._replace(
                                  masks=True)._asdict()}, r"does not fit .*: \d+ weights are")):
-        model.write_checkpoint(path, of_detector, record | {"fvit": broken})
+        detector.write_checkpoint(path, of_detector, record | {"fvit": broken})
         with pytest.raises(UserError, match=sentence):
             open_fvit(path, clip)
 

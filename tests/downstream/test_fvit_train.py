@@ -133,8 +133,7 @@ def test_only_the_detector_is_trained_and_kept(scenes_json, tmp_path):
 def test_crops_change_with_the_epoch(scenes_json):
     cfg, data = parsed(scenes_json, seed=3), [None]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "augment", lambda objects, *how: detection.Objects(how, None, None,
-                                                                                None))
+        patch.setattr(train, "augment", lambda objects, *how: detection.Objects(how, *[None] * 4))
         for epoch in range(2):
             (seen,), (target,) = train.views(cfg, data, epoch, [4])
             assert seen == (f"3-{epoch}-4", 64, (0.1, 2.0), 0.5, "cv2") and target.key == seen[0]

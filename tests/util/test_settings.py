@@ -172,8 +172,10 @@ def test_a_block_that_is_nowhere_is_an_error(tmp_path, other):
 
 
 @pytest.mark.parametrize("name", ["train", "eval_seg", "downstream.fvit.train",
-                                  "downstream.fvit.eval", "downstream.catseg.train",
-                                  "downstream.catseg.eval", "tools.segment", "tools.visualize"])
+                                  "downstream.fvit.eval", "downstream.ov_dquo.train",
+                                  "downstream.ov_dquo.eval", "downstream.ov_dquo.unknown",
+                                  "downstream.catseg.train", "downstream.catseg.eval",
+                                  "tools.segment", "tools.visualize", "tools.detect"])
 def test_shared_blocks_of_the_repository_exist(name):
     """And bring at least one setting each that the script does not say itself."""
     script = importlib.import_module(name)
@@ -262,6 +264,7 @@ def test_values_out_of_range_are_one_sentence():
 
 SCRIPTS = ["train", "eval_region", "eval_seg", "tools.segment", "tools.visualize", "tools.export",
            "tools.bench", "tools.detect", "downstream.fvit.train", "downstream.fvit.eval",
+           "downstream.ov_dquo.train", "downstream.ov_dquo.eval", "downstream.ov_dquo.unknown",
            "downstream.catseg.train", "downstream.catseg.eval", "toy.world", "toy.pretrain",
            "toy.demo", "toy.tables"]
 
