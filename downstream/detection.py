@@ -376,26 +376,31 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
     return show(objects, draw_view(objects.image, key, side, scales, flip), how)
 
 
-def augment_crop(objects: Objects, key: str, side: int, crop: float = 0.5,
-                 shorts: Sequence[int] = (400, 500, 600), range_: Sequence[int] = (384, 600),
-                 flip: float = 0.5, how: str = "pil") -> Objects:
-    """The same as a DETR has it (published for OV-DQUO): flipped or not; then, of a share `crop` of
-    the images, a part whose sides are drawn from a range, of the image with one of the short sides;
-    then the longest side to `side`."""
+class Crops(NamedTuple):
+    """How a DETR's images are cropped; published for OV-DQUO."""
+    share: float = 0.5                              # of the images
+    short_sides: Sequence[int] = (400, 500, 600)    # one of them is the image's, before it
+    sides: Sequence[int] = (384, 600)               # range of a crop's width and of its height
+
+
+def augment_crop(objects: Objects, key: str, side: int, crops: Crops, flip: float, how: str
+                 ) -> Objects:
+    """The same as a DETR has it: flipped or not; then some cropped; then the longest side to
+    `side`."""
     rng, image = random.Random(key), objects.image
     size, is_flipped = tuple(image.shape[-2:]), rng.random() < flip
     parts = [slice(0, whole) for whole in size]
-    if rng.random() < crop:
-        short = rng.choice(shorts)
+    if rng.random() < crops.share:
+        short = rng.choice(crops.short_sides)
         size = tuple(max(1, round(whole * short / min(size))) for whole in size)
-        sides = [rng.randint(min(range_[0], whole), min(range_[1], whole)) for whole in size]
+        least, most = crops.sides
+        sides = [rng.randint(min(least, whole), min(most, whole)) for whole in size]
         starts = [rng.randint(0, whole - part) for whole, part in zip(size, sides)]
         parts = [slice(start, start + part) for start, part in zip(starts, sides)]
     shown = show(objects, View(size, *parts, is_flipped), how)
     h, w = resized_size(shown.image, side, side)
-    factors = torch.tensor([w / shown.image.shape[-1], h / shown.image.shape[-2]] * 2)
-    return shown._replace(image=resize(shown.image, h, w, how), boxes=shown.boxes * factors.to(
-        shown.boxes.device))
+    factors = shown.boxes.new_tensor([w / shown.image.shape[-1], h / shown.image.shape[-2]] * 2)
+    return shown._replace(image=resize(shown.image, h, w, how), boxes=shown.boxes * factors)
 
 
 def show(objects: Objects, view: View, how: str) -> Objects:

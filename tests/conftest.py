@@ -17,6 +17,8 @@ from PIL import Image
 
 # Torch is imported by fixtures: the process that only hands out tests does without.
 os.environ["HF_HUB_OFFLINE"] = "1"      # a test that would download fails instead
+# Tests compare to the bit, and two ranks with one process: on the CPU, where there is a GPU, too.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["OMP_NUM_THREADS"] = "1"     # threads cost tiny models more than they give
 sys.path.insert(0, str(Path(__file__).parent))
 SIZES = [(64, 64), (48, 80), (80, 40), (64, 96), (33, 65)]      # height, width

@@ -40,8 +40,8 @@ from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
 from util.precision import autocast, check_precision
 
-SHARED = {"downstream.fvit.eval": ["The detector", "The scores"],
-          "downstream.ov_dquo.eval": ["The scores"]}
+SHARED = {"downstream.fvit.eval": ["The detector", "The scores", "The detections"],
+          "downstream.ov_dquo.eval": ["The scores of queries"]}
 
 # What is looked for
 CLASSES = ""                        # names with commas between, a .txt or .json file; none: its own

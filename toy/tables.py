@@ -4,9 +4,10 @@
     python -m toy.tables table1         # Table 1: each row as its preset says, 12 runs
     python -m toy.tables table1 --search        # its LR and λ, judged on the dev scenes: 30 runs
     python -m toy.tables detection      # F-ViT over CLIP and DeCLIP: 6 runs of 3 minutes of a core
+    python -m toy.tables ov_dquo        # OV-DQUO over both, without and with unknown objects: 12
     python -m toy.tables catseg         # CAT-Seg over both, beside both alone: 6 runs
 
-The last two need the nano DeCLIP of toy/demo.sh, and CAT-Seg labelled scenes (toy/catseg.sh draws
+The last three need the nano DeCLIP of toy/demo.sh, and CAT-Seg labelled scenes (toy/catseg.sh draws
 them). A training or evaluation that is in the folder of runs already is not repeated.
 """
 
@@ -28,6 +29,9 @@ from downstream.catseg import eval as catseg_eval
 from downstream.catseg import train as catseg_train
 from downstream.fvit import eval as fvit_eval
 from downstream.fvit import train as fvit_train
+from downstream.ov_dquo import eval as ov_dquo_eval
+from downstream.ov_dquo import train as ov_dquo_train
+from downstream.ov_dquo import unknown as ov_dquo_unknown
 from tools.visualize import read_log
 from toy.world import NAMES, SEEN, THINGS, UNSEEN
 from util import distributed, settings
@@ -60,12 +64,13 @@ class Table(NamedTuple):
     rows: dict[str, list[str]]      # more options of each row's trainings
     evaluate: Callable[[Path, str], dict[str, float]]   # folder of a run, SCENES -> figures
     alone: dict[str, list[str]] = {}    # rows without training: options of eval_seg.py
+    row_before: str = ""            # whose run finds the unknown objects, {unknown}, of other rows
 
 
 def run(cfg: SimpleNamespace) -> str:
     """The table that TABLE names; UserError if there is none, or for a setting that it lacks."""
     name = " ".join(cfg.TABLE)
-    splits = range(len(NOVEL)) if name == "detection" else cfg.SEEDS
+    splits = range(len(NOVEL)) if name in ("detection", "ov_dquo") else cfg.SEEDS
     settings.check(cfg, TABLE=(name in TABLES, f"one of {', '.join(TABLES)}"),
                    SCENES=(cfg.SCENES in BENCHMARKS, "val or dev"),
                    SEEDS=({*cfg.SEEDS} <= {*splits}, "from 0 to 2, which have a split each"))
@@ -75,8 +80,9 @@ def run(cfg: SimpleNamespace) -> str:
 
 
 # Which tables read a setting; others are read by all, and by --search.
-READ_BY = {"SEARCH": "--search table1", "CKPT": "detection catseg", "LRS": "--search",
-           "LAMBDAS": "--search", **dict.fromkeys(("SEEDS", "SCENES"), "table1 detection catseg")}
+READ_BY = {"SEARCH": "--search table1", "CKPT": "detection ov_dquo catseg", "LRS": "--search",
+           "LAMBDAS": "--search",
+           **dict.fromkeys(("SEEDS", "SCENES"), "table1 detection ov_dquo catseg")}
 
 
 def report(cfg: SimpleNamespace, table: Table) -> str:
@@ -128,7 +134,8 @@ def figures(cfg: SimpleNamespace, table: Table, row: str, seed: int, more: Seque
 
     more: options beside those of the row.
     """
-    words = {"ckpt": cfg.CKPT, "novel": ", ".join(NOVEL[seed % len(NOVEL)])}
+    words = {"ckpt": cfg.CKPT, "novel": ", ".join(NOVEL[seed % len(NOVEL)]),
+             "unknown": Path(cfg.OUT or table.out) / f"unknown-{seed}.json"}
     options = [option.format(**words) for option in [*table.options, *table.rows[row], *more]]
     options += ["--seed", str(seed)]
     chosen = settings.parse(options, table.script)
@@ -136,6 +143,8 @@ def figures(cfg: SimpleNamespace, table: Table, row: str, seed: int, more: Seque
     folder = Path(cfg.OUT or table.out) / name
     trained, results = folder / "trained", folder / "figures.json"
     with printing_into(folder):
+        if "{unknown}" in table.rows[row] and not words["unknown"].exists():
+            find_unknown(table, words["unknown"], seed)
         if not trained.exists():
             table.script.main([*options, "--out", str(folder), "--resume"])
             trained.touch()
@@ -144,6 +153,13 @@ def figures(cfg: SimpleNamespace, table: Table, row: str, seed: int, more: Seque
             write_result(run, "figures", {"scenes": cfg.SCENES},
                          {"figures": table.evaluate(folder, cfg.SCENES)})
     return read_results(results, scenes=cfg.SCENES)[-1]["figures"]
+
+
+def find_unknown(table: Table, path: Path, seed: int) -> None:
+    """Writes what the detector of `row_before` takes for objects that no label names."""
+    folder = path.parent / table.folder.format(arm=table.row_before.lower(), SEED=seed)
+    ov_dquo_unknown.main(["@presets/toy_unknown.txt", "--out", str(path),
+                          "--ckpt", str(folder / "ov_dquo.safetensors")])
 
 
 @contextlib.contextmanager
@@ -208,9 +224,21 @@ NOVEL = (THINGS[0:3], THINGS[3:6], THINGS[6:9])
 
 def of_detector(folder: Path, scenes: str) -> dict[str, float]:
     """AP50 of novel, base and all things."""
-    boxes = fvit_eval.main([
+    return groups(fvit_eval.main([
         "@presets/toy_fvit_eval.txt", "--dataset", f"data/toy/{scenes}/instances.json",
-        "--images", f"data/toy/{scenes}/images", "--ckpt", f"{folder}/fvit.safetensors"])["boxes"]
+        "--images", f"data/toy/{scenes}/images", "--ckpt", f"{folder}/fvit.safetensors"]))
+
+
+def of_ov_dquo(folder: Path, scenes: str) -> dict[str, float]:
+    """The same of OV-DQUO."""
+    return groups(ov_dquo_eval.main([
+        "@presets/toy_ov_dquo_eval.txt", "--dataset", f"data/toy/{scenes}/instances.json",
+        "--images", f"data/toy/{scenes}/images", "--ckpt", f"{folder}/ov_dquo.safetensors"]))
+
+
+def groups(figures: dict) -> dict[str, float]:
+    """AP50 of each group of classes, and of all."""
+    boxes = figures["boxes"]
     return {name: group["AP50"] for name, group in boxes["groups"].items()} | {"all": boxes["AP50"]}
 
 
@@ -242,6 +270,14 @@ TABLES = {
         ["@presets/toy_fvit_train.txt", "--novel", "{novel}"],
         {"CLIP": ["--backbone", "none", "--attention", "clip"],
          "DeCLIP": ["--backbone", "{ckpt}"]}, of_detector),
+    "ov_dquo": Table(
+        "AP50 in %", "out/toy/ov_dquo", "{arm}-{SEED}", ov_dquo_train,
+        ["@presets/toy_ov_dquo.txt", "--novel", "{novel}"],
+        {"DeCLIP": ["--backbone", "{ckpt}"],
+         "CLIP": ["--backbone", "none", "--attention", "clip"],
+         "DeCLIP+unknown": ["--backbone", "{ckpt}", "--unknown", "{unknown}"],
+         "CLIP+unknown": ["--backbone", "none", "--attention", "clip", "--unknown", "{unknown}"]},
+        of_ov_dquo, row_before="DeCLIP"),
     "catseg": Table(
         "mIoU in %", "out/toy/catseg", "{arm}-{SEED}", catseg_train, ["@presets/catseg_toy.txt"],
         {"CAT-Seg over CLIP": ["--model", "local-dir:toy/clip", "--pretrained", "own",

@@ -31,12 +31,14 @@ DETECTIONS: str | None = None       # file for what is found, as COCO results; N
 # The scores; None: what RULES in model.py have for the data set
 A: float | None = None              # share of the VLM in the scores of seen classes
 B: float | None = None              # and of novel ones; published for OV-LVIS and L/14: 0.4
-TEMPERATURE: float | None = None    # factor of the VLM's cosines; CLIPSelf's: 75, OV-LVIS 50
 TAU: float | None = None            # factor of the detector's cosines, instead of the learned one
+AT_BOXES: bool | None = None        # the VLM sees the final boxes instead of the proposals
+
+# The detections; None: likewise
+TEMPERATURE: float | None = None    # factor of CLIP's cosines; CLIPSelf's F-ViT: 75, OV-LVIS 50
 LEAST: float | None = None          # score below which a detection is left out
 NMS: float | None = None            # IoU from which the lower of two boxes of a class is left out
 MOST: int | None = None             # detections of an image
-AT_BOXES: bool | None = None        # the VLM sees the final boxes instead of the proposals
 
 
 def main(argv: list[str] | None = None) -> dict:

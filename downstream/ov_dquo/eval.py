@@ -15,18 +15,15 @@ from downstream.ov_dquo.model import OVDQUO
 from util import distributed, settings
 
 SHARED = {"downstream.fvit.train": ["The data"],
-          "downstream.fvit.eval": ["The detector", "What is evaluated"],
+          "downstream.fvit.eval": ["The detector", "What is evaluated", "The detections"],
           "eval_region": ["The evaluation"]}
 
 CKPT = "out/ov_dquo/ov_dquo.safetensors"    # checkpoint of downstream/ov_dquo/train.py
+DATASET: str | None = None          # None: that of the training; or coco, objects365, my.json ...
 
-# The scores; None: what RULES in model.py have for the data set
-TEMPERATURE: float | None = None    # τ, factor of CLIP's cosines
+# The scores of queries; None: what RULES in model.py have for the data set
 FACTOR: float | None = None         # of novel classes' probabilities when queries are named
 EXPONENT: float | None = None       # of the objectness in the score
-LEAST: float | None = None          # score below which a detection is left out
-NMS: float | None = None            # IoU from which the lower of two boxes of a class is left out
-MOST: int | None = None             # detections of an image
 
 
 def main(argv: list[str] | None = None) -> dict:

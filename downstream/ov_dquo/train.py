@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data import training_batches
 from downstream.detection import (
+    Crops,
     DetectionData,
     Objects,
     augment_crop,
@@ -112,8 +113,9 @@ def views(cfg: SimpleNamespace, data: list[Objects], epoch: int, indices: list[i
           ) -> tuple[list[Tensor], list[Target]]:
     """Images with their objects, cropped, resized and flipped as SEED, epoch and index say."""
     keys = [f"{cfg.SEED}-{epoch}-{index}" for index in indices]
-    shown = [augment_crop(objects, key, cfg.IMAGE_SIZE, cfg.CROP, cfg.SHORT_SIDES, cfg.CROP_SIDES,
-                          cfg.FLIP, cfg.RESIZE) for objects, key in zip(data, keys)]
+    crops = Crops(cfg.CROP, cfg.SHORT_SIDES, cfg.CROP_SIDES)
+    shown = [augment_crop(objects, key, cfg.IMAGE_SIZE, crops, cfg.FLIP, cfg.RESIZE)
+             for objects, key in zip(data, keys)]
     return [view.image for view in shown], [Target(view.boxes, view.labels, view.weights, key)
                                             for view, key in zip(shown, keys)]
 

@@ -58,10 +58,12 @@ def made(monkeypatch) -> list[list[str]]:
         return {"boxes": {"AP50": ap, "groups": groups}}
 
     monkeypatch.setattr(tables, "training_seconds", lambda folder: None)
-    for script in (tables.train, tables.fvit_train, tables.catseg_train):
+    for script in (tables.train, tables.fvit_train, tables.ov_dquo_train, tables.catseg_train,
+                   tables.ov_dquo_unknown):
         monkeypatch.setattr(script, "main", made.append)
     for script, evaluate in ((tables.eval_region, regions), (tables.eval_seg, pixels),
-                             (tables.catseg_eval, pixels), (tables.fvit_eval, boxes)):
+                             (tables.catseg_eval, pixels), (tables.fvit_eval, boxes),
+                             (tables.ov_dquo_eval, boxes)):
         monkeypatch.setattr(script, "main", evaluate)
     return made
 
@@ -72,7 +74,8 @@ def trainings(made: list[list[str]]) -> list[list[str]]:
 
 @pytest.mark.parametrize("name, rows, columns", [
     ("table1", 4, "box thing, box stuff, mask thing, mask stuff, mIoU, windows, PAMR, seconds"),
-    ("detection", 2, "novel, base, all"), ("catseg", 2, "unseen, seen, all")])
+    ("detection", 2, "novel, base, all"), ("ov_dquo", 4, "novel, base, all"),
+    ("catseg", 2, "unseen, seen, all")])
 def test_a_table_is_mean_and_deviation_of_runs_that_are_made_once(tmp_path, made, name, rows,
                                                                  columns):
     first, *lines = table(name, out=tmp_path).splitlines()
@@ -193,6 +196,30 @@ def test_the_tutorial_types_what_the_table_has(tmp_path, made):
         assert {name for name in of_typed if of_typed[name] != of_ours[name]} == {"CKPT"}
 
 
+def test_unknown_objects_are_found_without_any(tmp_path, made):
+    """By the run over DeCLIP, for both backbones; toy/ov_dquo.sh types the same trainings."""
+    table("ov_dquo", out=tmp_path, seeds=0)
+    (finding,) = {tuple(argv) for argv in made if "@presets/toy_unknown.txt" in argv}
+    assert of(finding, "--ckpt") == str(tmp_path / "declip-0/ov_dquo.safetensors")
+    names = [Path(of(argv, "--out")).name for argv in trainings(made)]
+    assert names == ["declip-0", "clip-0", "declip+unknown-0", "clip+unknown-0"]
+    for argv in trainings(made):
+        unknown = of(argv, "--unknown") if "--unknown" in argv else None
+        assert unknown == (
+            of(finding, "--out") if "+unknown" in of(argv, "--out") else None)
+    text = (ROOT / "toy/ov_dquo.sh").read_text().replace("\\\n", "")
+    variables = {"novel": re.search('novel="(.*?)"', text)[1], "out": "out/toy/ov_dquo"}
+    for name, value in variables.items():
+        text = text.replace(f"${name}", value)
+    typed = [shlex.split(line)[3:] for line in text.splitlines() if "ov_dquo.train @" in line]
+    of_typed, of_ours = ({Path(of(argv, "--out")).name: vars(settings.parse(
+        argv, tables.ov_dquo_train)) for argv in lines} for lines in (typed, trainings(made)))
+    assert of_typed.keys() == of_ours.keys()
+    for name, given in of_typed.items():
+        assert {key for key in given if given[key] != of_ours[name][key]} <= {
+            "OUT", "RESUME", "UNKNOWN"}
+
+
 # ---------------------------------------------------------------------------- trained segmentation
 
 def test_figures_are_means_over_their_classes():
@@ -230,7 +257,7 @@ def test_a_run_learns_from_seen_classes_alone(toy_home, monkeypatch):
     ("catseg --scenes train", "SCENES is 'train'; it must be val or dev"),
     ("detection --seeds 1 3", r"SEEDS is \(1, 3\); it must be from 0 to 2"),
     ("detection --search", "SEARCH is for --search, table1, so it has no effect"),
-    ("table2", "it must be one of table1, detection, catseg")])
+    ("table2", "it must be one of table1, detection, ov_dquo, catseg")])
 def test_refusals(words, sentence):
     with pytest.raises(SystemExit, match=sentence):
         tables.main(words.split())

@@ -145,7 +145,7 @@ def test_a_size_below_0_is_damage(tmp_path):
     content[1024 + 148:1024 + 156] = b" " * 8
     content[1024 + 148:1024 + 156] = b"%06o\0 " % sum(content[1024:1536])
     path.write_bytes(content)
-    with pytest.raises(UserError, match="can't be read as a tar .*a size below 0"):
+    with pytest.raises(UserError, match="a size below 0|is damaged"):
         contents(path)
 
 
