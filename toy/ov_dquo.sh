@@ -38,5 +38,5 @@ wait
 for arm in clip declip clip+unknown declip+unknown; do
     run -m downstream.ov_dquo.eval @presets/toy_ov_dquo_eval.txt --ckpt $out/$arm-0/ov_dquo.safetensors
 done
-run -m tools.detect data/toy/val/images/00003.png --temperature 15 --least 0.2 --out out/toy \
-    --ckpt $out/declip+unknown-0/ov_dquo.safetensors
+run -m tools.detect data/toy/val/images/00008.png --temperature 15 --nms 0.3 --least 0.2 \
+    --out out/toy --ckpt $out/declip+unknown-0/ov_dquo.safetensors
