@@ -146,6 +146,20 @@ def test_a_resumed_run_is_the_uninterrupted_run(scenes_json, unknown_json, tmp_p
     assert all(torch.equal(of_parts[name], value) for name, value in of_whole.items())
 
 
+def test_images_of_rare_classes_come_more_often(scenes_json):  # noqa: F811
+    """By the square root of 1 / the share of images that have their rarest class."""
+    content = json.loads(scenes_json.read_text())
+    content["annotations"] = [entry for entry in content["annotations"]
+                              if entry["image_id"] == 0 or entry["category_id"] != 2]
+    path = scenes_json.with_name("rare.json")
+    path.write_text(json.dumps(content))
+    annotations = detection.find_annotations(str(path), "train", novel="ground")
+    data = detection.DetectionData(annotations, False, repeat=1.0)
+    assert data.factors.tolist() == [2, 1, 1, 1]        # discs are everywhere
+    drawn = np.concatenate([np.ravel(data.order(2, epoch, 0)) for epoch in range(500)])
+    assert np.bincount(drawn) / len(drawn) == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.04)
+
+
 def test_rates_and_decay(scenes_json):  # noqa: F811
     """The transposed convolution has its share of the rate; weight decay spares nothing."""
     cfg = settings.parse(options(**TINY | {"lr": 0.1, "neck_share": 0.2, "average": 0.7,
