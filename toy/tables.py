@@ -4,7 +4,7 @@
     python -m toy.tables table1         # Table 1: each row as its preset says, 12 runs
     python -m toy.tables table1 --search        # its LR and λ, judged on the dev scenes: 30 runs
     python -m toy.tables detection      # F-ViT over CLIP and DeCLIP: 6 runs of 3 minutes of a core
-    python -m toy.tables ov_dquo        # OV-DQUO over both, without and with unknown objects: 12
+    python -m toy.tables ov_dquo        # OV-DQUO over both, with unknown objects, too: 12 runs
     python -m toy.tables catseg         # CAT-Seg over both, beside both alone: 6 runs
 
 The last three need the nano DeCLIP of toy/demo.sh, and CAT-Seg labelled scenes (toy/catseg.sh draws
