@@ -377,10 +377,10 @@ def augment(objects: Objects, key: str, side: int, scales: tuple[float, float] =
 
 
 class Crops(NamedTuple):
-    """How a DETR's images are cropped; published for OV-DQUO."""
-    share: float = 0.5                              # of the images
-    short_sides: Sequence[int] = (400, 500, 600)    # one of them is the image's, before it
-    sides: Sequence[int] = (384, 600)               # range of a crop's width and of its height
+    """How a DETR's images are cropped."""
+    share: float                    # of the images
+    short_sides: Sequence[int]      # one of them is the image's, before it
+    sides: Sequence[int]            # range of a crop's width and of its height
 
 
 def augment_crop(objects: Objects, key: str, side: int, crops: Crops, flip: float, how: str

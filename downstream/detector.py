@@ -279,6 +279,11 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     return open_backbone(settings | {"BACKBONE": file})
 
 
+def kind_of(record: dict, kinds: Sequence[type[Detector]]) -> type[Detector] | None:
+    """Which of `kinds` a file's record is of; None: of none."""
+    return next((kind for kind in kinds if kind.NAME in record), None)
+
+
 def open_detector(path: str | Path, backbone: DeCLIP | str | None,
                   kinds: Sequence[type[Detector]]) -> Detector:
     """The detector of a file, of one of `kinds`, in eval mode.
@@ -288,7 +293,7 @@ def open_detector(path: str | Path, backbone: DeCLIP | str | None,
     not the one that it was trained on.
     """
     state, record = read_weights(path)
-    kind = next((kind for kind in kinds if kind.NAME in record), None)
+    kind = kind_of(record, kinds)
     if kind is None:
         names = " or ".join(f"a {kind.NAME}.safetensors of downstream/{kind.NAME}/train.py"
                             for kind in kinds)

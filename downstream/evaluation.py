@@ -91,14 +91,12 @@ def trained_with(path: str) -> str:
 def detector_settings(path: str) -> dict:
     """The settings of a detector's training; {} if the file has none, which open_detector refuses.
     """
-    return read_record(path).get("settings", {}) if Path(path).is_file() else {}
+    return record_of(path).get("settings", {})
 
 
-def kind_of(path: str) -> type[Detector]:
-    """What detector a file holds; of one that holds none, which open_detector refuses, the first.
-    """
-    record = read_record(path) if Path(path).is_file() else {}
-    return next((kind for kind in KINDS if kind.NAME in record), KINDS[0])
+def record_of(path: str) -> dict:
+    """What a detector's file says of itself; {} if there is none, which open_detector refuses."""
+    return read_record(path) if Path(path).is_file() else {}
 
 
 KINDS = FViT, OVDQUO

@@ -26,14 +26,8 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from downstream.detection import Detections, encode_detections, name_results
-from downstream.detector import Detector, open_detector
-from downstream.evaluation import (
-    KINDS,
-    detector_settings,
-    kind_of,
-    refuse_unused_rules,
-    score_rules,
-)
+from downstream.detector import Detector, kind_of, open_detector
+from downstream.evaluation import KINDS, record_of, refuse_unused_rules, score_rules
 from tools import segment
 from util import UserError, distributed, settings
 from util.coco import Coco, read_coco
@@ -64,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; those that fail are named at the end."""
     check_precision(cfg.PRECISION)
-    rules = score_rules(cfg, kind_of(cfg.CKPT), detector_settings(cfg.CKPT).get("DATASET", ""))
+    record = record_of(cfg.CKPT)
+    kind = kind_of(record, KINDS) or KINDS[0]       # a file of none is refused by open_detector
+    rules = score_rules(cfg, kind, record.get("settings", {}).get("DATASET", ""))
     coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None
     categories = ([(category["id"], category["name"]) for category in coco.categories] if coco
                   else [*enumerate(segment.typed_classes(cfg.CLASSES).names, 1)])

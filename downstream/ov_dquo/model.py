@@ -402,20 +402,23 @@ class OVDQUO(Detector):
     @torch.inference_mode()
     def objects(self, images: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """uint8 (3, H, W) each -> boxes x0 y0 x1 y1 (n, 4) in its pixels, and objectness (n,)."""
-        views = self.views(images)
-        found, _ = self.score(views, ScoreRules())
+        found, _, _ = self.find(self.views(images), ScoreRules().factor)
         return [(in_pixels(boxes, image.shape[-2:]), logits.sigmoid())
                 for boxes, logits, image in zip(found.boxes, found.logits, images)]
 
-    def score(self, views: list[Tensor], rules: ScoreRules) -> tuple[Found, Tensor]:
-        """Float [0, 1] (3, h, w) each -> what the last layer found, and scores (B, n, K): CLIP's
-        softmax over the names and a cosine of 0, times objectness."""
+    def find(self, views: list[Tensor], factor: float) -> tuple[Found, Tensor, Levels]:
+        """Float [0, 1] (3, h, w) each -> what the last layer found, CLIP's map and the levels."""
         memory, levels, vlm_map = self.remember(views)
         proposals = self.propose(memory, levels)
         allowed = torch.ones(len(views), len(self.text), dtype=torch.bool, device=memory.device)
-        classes = self.name_queries(proposals.boxes, vlm_map, levels, allowed, rules.factor)
+        classes = self.name_queries(proposals.boxes, vlm_map, levels, allowed, factor)
         content, boxes, _ = self.ask(proposals, classes, self.text_projection(self.text))
-        found = self.decode(content, boxes, memory, levels)[-1]
+        return self.decode(content, boxes, memory, levels)[-1], vlm_map, levels
+
+    def score(self, views: list[Tensor], rules: ScoreRules) -> tuple[Found, Tensor]:
+        """What `find` finds, and scores (B, n, K): CLIP's softmax over the names and a cosine of 0,
+        times objectness."""
+        found, vlm_map, levels = self.find(views, rules.factor)
         cosine = self.look_at(vlm_map, found.boxes, levels)
         named = (rules.temperature * F.pad(cosine, (0, 1))).softmax(dim=-1)[..., :-1]
         return found, named * found.logits.sigmoid()[..., None] ** rules.exponent
