@@ -12,7 +12,7 @@ Letters: B images, N = h*w patch tokens, D width of the vision tower, C width of
 space, K regions or classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +20,12 @@ import open_clip
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from util import UserError
+from util.backbones import family_of
 from util.distributed import is_main
 from util.sharding import whole
 from util.text import Template, cached_embeddings, check_lengths, check_names, fill_template
@@ -33,8 +33,6 @@ from util.towers import (
     create_open_clip,
     create_vit,
     locate,
-    project_values,
-    projection,
     recorded_model,
     timm_trunk,
     tokenizer_of,
@@ -50,39 +48,23 @@ from util.weights import (
 
 # --------------------------------------------------------------------- what the last block computes
 
-def no_residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The attention's output y alone, without residual connection and FFN (equation 5)."""
-    return y
-
-
-def residual(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """What a usual block makes of its input x and its attention's output y."""
-    y = x + y
-    return y + block.mlp(block.norm2(y))
-
-
-def residual_of_cls(block: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The same with [CLS]'s residual connection for all tokens."""
-    return residual(block, x[:, :1], y)
-
-
 class Attention(NamedTuple):
     """The sum over projections A of softmax(AAᵀ)V, and what follows it."""
     projections: str | None     # letters of q and k; "": V itself; None: the block's QKᵀ
-    finish: Callable            # of block, input and attention's output
+    residual: str               # connection kept, with the FFN: own, cls ([CLS]'s for all), none
     value_blocks: int = 1       # last blocks whose V are added up
 
 
 ATTENTIONS = {
-    "clip": Attention(None, residual),
-    "maskclip": Attention("", residual),
-    "catseg": Attention("", residual_of_cls),       # what CAT-Seg makes of OpenAI's CLIP
-    "sclip": Attention("qk", residual),
-    "clearclip": Attention("q", no_residual),
-    "q": Attention("q", no_residual),
-    "k": Attention("k", no_residual),
-    "qk": Attention("qk", no_residual),
-    "values": Attention("", no_residual, value_blocks=3),   # DenseRC's (docs/beyond.md)
+    "clip": Attention(None, "own"),
+    "maskclip": Attention("", "own"),
+    "catseg": Attention("", "cls"),                 # what CAT-Seg makes of OpenAI's CLIP
+    "sclip": Attention("qk", "own"),
+    "clearclip": Attention("q", "none"),
+    "q": Attention("q", "none"),
+    "k": Attention("k", "none"),
+    "qk": Attention("qk", "none"),
+    "values": Attention("", "none", value_blocks=3),        # DenseRC's (docs/beyond.md)
 }
 BASELINES = ("catseg", "sclip", "clearclip")    # never trained; every other row can be
 TRAINED = tuple(name for name in ATTENTIONS if name not in BASELINES)
@@ -97,8 +79,10 @@ CONTEXTS = DECOUPLED + UNDECOUPLED
 class VisionTower(nn.Module):
     """CLIP's vision tower with a decoupled last block (equations 4 to 6). This is what is trained.
 
-    trunk: a timm ViT or EVA02 with a projected [CLS]. context: a value of CONTEXTS. scale: factor
-    of the decoupled block's logits, None for 1/√d. name: the model's name, for messages.
+    trunk: a timm ViT of a family in util/backbones.py, which says what its last block is: the last
+    of EVA-CLIP's or OpenAI's, the pooling head of SigLIP's. context: a value of CONTEXTS. scale:
+    factor of the decoupled block's logits, None for 1/√d. name: the model's name, for messages.
+    Raises UserError for another trunk, and for a context without meaning in its family.
     """
 
     def __init__(self, trunk: nn.Module, context: str, scale: float | None,
@@ -106,15 +90,18 @@ class VisionTower(nn.Module):
         super().__init__()
         self.trunk, self.context, self.scale = trunk, context, scale
         self.mean, self.std, self.name = tuple(mean), tuple(std), name
+        self.family = family_of(trunk, name)
         self.patch_size = trunk.patch_embed.patch_size[0]
         self.image_size = trunk.patch_embed.img_size[0]     # side of the images CLIP learned from
-        self.num_layers, self.num_prefix_tokens = len(trunk.blocks), trunk.num_prefix_tokens
+        self.width, self.embed_dim = self.family.width, self.family.embed_dim   # D and C
+        self.num_layers, self.num_prefix_tokens = len(self.family.blocks), self.family.prefix
         self.checkpointing = False      # saves memory: backward computes the blocks again
+        self.known(context)
 
     @property
     def attention_scale(self) -> float:
         """The factor of the decoupled block's logits, as a number."""
-        d = self.trunk.embed_dim // self.trunk.blocks[-1].attn.num_heads
+        d = self.width // self.family.num_heads
         return d**-0.5 if self.scale is None else self.scale
 
     @property
@@ -131,9 +118,9 @@ class VisionTower(nn.Module):
         return region_features(content, boxes), context
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C): the [CLS] embedding, not normalised."""
+        """(B, 3, H, W) -> (B, C): the image's embedding, [CLS] or a probe's, not normalised."""
         x, extra, _ = self.embed(images)
-        return self.project(self._run(self.trunk.blocks, x, extra)[:, 0])
+        return self.family.pooled(self._run(self.family.blocks[:-1], x, extra), extra)
 
     def encode_dense(self, images: Tensor, attention: str | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> content (B, C, h, w) in text-image space; context (B, N, D), X_context.
@@ -148,19 +135,19 @@ class VisionTower(nn.Module):
         x, extra, grid = self.embed(images)
         *earlier, x = self._inputs(x, extra, attention)
         y, context = self._last_block(x, extra, attention, earlier)
-        content = self.project(y[:, 1:])
+        content = self.project(y[:, self.num_prefix_tokens:])
         if self.context in UNDECOUPLED:     # its own content is what learns from the VFM
             if attention != self.context:
                 y, _ = self._last_block(x, extra, self.context, earlier)
             context = self.project(y)
-        return content.mT.unflatten(2, grid), context[:, 1:]
+        return content.mT.unflatten(2, grid), context[:, self.num_prefix_tokens:]
 
     def encode_layers(self, images: Tensor, layers: Sequence[int], attention: str | None = None
                       ) -> list[Tensor]:
         """(B, 3, H, W) -> the patch tokens after each of the blocks `layers`, (B, D, h, w) each.
 
-        layers: numbers of blocks from 0. The last block is the one that `attention` names, as in
-        encode_dense; its output is the one before the final norm.
+        layers: numbers of blocks from 0. The last block, which may be a pooling head, is the one
+        that `attention` names, as in encode_dense; its output is the one before `project`.
         Raises UserError for a layer that does not exist.
         """
         attention = self.known(attention)
@@ -170,42 +157,33 @@ class VisionTower(nn.Module):
                             f"{self.num_layers - 1}.")
         x, extra, grid = self.embed(images)
         outputs, inputs, count = {}, [x], ATTENTIONS[attention].value_blocks
-        for number, block in enumerate(self.trunk.blocks[:-1]):
+        for number, block in enumerate(self.family.blocks[:-1]):
             inputs = [*inputs, self._run([block], inputs[-1], extra)][-count:]
             if number in layers:
                 outputs[number] = inputs[-1]
         if self.num_layers - 1 in layers:
             *earlier, x = inputs
             outputs[self.num_layers - 1] = self._last_block(x, extra, attention, earlier)[0]
-        return [outputs[number][:, 1:].mT.unflatten(2, grid) for number in layers]
+        return [outputs[number][:, self.num_prefix_tokens:].mT.unflatten(2, grid)
+                for number in layers]
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict, tuple[int, int]]:
-        """(B, 3, H, W) -> tokens (B, 1 + N, D), [CLS] first; the blocks' keyword arguments; (h, w).
+        """(B, 3, H, W) -> tokens (B, T, D), [CLS] first; the blocks' keyword arguments; (h, w).
 
-        The position embedding is resampled bicubically without antialiasing, like the published
-        code does.
+        Raises UserError for sides that the patch does not divide.
         """
         H, W = images.shape[-2:]
         if H % self.patch_size or W % self.patch_size:
             raise UserError(f"The image is {H}x{W}, but {self.name} needs sides divisible by its "
                             f"patch size, {self.patch_size}; resize or pad it.")
-        trunk = self.trunk
-        # Patches behind [CLS], and where each of them is
-        x = trunk.patch_embed.proj(images)
-        grid = x.shape[-2:]
-        tokens = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
-        position = resample_abs_pos_embed(trunk.pos_embed, grid, trunk.patch_embed.grid_size,
-                                          antialias=False)
-        rope = getattr(trunk, "rope", None)
-        extra = {"rope": rope.get_embed(grid)} if rope is not None else {}
-        return trunk.norm_pre(tokens + position), extra, tuple(grid)
+        return self.family.embed(images)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Tokens (..., D) of the last block's output -> (..., C): final norm, visual projection."""
-        return self.trunk.head(self.trunk.norm(tokens))
+        """Tokens (..., D) of the last block's output -> (..., C), in text-image space."""
+        return self.family.project(tokens)
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor, extra: dict) -> Tensor:
-        """Tokens (B, 1 + N, D) through some blocks."""
+        """Tokens (B, T, D) through some blocks."""
         for block in blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so no random states are kept.
@@ -216,62 +194,54 @@ class VisionTower(nn.Module):
 
     def _inputs(self, x: Tensor, extra: dict, attention: str) -> list[Tensor]:
         """The first block's tokens -> those before each of the last blocks that the content needs,
-        (B, 1 + N, D) each: one, but for rows of several value_blocks."""
+        (B, T, D) each: one, but for rows of several value_blocks."""
         count = max(self.value_blocks, ATTENTIONS[attention].value_blocks)
-        inputs = [self._run(self.trunk.blocks[:-count], x, extra)]
-        for block in self.trunk.blocks[-count:-1]:
+        inputs = [self._run(self.family.blocks[:-count], x, extra)]
+        for block in self.family.blocks[-count:-1]:
             inputs.append(self._run([block], inputs[-1], extra))
         return inputs
 
     def _last_block(self, x: Tensor, extra: dict, attention: str, earlier: Sequence[Tensor] = ()
                     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, 1 + N, D) before the last block -> its output by `attention`, and X_context
+        """Tokens (B, T, D) before the last block -> its output by `attention`, and X_context
         (equations 4 to 6).
 
         X_context has the same shape, is 2D wide for `qk`, and None where nothing is decoupled.
         earlier: the tokens before the blocks before, for rows of several value_blocks.
         """
-        block, row = self.trunk.blocks[-1], ATTENTIONS[attention]
+        row = ATTENTIONS[attention]
         # 1. X_context = Proj_q(X), without the rotary embedding (equation 4)
-        normed = block.norm1(x)
-        is_decoupled = self.context in DECOUPLED
-        of_context = ATTENTIONS[self.context].projections if is_decoupled else ""
-        heads = {name: self.heads(name, normed) for name in {*of_context, *(row.projections or "")}}
+        of_context = ATTENTIONS[self.context].projections if self.context in DECOUPLED else ""
+        of_content = "" if row.projections is None else "v" + row.projections
+        heads = self.family.heads({*of_context, *of_content}, x)
         context = merge_context([heads[name].transpose(1, 2).flatten(2) for name in of_context])
         if row.projections is None:
-            return block(x, **extra), context
+            return self.family.whole(x, extra, self.attend), context
         # 2. softmax(X_context X_contextᵀ / √d) V (equation 6); baselines always divide by √d
-        v = self.heads("v", normed)
         scale = self.scale if attention in DECOUPLED else None
-        y = sum(self.self_attention(heads[name], v, scale) for name in row.projections)
-        y = v if row.projections == "" else y
+        y = sum(self.attend(heads[name], heads[name], heads["v"], scale)
+                for name in row.projections) if row.projections else heads["v"]
         # 3. X_content = Proj of that (equation 5), without residual connection and FFN but for
         # baselines that keep them
-        y = block.attn.proj(block.attn.norm(y.transpose(1, 2).flatten(2)))
-        y = sum(self.earlier_values(row.value_blocks, earlier), start=y)
-        return row.finish(block, x, y), context
-
-    def earlier_values(self, count: int, inputs: Sequence[Tensor]) -> Iterable[Tensor]:
-        """Proj(V) of the `count` last blocks but the very last, from the tokens before each."""
-        for block, x in zip(self.trunk.blocks[-count:-1], inputs[len(inputs) - count + 1:]):
-            yield block.attn.proj(block.attn.norm(project_values(block.attn, block.norm1(x))))
-
-    def heads(self, name: str, normed: Tensor) -> Tensor:
-        """Proj_q, Proj_k or Proj_v of the last block's normed input, (B, heads, 1 + N, d)."""
-        attn = self.trunk.blocks[-1].attn
-        return projection(attn, name)(normed).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        earlier = earlier[len(earlier) + 1 - row.value_blocks:]
+        return self.family.dense(x, y, row.residual, earlier), context
 
     @staticmethod
-    def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        """softmax(scale AAᵀ)V for (B, heads, 1 + N, d), without the matrix; None is 1/√d."""
-        return F.scaled_dot_product_attention(a, a, v, scale=scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """softmax(scale QKᵀ)V for (B, heads, T, d), without the matrix; None is 1/√d."""
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def known(self, attention: str | None) -> str:
-        """A row of ATTENTIONS, None for this tower's context; UserError for any other."""
+        """A row of ATTENTIONS, None for this tower's context; UserError for any other, and for one
+        without meaning in this tower."""
         attention = self.context if attention is None else attention
+        refused = self.family.REFUSED
+        rows = ", ".join(name for name in ATTENTIONS if name not in refused)
         if attention not in ATTENTIONS:
-            raise UserError(f"attention is {attention!r}; it must be one of "
-                            f"{', '.join(ATTENTIONS)}.")
+            raise UserError(f"attention is {attention!r}; it must be one of {rows}.")
+        if attention in refused:
+            raise UserError(f"There is no {attention} in {self.name}, whose last block "
+                            f"{refused[attention]}; choose one of {rows}.")
         return attention
 
     def freeze(self, unlocked_blocks: int | None = None) -> None:
@@ -280,19 +250,18 @@ class VisionTower(nn.Module):
         Of the last block, what `context` does not use is frozen too.
         Raises UserError unless 1 <= unlocked_blocks <= depth.
         """
-        blocks = self.trunk.blocks
+        blocks = self.family.blocks
         unlocked_blocks = len(blocks) if unlocked_blocks is None else unlocked_blocks
         if not 1 <= unlocked_blocks <= len(blocks):
             raise UserError(f"{unlocked_blocks} blocks were to be unlocked, but {self.name} has "
                             f"{len(blocks)}; choose 1 to {len(blocks)}.")
         self.requires_grad_(False)
-        blocks[len(blocks) - unlocked_blocks:].requires_grad_(True)
+        for block in blocks[len(blocks) - unlocked_blocks:]:
+            block.requires_grad_(True)
         row = ATTENTIONS[self.context]
         used = "qk" if row.projections is None else row.projections
-        unused = [projection(blocks[-1].attn, name) for name in "qk" if name not in used]
-        unused += [blocks[-1].norm2, blocks[-1].mlp] if row.finish is no_residual else []
-        for module in unused:
-            module.requires_grad_(False)
+        for part in self.family.unused(used, row.residual):
+            part.requires_grad_(False)
 
 
 def merge_context(parts: list[Tensor]) -> Tensor | None:
@@ -428,9 +397,9 @@ class DeCLIP(nn.Module):
         own, else the paper's 1/√d. The checkpoints that the authors released need 1.
 
     `text` is open_clip's model without its vision tower, None if the file has no text tower.
-    Raises UserError for an unknown name, tag or context, for a vision tower without a [CLS]
-    projection, for a file of another model, and for a context or scale other than the one that a
-    `declip.safetensors` was trained with.
+    Raises UserError for an unknown name, tag or context, for a vision tower that is of no family in
+    util/backbones.py, for a file of another model, and for a context or scale other than the one
+    that a `declip.safetensors` was trained with.
     """
 
     def __init__(self, model_name: str | None = None, pretrained: str | None = None,
@@ -449,7 +418,7 @@ class DeCLIP(nn.Module):
         self.text = create_open_clip(self.source, None if file else pretrained)
         self.preprocess = dict(self.text.visual.preprocess_cfg)     # as open_clip keeps it
         mean, std = (record.get(name, self.preprocess[name]) for name in ("mean", "std"))
-        trunk = timm_trunk(self.text.visual, self.model_name)
+        trunk = timm_trunk(self.text.visual)
         del self.text.visual
         self.visual = VisionTower(trunk, context, scale, mean, std, self.model_name)
         if file and not self.load_weights(file, state, record):

@@ -63,7 +63,7 @@ class LinearProbe(nn.Module):
     def __init__(self, clip: DeCLIP, attention: str | None, num_classes: int):
         super().__init__()
         self.clip, self.attention = clip.requires_grad_(False), attention
-        self.head = nn.Conv2d(clip.visual.trunk.num_classes, num_classes, 1)
+        self.head = nn.Conv2d(clip.visual.embed_dim, num_classes, 1)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Normalised (B, 3, S, S), labels (B, S, S) -> cross-entropy, scalar; VOID does not count.

@@ -309,7 +309,7 @@ def open_detector(path: str | Path, backbone: DeCLIP | str | None,
                         f"checksums differ; give the one of its training, "
                         f"{settings.get('BACKBONE') or settings.get('PRETRAINED')}.")
     backbone.visual.known(design.attention)
-    shape = len(about["classes"]) + 1, backbone.visual.trunk.num_classes
+    shape = len(about["classes"]) + 1, backbone.visual.embed_dim
     if len(about["seen"]) != shape[0] - 1 or getattr(state.get("text"), "shape", None) != shape:
         raise UserError(f"{path} does not have a row of text and a mark of having been seen for "
                         f"each of {shape[0] - 1} classes; write or copy it again.")

@@ -40,6 +40,24 @@ def tiny_vfm(pretrained: bool = False, **options) -> VisionTransformer:
     return named(VisionTransformer(**shape | known(options)), "tiny_vfm")
 
 
+@register_model
+def tiny_siglip(pretrained: bool = False, **options) -> VisionTransformer:
+    """SigLIP's tower: no [CLS], a pooling head without a projection."""
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2,
+                 class_token=False, global_pool="map")
+    return named(VisionTransformer(**shape | known(options)), "tiny_siglip")
+
+
+@register_model
+def tiny_pe(pretrained: bool = False, **options) -> Eva:
+    """Perception Encoder's tower: [CLS] is one token of those that the head pools and projects."""
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2,
+                 global_pool="map", attn_type="rope", use_pre_transformer_norm=True,
+                 use_rot_pos_emb=True, ref_feat_shape=(4, 4), rope_grid_offset=1.0,
+                 rope_grid_indexing="xy", attn_pool_num_heads=4, attn_pool_mlp_ratio=2.0)
+    return named(Eva(**shape | known(options)), "tiny_pe")
+
+
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
     """Within it, models of full size are built without drawing their weights, which takes seconds;

@@ -406,7 +406,7 @@ def measure_fvit(bench: Bench) -> Iterator[Row]:
     cfg = settings_of(fvit_train, bench.cfg, IMAGE_SIZE=bench.cfg.FVIT_SIZE)
     clip = copy.deepcopy(bench.clip)        # the other parts train this one
     clip.visual.checkpointing = False
-    text = F.normalize(torch.randn(66, clip.visual.trunk.num_classes), dim=-1)
+    text = F.normalize(torch.randn(66, clip.visual.embed_dim), dim=-1)
     fvit = FViT(clip, [f"class {number}" for number in range(65)], [True] * 48 + [False] * 17,
                 fvit_train.design_of(cfg), text).to(bench.device).train()
     data = []       # 7 objects in every image, which is COCO's mean
@@ -445,7 +445,7 @@ def measure_catseg(bench: Bench) -> Iterator[Row]:
 
 def measure_segmentation(bench: Bench) -> Iterator[Row]:
     """Segmentation, from images to classes of pixels"""
-    images, width = bench.photos(bench.cfg.SEGMENT_BATCH), bench.clip.visual.trunk.num_classes
+    images, width = bench.photos(bench.cfg.SEGMENT_BATCH), bench.clip.visual.embed_dim
     text = F.normalize(torch.randn(bench.cfg.PROMPTS, width, device=bench.device), dim=-1)
     classes = make_classes([f"class {number}" for number in range(len(text))])
     how = bench.protocol, bench.clip, classes, text

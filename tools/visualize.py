@@ -115,12 +115,12 @@ def attention_maps(model: VisionTower | VFM, images: Tensor, attention: str | No
         model(images)
         return maps
 
-    def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        scale = a.shape[-1] ** -0.5 if scale is None else scale
-        maps.append((a @ a.mT * scale).softmax(dim=-1).mean(dim=1))
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        maps.append((q @ k.mT * scale).softmax(dim=-1).mean(dim=1))
         return v        # what the block makes of it is not looked at
 
-    model.self_attention, last = self_attention, model.num_layers - 1
+    model.attend, last = attend, model.num_layers - 1
     model.encode_layers(images, [last], attention)
     # Without any projection each token attends to itself.
     of_last = maps[last:] or [torch.eye(maps[0].shape[-1], device=images.device).expand_as(maps[0])]

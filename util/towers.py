@@ -11,20 +11,18 @@ from pathlib import Path
 
 import open_clip
 import timm
-import torch
-import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU
 from open_clip.transformer import VisionTransformer as OpenClipViT
 from safetensors import safe_open
 from timm.layers import PatchEmbed
-from timm.models import eva, vision_transformer, vision_transformer_sam
+from timm.models import vision_transformer, vision_transformer_sam
 from torch import Tensor, nn
 
 from util import UserError
+from util.backbones import TIMM_VITS
 from util.files import ROOT, read_json
 
-TIMM_VITS = eva.Eva | vision_transformer.VisionTransformer
 SAM = vision_transformer_sam.VisionTransformerSAM
 
 
@@ -189,48 +187,17 @@ def check_tag(model_name: str, tag: str | None) -> None:
         raise UserError(f"The weights {tag!r} need the other activation; use the model {other}.")
 
 
-def timm_trunk(visual: nn.Module, model_name: str) -> nn.Module:
+def timm_trunk(visual: nn.Module) -> nn.Module:
     """open_clip's vision tower as a timm trunk with the same weights, for images of any size.
 
-    Raises UserError if the method can't use it.
+    One that can't be is returned as it is: backbones.reason_against says why.
     """
     try:
-        trunk = (with_dynamic_size(visual.trunk) if isinstance(visual, TimmModel)
-                 else convert_vit(visual))
-    except (AttributeError, RuntimeError):     # a transformer with parts that timm's does not have
-        trunk = getattr(visual, "trunk", visual)
-    reason = reason_against(trunk)
-    if reason:
-        raise UserError(f"The vision tower of {model_name} {reason}, so the method can't distil "
-                        "from it; use an EVA02 or OpenAI-style ViT such as EVA02-B-16 or ViT-B-16.")
-    attn = trunk.blocks[-1].attn
-    if attn.qkv is not None:
-        attn.qkv = SplitQKV(attn.qkv)
-    return trunk
-
-
-def reason_against(trunk: nn.Module) -> str:
-    """Why `VisionTower` can't use a tower, for a sentence; "" if it can."""
-    is_open_clip = isinstance(trunk, OpenClipViT)       # and could not be converted
-    if not isinstance(trunk, TIMM_VITS | OpenClipViT):
-        return f"is not a transformer with a projected [CLS] token but a {type(trunk).__name__}"
-    pool = trunk.pool_type if is_open_clip else trunk.global_pool
-    has_projection = trunk.attn_pool is None if is_open_clip else isinstance(trunk.head, nn.Linear)
-    if pool not in ("tok", "token") or not has_projection:
-        return f"is not a transformer with a projected [CLS] token (its tokens' pooling is {pool})"
-    block = trunk.transformer.resblocks[-1] if is_open_clip else trunk.blocks[-1]
-    if not all(isinstance(getattr(block, name, None), nn.Identity | None)
-               for name in ("ls1", "ls_1", "gamma_1")):
-        return "scales what its blocks add (LayerScale)"
-    if is_open_clip or type(block) not in (eva.EvaBlock, vision_transformer.Block):
-        return f"has blocks or norms of another kind than a plain one ({type(block).__name__})"
-    if type(trunk.patch_embed) is not PatchEmbed:
-        return f"makes its patches by several layers ({type(trunk.patch_embed).__name__})"
-    fused = block.attn.qkv
-    if trunk.num_prefix_tokens != 1 or trunk.pos_embed is None or (
-            fused is not None and fused.bias is None):
-        return "has registers, no position embedding, or projections without a bias"
-    return ""
+        if isinstance(visual, TimmModel):   # a head behind the trunk's own is not the trunk's
+            return visual if len(visual.head) else with_dynamic_size(visual.trunk)
+        return convert_vit(visual)
+    except (AttributeError, RuntimeError):      # it has parts that timm's does not have
+        return getattr(visual, "trunk", visual)
 
 
 def with_dynamic_size(trunk: nn.Module) -> nn.Module:
@@ -254,39 +221,12 @@ def convert_vit(visual: OpenClipViT) -> vision_transformer.VisionTransformer:
         img_size=visual.image_size, patch_size=visual.patch_size, embed_dim=width,
         num_heads=block.attn.num_heads, depth=len(visual.transformer.resblocks),
         mlp_ratio=block.mlp.c_fc.out_features / width, num_classes=visual.output_dim,
-        global_pool="token", pre_norm=True,
+        global_pool="token", pre_norm=True, dynamic_img_size=True,
         norm_layer=partial(nn.LayerNorm, eps=visual.ln_post.eps),
         act_layer="quick_gelu" if isinstance(block.mlp.gelu, QuickGELU) else "gelu")
     state = {f"visual.{name}": value for name, value in visual.state_dict().items()}
     trunk.load_state_dict(vision_transformer.checkpoint_filter_fn(state, trunk))
     return trunk
-
-
-class SplitQKV(nn.Module):
-    """timm's fused qkv as three projections, so that each can be frozen alone."""
-
-    def __init__(self, qkv: nn.Linear):
-        super().__init__()
-        for name, weight, bias in zip("qkv", qkv.weight.chunk(3), qkv.bias.chunk(3)):
-            linear = nn.Linear(qkv.in_features, len(weight))
-            linear.load_state_dict({"weight": weight, "bias": bias})
-            self.add_module(name, linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
-
-
-def projection(attn: nn.Module, name: str) -> nn.Linear:
-    """Proj_q, Proj_k or Proj_v of a last block's attention."""
-    is_split = isinstance(attn.qkv, SplitQKV)
-    return getattr(attn.qkv, name) if is_split else getattr(attn, f"{name}_proj")
-
-
-def project_values(attn: nn.Module, x: Tensor) -> Tensor:
-    """Proj_v of any block's attention, also of one whose three projections are fused."""
-    if not isinstance(attn.qkv, nn.Linear):
-        return projection(attn, "v")(x)
-    return F.linear(x, attn.qkv.weight.chunk(3)[2], attn.qkv.bias.chunk(3)[2])
 
 
 def recorded_model(file: str | None, record: dict) -> str:

@@ -21,6 +21,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from util import UserError, settings
+from util.backbones import Split
 from util.files import (
     Schema,
     atomic_write,
@@ -239,7 +240,7 @@ def check_fit(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]
 
 
 def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
-    """Weights under EVA-CLIP's or open_clip's names -> a state, for a timm trunk.
+    """Weights under EVA-CLIP's or open_clip's names -> a state, for the trunk of a VisionTower.
 
     Position embeddings of another image size are resampled without antialiasing.
     """
@@ -247,7 +248,7 @@ def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tens
     to_timm = eva if isinstance(trunk, eva.Eva) else vision_transformer
     # Without vision weights under a known name the filter would return the text tower's.
     known = {name: value for name, value in state.items() if name.startswith("visual.")}
-    vision = split_last_qkv(to_timm.checkpoint_filter_fn(known, trunk, antialias=False))
+    vision = split_fused(to_timm.checkpoint_filter_fn(known, trunk, antialias=False), trunk)
     out = {f"visual.{name}": value for name, value in vision.items()}
     out |= {name: value for name, value in state.items()
             if name.startswith("text.") and name != "text.attn_mask"}
@@ -256,16 +257,15 @@ def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tens
     return out
 
 
-def split_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Splits the last block's fused qkv, if it has one, into q, k and v (towers.SplitQKV)."""
-    last = max((int(name.split(".")[1]) for name in vision if name.startswith("blocks.")),
-               default=0)
-    fused = f"blocks.{last}.attn.qkv."
-    out = {name: value for name, value in vision.items() if not name.startswith(fused)}
-    for kind in ("weight", "bias"):
-        if fused + kind in vision:
-            parts = vision[fused + kind].chunk(3)
-            out |= {f"{fused}{name}.{kind}": part for name, part in zip("qkv", parts)}
+def split_fused(vision: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
+    """Splits what is fused in a file and, by backbones.Split, not in the trunk."""
+    out = dict(vision)
+    for fused, module in trunk.named_modules():
+        for kind in ("weight", "bias") if isinstance(module, Split) else ():
+            if f"{fused}.{kind}" in out:
+                parts = out.pop(f"{fused}.{kind}").chunk(len(module.letters))
+                out |= {f"{fused}.{name}.{kind}": part
+                        for name, part in zip(module.letters, parts)}
     return out
 
 
@@ -300,7 +300,7 @@ def eva_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def open_clip_layout(state: dict[str, Tensor], is_eva: bool) -> dict[str, Tensor]:
     """A state -> the names of open_clip's CustomTextCLIP. is_eva: with an EVA02 tower."""
-    vision = fuse_last_qkv({name.removeprefix("visual."): value for name, value in state.items()
+    vision = fuse_split({name.removeprefix("visual."): value for name, value in state.items()
                             if name.startswith("visual.")})
     if is_eva:
         vision = {f"trunk.{name}": value for name, value in vision.items()}
@@ -312,16 +312,16 @@ def open_clip_layout(state: dict[str, Tensor], is_eva: bool) -> dict[str, Tensor
     return {f"visual.{name}": value for name, value in vision.items()} | others
 
 
-def fuse_last_qkv(vision: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of split_last_qkv."""
+def fuse_split(vision: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of split_fused."""
     out = {}
     for name, value in vision.items():
-        part = re.fullmatch(r"(.*\.qkv\.)([qkv])\.(weight|bias)", name)
+        part = re.fullmatch(r"(.*\.(q?kv)\.)([qkv])\.(weight|bias)", name)
         if not part:
             out[name] = value
-        elif part[2] == "q":
-            out[part[1] + part[3]] = torch.cat([vision[f"{part[1]}{letter}.{part[3]}"]
-                                                for letter in "qkv"])
+        elif part[3] == part[2][0]:
+            out[part[1] + part[4]] = torch.cat([vision[f"{part[1]}{letter}.{part[4]}"]
+                                                for letter in part[2]])
     return out
 
 

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from data import RESIZES, constant
 from model import ATTENTIONS, DeCLIP
 from util import UserError
+from util.backbones import Split
 from util.text import check_lengths, is_template
-from util.towers import SplitQKV, projection, recorded_model, tokenizer_of
+from util.towers import recorded_model, tokenizer_of
 from util.weights import check_fit, read_design, read_record, read_weights, write_checkpoint
 
 
@@ -63,10 +64,10 @@ class CATSeg(nn.Module):
         self.clip, self.design = clip, design
         depth, side = clip.visual.num_layers, design.image_size // clip.patch_size
         self.taps = max(0, depth // 3 - 1), max(0, 2 * depth // 3 - 1)      # 3 and 7 of 12
-        wide, width = clip.visual.trunk.embed_dim, design.width
+        wide, width = clip.visual.width, design.width
         self.upsample = nn.ModuleList([nn.ConvTranspose2d(wide, 2 * width, 2, 2),
                                        nn.ConvTranspose2d(wide, width, 4, 4)])
-        self.aggregator = Aggregator(design, side, clip.visual.trunk.num_classes)
+        self.aggregator = Aggregator(design, side, clip.visual.embed_dim)
         split_projections(clip)
         self.names: list[str] = []
 
@@ -129,7 +130,7 @@ class CATSeg(nn.Module):
         visual = self.clip.visual
         projections = ATTENTIONS[visual.known(self.design.attention)].projections
         if projections is not None and "q" not in projections:
-            projection(visual.trunk.blocks[-1].attn, "q").requires_grad_(False)
+            visual.family.projection("q").requires_grad_(False)
         if len(self.names) >= self.design.max_classes:
             for layer in self.aggregator.layers:
                 layer.classes.padding.requires_grad_(False)
@@ -165,7 +166,7 @@ def open_catseg(path: str | Path) -> CATSeg:
     check_design(clip, design)
     with torch.device("meta"):      # nothing is made that the file does not hold
         parts = Aggregator(design, design.image_size // clip.patch_size,
-                           clip.visual.trunk.num_classes).state_dict(prefix="aggregator.")
+                           clip.visual.embed_dim).state_dict(prefix="aggregator.")
     check_fit(path, {name: value for name, value in state.items() if name in parts}, parts,
               "the aggregator that it describes")
     segmenter = CATSeg(clip, design)
@@ -442,7 +443,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- what trains inside CLIP
 
 # The weights of both towers that train, after split_projections
-TRAINED = r"\.attn\.((qkv\.)?[qv](_proj)?[._]|in_proj_)weight$"
+TRAINED = r"\.(attn|attn_pool)\.((q?kv\.)?[qv](_proj)?[._]|in_proj_)weight$"
 
 
 def split_projections(clip: DeCLIP) -> None:
@@ -457,7 +458,7 @@ def split_projections(clip: DeCLIP) -> None:
                         "whose attention CAT-Seg trains; use another model.")
     for block in trunk.blocks:
         if isinstance(block.attn.qkv, nn.Linear):
-            block.attn.qkv = SplitQKV(block.attn.qkv)
+            block.attn.qkv = Split(block.attn.qkv, "qkv")
     for block in [] if isinstance(trunk, Eva) else tower.transformer.resblocks:
         attn = block.attn
         parts = attn.in_proj_weight.detach().chunk(3)

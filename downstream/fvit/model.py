@@ -321,9 +321,9 @@ class FViT(Detector):
         super().__init__(backbone, classes, seen, design, text, tapped_layers(visual.num_layers))
         self.strides = [visual.patch_size * factor for factor in (0.25, 0.5, 1, 2, 4)]
         norm, channels = NORMS[design.norm], design.channels
-        self.pyramid = Pyramid(visual.trunk.embed_dim, channels, norm)
+        self.pyramid = Pyramid(visual.width, channels, norm)
         self.proposal_head = ProposalHead(channels, norm if design.rpn_norm else None)
-        self.box_head = BoxHead(channels, visual.trunk.num_classes, norm)
+        self.box_head = BoxHead(channels, visual.embed_dim, norm)
         self.mask_head = MaskHead(channels, norm) if design.masks else None
         self.tau = nn.Parameter(torch.tensor(50.0))
         self.eval()

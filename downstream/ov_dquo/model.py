@@ -254,7 +254,7 @@ class OVDQUO(Detector):
                             f"{4 * design.heads}.")
         super().__init__(backbone, classes, seen, design, text,
                          tapped_layers(backbone.visual.num_layers))
-        width, embed_dim = design.width, backbone.visual.trunk.embed_dim
+        width, embed_dim = design.width, backbone.visual.width
         self.encoder = nn.ModuleList(Layer(design, False) for _ in range(design.layers))
         self.decoder = nn.ModuleList(Layer(design, True) for _ in range(design.layers))
         self.proposal = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))

@@ -22,7 +22,6 @@ from toy import world
 from util import settings
 from util.results import write_result
 from util.run import LOG_FIELDS
-from util.towers import projection
 
 TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "vfm_model": f"local-dir:{ROOT / 'toy/vfm'}",
        "size": 128, "scale": 0.7}
@@ -73,7 +72,7 @@ def test_attention_maps_are_what_the_blocks_compute(name):
     """Where all heads have one V, a map times V is the mean of the fused block's heads."""
     clip, x, seen = DeCLIP(name), images(48, 80), []
     attn = clip.visual.trunk.blocks[-1].attn
-    v = projection(attn, "v")
+    v = clip.visual.family.projection("v")
     v.weight.copy_(v.weight[:16].repeat(3, 1))
     v.bias.copy_(v.bias[:16].repeat(3))
     handles = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -87,7 +86,8 @@ def test_attention_maps_are_what_the_blocks_compute(name):
     for rows in maps:
         assert rows.shape == (2, 61, 61)
         torch.testing.assert_close(rows.sum(dim=2), torch.ones(2, 61))
-    torch.testing.assert_close(maps[-1] @ clip.visual.heads("v", normed)[:, 0],
+    torch.testing.assert_close(maps[-1] @ (clip.visual.family.by_heads(
+                                   clip.visual.family.projection("v")(normed)))[:, 0],
                                heads.unflatten(2, (3, 16)).mean(dim=2), rtol=1e-4, atol=1e-5)
     # Afterwards the tower is as it was.
     assert torch.equal(clip.encode_image(x), before)
@@ -101,11 +101,12 @@ def test_attention_maps_of_the_last_block_give_the_content(attention):
     clip, x = DeCLIP("tiny-vit", scale=0.5), images(48, 80)
     block = clip.visual.trunk.blocks[-1]
     block.attn.num_heads, block.attn.head_dim, block.attn.scale = 1, 48, 48**-0.5
+    clip.visual.family.num_heads = 1
     rows = attention_maps(clip.visual, x, attention)[-1]
     y, extra, _ = clip.visual.embed(x)
     for earlier in clip.visual.trunk.blocks[:-1]:
         y = earlier(y)
-    value = rows @ clip.visual.heads("v", block.norm1(y))[:, 0]
+    value = rows @ clip.visual.family.heads("v", y)["v"][:, 0]
     out = block.attn.proj(2 * value if attention == "qk" else value)
     if attention == "maskclip":
         out = y + out

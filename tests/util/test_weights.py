@@ -22,11 +22,11 @@ from util import UserError, towers, weights
 from util.weights import (
     eva_layout,
     from_published,
-    fuse_last_qkv,
+    fuse_split,
     open_clip_layout,
     read_record,
     read_weights,
-    split_last_qkv,
+    split_fused,
     write_checkpoint,
 )
 
@@ -77,17 +77,18 @@ def test_eva_layout_is_the_reverse_of_reading_it():
 def test_only_the_last_fused_qkv_is_split():
     fused = {f"blocks.{block}.attn.qkv.{kind}": torch.randn(12, *shape) for block in range(3)
              for kind, shape in (("weight", (4,)), ("bias", ()))}
-    split = split_last_qkv(fused)
+    split = split_fused(fused, DeCLIP("tiny-vit").visual.trunk)
     assert split.keys() - fused.keys() == {f"blocks.2.attn.qkv.{letter}.{kind}" for letter in "qkv"
                                            for kind in ("weight", "bias")}
     assert fused.keys() - split.keys() == {"blocks.2.attn.qkv.weight", "blocks.2.attn.qkv.bias"}
     assert torch.equal(split["blocks.2.attn.qkv.k.bias"], fused["blocks.2.attn.qkv.bias"][4:8])
-    assert same(fuse_last_qkv(split), fused)
+    assert same(fuse_split(split), fused)
 
 
 def test_towers_without_a_fused_qkv_stay_as_they_are():
-    vision = DeCLIP("tiny-eva").visual.trunk.state_dict()
-    assert same(split_last_qkv(vision), vision) and same(fuse_last_qkv(vision), vision)
+    trunk = DeCLIP("tiny-eva").visual.trunk
+    vision = trunk.state_dict()
+    assert same(split_fused(vision, trunk), vision) and same(fuse_split(vision), vision)
 
 
 @pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
