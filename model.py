@@ -358,7 +358,7 @@ class VFM(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, h*w, D'): the last block's patch tokens after the final norm.
+        """(B, 3, H, W) -> (B, h*w, D'): the last block's patch tokens after the final norm, if any.
 
         SAM's are those after its neck. Raises UserError for sides that the patch does not divide.
         """
@@ -373,7 +373,7 @@ class VFM(nn.Module):
 
 
 def load_vfm(name: str = "vit_base_patch14_dinov2.lvd142m", pretrained: bool = True) -> VFM:
-    """A timm ViT as a teacher of context: DINO, DINOv2, DINOv3, SAM, or `local-dir:FOLDER`.
+    """A timm ViT as a teacher of context, one of docs/backbones.md or `local-dir:FOLDER`.
 
     pretrained: False for random weights.
     Raises UserError if timm has no such model, or if it is no plain ViT.
