@@ -207,7 +207,7 @@ def test_the_heads_output_is_the_last_layer(clip):
     torch.testing.assert_close(content, clip.encode_dense(x)[0])
 
 
-# ----------------------------------------------------------------------------------  what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 @pytest.mark.parametrize("name, sentence", [
     ("ViT-M-16-alt", "scales what its blocks add (LayerScale)"),
