@@ -52,13 +52,13 @@ OUT = "out/declip"                  # folder of the run: declip.safetensors, log
 RESUME = False                      # go on with the run in OUT from its last checkpoint
 
 # The model
-MODEL = "EVA02-B-16"                # open_clip model of student and teacher; EVA02-L-14-336 ...
+MODEL = "EVA02-B-16"                # open_clip model of student and teacher (docs/backbones.md)
 PRETRAINED: str | None = "merged2b_s8b_b131k"   # its weights: a tag or a file; None: random
 CONTEXT = "q"                       # of X_context: q, k, qk; not decoupled: clip, maskclip, values
 SCALE: float | None = None          # factor of the last block's logits; None: 1/√d; published: 1
 UNLOCKED_BLOCKS: int | None = None  # attention blocks trained, from the end; None: all (paper)
 ENSEMBLE = 1.0                      # share of the student in the saved weights, the rest is CLIP
-VFM_MODEL = "vit_base_patch14_dinov2.lvd142m"   # any timm ViT; vit_large_... for ViT-L students
+VFM_MODEL = "vit_base_patch14_dinov2.lvd142m"   # any timm ViT (docs/backbones.md)
 VFM_PRETRAINED = True               # False: random weights, to try the machinery offline
 
 # The views
