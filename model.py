@@ -8,8 +8,8 @@
 In this order: the vision tower with its decoupled block, region and mask pooling, the two losses,
 the vision foundation model, the whole CLIP.
 
-Letters: B images, N = h*w patch tokens, D width of the vision tower, C width of the text-image
-space, K regions or classes.
+Letters: B images, N = h*w patch tokens, T tokens with [CLS], D width of the vision tower, C width
+of the text-image space, K regions or classes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -213,7 +213,7 @@ class VisionTower(nn.Module):
         # 1. X_context = Proj_q(X), without the rotary embedding (equation 4)
         of_context = ATTENTIONS[self.context].projections if self.context in DECOUPLED else ""
         of_content = "" if row.projections is None else "v" + row.projections
-        heads = self.family.heads({*of_context, *of_content}, x)
+        heads = self.family.heads(dict.fromkeys(of_context + of_content), x)
         context = merge_context([heads[name].transpose(1, 2).flatten(2) for name in of_context])
         if row.projections is None:
             return self.family.whole(x, extra, self.attend), context
