@@ -504,7 +504,7 @@ class DeCLIP(nn.Module):
                                                     device=device).T
 
     def state(self) -> dict[str, Tensor]:
-        """All weights under the names of a checkpoint: visual.*, text.*, logit_scale."""
+        """All weights under the names of a checkpoint: visual.*, text.*, logit_scale and _bias."""
         vision = {f"visual.{name}": value for name, value in self.visual.trunk.state_dict().items()}
         return vision | (self.text.state_dict() if self.text is not None else {})
 
@@ -548,7 +548,7 @@ class DeCLIP(nn.Module):
             state = from_published(state, self.visual.trunk)
         has_text = any(name.startswith("text.") for name in state)
         check_fit(path, state, self.state(), self.model_name,
-                  ("logit_scale",) if has_text else ("logit_scale", "text."))
+                  ("logit_",) if has_text else ("logit_", "text."))
         self.visual.trunk.load_state_dict({name.removeprefix("visual."): value
                                            for name, value in state.items()
                                            if name.startswith("visual.")})

@@ -27,7 +27,7 @@ from model import (
     region_features,
 )
 from util.towers import projection, reason_against, timm_trunk
-from util.weights import read_record, write_checkpoint
+from util.weights import open_clip_layout, read_record, write_checkpoint
 
 TOWERS = ("tiny-eva", "tiny-vit", "tiny-vit-quickgelu")
 
@@ -544,6 +544,27 @@ def test_file_without_text_tower_cannot_name_classes(tmp_path):
     clip = DeCLIP("tiny-eva")                   # over a model that has one, it is kept
     clip.load_weights(tmp_path / "eva.pt")
     assert clip.encode_text(["cat"]).shape == (1, 32)
+
+
+def test_a_bias_of_the_logits_as_siglips(tmp_path):
+    """It is kept with the other weights, in both layouts, and may be missing."""
+    name, path = tiny.write_siglip(tmp_path / "clip"), str(tmp_path / "declip.safetensors")
+    clip = DeCLIP(name)
+    assert clip.state()["logit_bias"] == -10
+    torch.nn.init.constant_(clip.text.logit_bias, -3)
+    clip.save(path)
+    assert DeCLIP(pretrained=path).text.logit_bias == -3
+    published = eva_layout(clip) | {"logit_bias": torch.tensor([-4.0])}
+    torch.save(published, tmp_path / "published.pt")
+    assert DeCLIP(name, str(tmp_path / "published.pt")).text.logit_bias == -4
+    assert "logit_bias" in open_clip_layout(clip.state(), is_eva=True)
+    for parts in (("visual.", "text.", "logit_scale"), "visual."):
+        torch.save({key: value for key, value in published.items() if key.startswith(parts)},
+                   tmp_path / "without.pt")
+        clip.load_weights(tmp_path / "without.pt")
+        assert clip.text.logit_bias == -3
+    with pytest.raises(ValueError, match="does not fit tiny-eva: .* the first being"):
+        DeCLIP("tiny-eva", str(tmp_path / "published.pt"))
 
 
 @pytest.mark.parametrize("name", TOWERS)
