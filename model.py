@@ -36,6 +36,7 @@ from util.towers import (
     project_values,
     projection,
     recorded_model,
+    text_design,
     timm_trunk,
     tokenizer_of,
 )
@@ -492,9 +493,8 @@ class DeCLIP(nn.Module):
             raise UserError("The weights hold no text tower, so classes cannot be named; load the "
                             "model by an open_clip tag first, and this file on top of it.")
         if cache:
-            # The configuration has the activation and the tokenizer.
-            config = open_clip.get_model_config(self.source) or self.model_name
-            key = [config, list(names), [fill_template(t, "\0") for t in templates]]
+            sentences = [fill_template(template, "\0") for template in templates]
+            key = [text_design(self.source), list(names), sentences]
             return cached_embeddings(cache, self.text.text, key,
                                      lambda: self.encode_text(names, templates))
         tokenizer = tokenizer_of(self.source)

@@ -586,7 +586,7 @@ def test_a_checkpoint_over_another_attention_is_refused(tmp_path):
         DeCLIP("tiny-eva").load_weights(tmp_path / "declip.safetensors")
 
 
-@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "ViT-B-16-SigLIP",
+@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "nllb-clip-base-siglip",
                                   "xlm-roberta-base-ViT-B-32"])
 def test_what_a_file_says_of_itself_leads_to_no_download(tmp_path, name):
     """Models that open_clip asks a hub for must be named by the user."""
