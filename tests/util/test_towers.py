@@ -139,8 +139,8 @@ def asked(monkeypatch):
 def siglip(monkeypatch):
     """The name of a model of open_clip's own whose tokenizer is on a hub."""
     configs = open_clip.factory._MODEL_CONFIGS
-    monkeypatch.setitem(configs, "tiny-siglip", siglip_config())
-    return "tiny-siglip"
+    monkeypatch.setitem(configs, "tiny-hub", siglip_config())
+    return "tiny-hub"
 
 
 def test_a_record_may_name_a_model_whose_tokenizer_is_elsewhere():
@@ -156,19 +156,19 @@ def test_a_tokenizer_is_downloaded_for_a_command_not_for_a_file(siglip, asked, t
     DeCLIP(siglip).save(path)
     named, recorded = DeCLIP(siglip, path), DeCLIP(pretrained=path)
     assert not asked        # neither needs it for what it is
-    with pytest.raises(UserError, match="tokenizer of tiny-siglip can't be had; check the network"):
+    with pytest.raises(UserError, match="tokenizer of tiny-hub can't be had; check the network"):
         named.encode_text(["cat"])
     for clip in (recorded, DeCLIP(recorded.source)):        # a copy of it, as of a teacher
         with pytest.raises(UserError, match="is not here, and a file downloads nothing; say "
-                                            "--model tiny-siglip, once"):
+                                            "--model tiny-hub, once"):
             clip.encode_text(["cat"])
     assert [options["local_files_only"] for _, options in asked] == [False, True, True]
     assert all(options["trust_remote_code"] is False for _, options in asked)
 
 
 @pytest.mark.parametrize("source, sentence", [
-    (Recorded("tiny-siglip"), "is not here, and a file downloads nothing"),
-    ("tiny-siglip", "needs the package sentencepiece; pip install it")], ids=["record", "command"])
+    (Recorded("tiny-hub"), "is not here, and a file downloads nothing"),
+    ("tiny-hub", "needs the package sentencepiece; pip install it")], ids=["record", "command"])
 def test_a_cache_without_the_tokenizer(source, sentence, siglip, monkeypatch):
     """As after a download of the weights alone, which are in the same place on the hub."""
     def fails(*_, **__):
