@@ -34,6 +34,7 @@ from util.towers import (
     create_vit,
     locate,
     recorded_model,
+    text_design,
     timm_trunk,
     tokenizer_of,
 )
@@ -461,9 +462,8 @@ class DeCLIP(nn.Module):
             raise UserError("The weights hold no text tower, so classes cannot be named; load the "
                             "model by an open_clip tag first, and this file on top of it.")
         if cache:
-            # The configuration has the activation and the tokenizer.
-            config = open_clip.get_model_config(self.source) or self.model_name
-            key = [config, list(names), [fill_template(t, "\0") for t in templates]]
+            sentences = [fill_template(template, "\0") for template in templates]
+            key = [text_design(self.source), list(names), sentences]
             return cached_embeddings(cache, self.text.text, key,
                                      lambda: self.encode_text(names, templates))
         tokenizer = tokenizer_of(self.source)
@@ -473,7 +473,7 @@ class DeCLIP(nn.Module):
                                                     device=device).T
 
     def state(self) -> dict[str, Tensor]:
-        """All weights under the names of a checkpoint: visual.*, text.*, logit_scale."""
+        """All weights under the names of a checkpoint: visual.*, text.*, logit_scale and _bias."""
         vision = {f"visual.{name}": value for name, value in self.visual.trunk.state_dict().items()}
         return vision | (self.text.state_dict() if self.text is not None else {})
 
@@ -517,7 +517,7 @@ class DeCLIP(nn.Module):
             state = from_published(state, self.visual.trunk)
         has_text = any(name.startswith("text.") for name in state)
         check_fit(path, state, self.state(), self.model_name,
-                  ("logit_scale",) if has_text else ("logit_scale", "text."))
+                  ("logit_",) if has_text else ("logit_", "text."))
         self.visual.trunk.load_state_dict({name.removeprefix("visual."): value
                                            for name, value in state.items()
                                            if name.startswith("visual.")})

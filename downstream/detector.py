@@ -276,7 +276,7 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     if not (is_known or (model, tag) in open_clip.list_pretrained()):
         raise UserError(f"{path} was trained on {model} with the weights {tag}, which open_clip "
                         "does not list; give that backbone.")
-    return open_backbone(settings | {"BACKBONE": file})
+    return open_backbone(settings | {"BACKBONE": file, "MODEL": settings.get("MODEL") and model})
 
 
 def kind_of(record: dict, kinds: Sequence[type[Detector]]) -> type[Detector] | None:

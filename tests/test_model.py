@@ -29,7 +29,7 @@ from model import (
 )
 from util.backbones import reason_against
 from util.towers import timm_trunk
-from util.weights import read_record, write_checkpoint
+from util.weights import open_clip_layout, read_record, write_checkpoint
 
 TOWERS = ("tiny-eva", "tiny-vit", "tiny-vit-quickgelu")
 
@@ -548,6 +548,27 @@ def test_file_without_text_tower_cannot_name_classes(tmp_path):
     assert clip.encode_text(["cat"]).shape == (1, 32)
 
 
+def test_a_bias_of_the_logits_as_siglips(tmp_path):
+    """It is kept with the other weights, in both layouts, and may be missing."""
+    name, path = tiny.write_siglip(tmp_path / "clip"), str(tmp_path / "declip.safetensors")
+    clip = DeCLIP(name)
+    assert clip.state()["logit_bias"] == -10
+    torch.nn.init.constant_(clip.text.logit_bias, -3)
+    clip.save(path)
+    assert DeCLIP(pretrained=path).text.logit_bias == -3
+    published = eva_layout(clip) | {"logit_bias": torch.tensor([-4.0])}
+    torch.save(published, tmp_path / "published.pt")
+    assert DeCLIP(name, str(tmp_path / "published.pt")).text.logit_bias == -4
+    assert "logit_bias" in open_clip_layout(clip.state(), is_eva=True)
+    for parts in (("visual.", "text.", "logit_scale"), "visual."):
+        torch.save({key: value for key, value in published.items() if key.startswith(parts)},
+                   tmp_path / "without.pt")
+        clip.load_weights(tmp_path / "without.pt")
+        assert clip.text.logit_bias == -3
+    with pytest.raises(ValueError, match="does not fit tiny-eva: .* the first being"):
+        DeCLIP("tiny-eva", str(tmp_path / "published.pt"))
+
+
 @pytest.mark.parametrize("name", TOWERS)
 def test_open_clip_layout(tmp_path, name):
     own = open_clip.create_model(name).eval()
@@ -567,7 +588,7 @@ def test_a_checkpoint_over_another_attention_is_refused(tmp_path):
         DeCLIP("tiny-eva").load_weights(tmp_path / "declip.safetensors")
 
 
-@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "ViT-B-16-SigLIP",
+@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "nllb-clip-base-siglip",
                                   "xlm-roberta-base-ViT-B-32"])
 def test_what_a_file_says_of_itself_leads_to_no_download(tmp_path, name):
     """Models that open_clip asks a hub for must be named by the user."""

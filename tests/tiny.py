@@ -7,6 +7,7 @@ Importing this registers them. As a script it runs one of the repository's scrip
 
 import contextlib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,46 @@ def named(model, architecture: str):
     model.pretrained_cfg = model.default_cfg = {"architecture": architecture,
                                                 "input_size": (3, 28, 28)} | statistics
     return model
+
+
+def siglip_config(**text) -> dict:
+    """open_clip's configuration of a tiny model whose text tower is like SigLIP's.
+
+    text: fields of text_cfg to change. Its vision tower is tiny-eva's.
+    """
+    vision = open_clip.get_model_config("tiny-eva")["vision_cfg"]
+    of_text = dict(context_length=12, vocab_size=120, width=32, heads=2, layers=1, pool_type="last",
+                   no_causal_mask=True, proj_bias=True, hf_tokenizer_name="somebody/tokenizer",
+                   tokenizer_kwargs={"clean": "canonicalize"})
+    return {"embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "vision_cfg": vision,
+            "text_cfg": of_text | text}
+
+
+def write_siglip(folder: Path, vision: dict | None = None, padding: str = "</s>",
+                 words: str = "a photo of a cat and a dog", **text) -> str:
+    """Writes such a model with a tokenizer into a folder -> its name.
+
+    vision: a vision_cfg. padding: what texts are filled up with, SigLIP's `</s>`, which also ends
+        them, or SigLIP 2's `<pad>`. words: what the tokenizer learns from. text: as siglip_config.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    folder.mkdir(parents=True, exist_ok=True)
+    config = siglip_config(**text)
+    config["vision_cfg"] = vision or config["vision_cfg"]
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps(
+        {"model_cfg": config, "preprocess_cfg": preprocess}))
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    pieces.train_from_iterator([words], trainers.BpeTrainer(
+        vocab_size=100, special_tokens=["<pad>", "</s>", "<unk>", "<s>"], show_progress=False))
+    pieces.post_processor = processors.TemplateProcessing(single="$A </s>",
+                                                          special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token=padding, eos_token="</s>",
+                            unk_token="<unk>", bos_token="<s>", cls_token="<s>"
+                            ).save_pretrained(folder)
+    return f"local-dir:{folder}"
 
 
 open_clip.add_model_config(ROOT / "tests" / "models")

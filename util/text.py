@@ -56,8 +56,11 @@ def check_lengths(tokenizer: Callable, names: Sequence[str], templates: Sequence
     """
     longest = max(templates, key=lambda template: len(fill_template(template, "")))
     most = tokenizer.context_length
-    tokens = tokenizer(["", *(fill_template(longest, name) for name in names)], 2 * most)
-    is_cut = (tokens[1:, most:] != tokens[0, -1]).any(dim=1)        # the rest is not padding
+    texts = ["", *(fill_template(longest, name) for name in names)]
+    tokens = tokenizer(texts, 2 * most)
+    padding = tokens[0, -2]     # some have a token behind it, and some end a text by one like it
+    is_cut = ((tokens[1:, most:-1] != padding).any(dim=1)
+              | ((tokens != padding).sum(dim=1) > (tokenizer(texts) != padding).sum(dim=1))[1:])
     if is_cut.any():
         cut = names[is_cut.tolist().index(True)]
         raise UserError(f"The class name {cut!r} is longer than the {most} tokens that "

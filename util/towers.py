@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 
 import open_clip
@@ -24,6 +25,13 @@ from util.backbones import TIMM_VITS
 from util.files import ROOT, read_json
 
 SAM = vision_transformer_sam.VisionTransformerSAM
+# transformers' tokenizers that a tokenizer.json makes whole; others may load or run more.
+TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizer", "T5Tokenizer", "GemmaTokenizer",
+              "BertTokenizer", "XLMRobertaTokenizer")
+
+
+class Recorded(str):
+    """A model's name that only a file gives, so that nothing may be downloaded for it."""
 
 
 def locate(name: str, near: str | Path | None = None) -> str:
@@ -117,9 +125,9 @@ def building(source: str) -> Iterator[None]:
         raise
     except Exception as error:      # a configuration that is wrong may raise anything
         if "transformers" in str(error) and isinstance(error, ImportError | RuntimeError):
-            raise UserError(f"The text tower of {source} needs the package transformers; install "
-                            "it by pip install transformers, or use a model without, such as "
-                            "EVA02-B-16 or ViT-B-16.") from None
+            raise UserError(f"{source} needs the package transformers for its texts; install it by "
+                            "pip install transformers, or use a model without, such as EVA02-B-16 "
+                            "or ViT-B-16.") from None
         if not source.startswith("local-dir:"):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -131,9 +139,55 @@ def building(source: str) -> Iterator[None]:
 
 @cache
 def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of a model as open_clip finds it."""
-    with building(source):
-        return open_clip.get_tokenizer(source)
+    """The tokenizer of a model as open_clip finds it; one of transformers' runs no other code.
+
+    Raises UserError if it is not whole, can't be downloaded, or may not: for a Recorded name.
+    """
+    is_folder, is_recorded = source.startswith("local-dir:"), isinstance(source, Recorded)
+    try:
+        with building(source):
+            text = (open_clip.get_model_config(source) or {}).get("text_cfg", {})
+            if not text.get("hf_tokenizer_name"):
+                return open_clip.get_tokenizer(source)
+            if is_folder:
+                check_tokenizer(source)
+            tokenizer = open_clip.get_tokenizer(source, trust_remote_code=False,
+                                                local_files_only=is_folder or is_recorded)
+            tokenizer([""])     # one that can't pad fails here
+            return tokenizer
+    except UserError:
+        raise
+    except Exception as error:      # a cache that holds a part of it may raise anything
+        reason = (f"is not here, and a file downloads nothing; say --model {source}, once"
+                  if is_recorded else "needs the package sentencepiece; pip install it"
+                  if "sentencepiece" in str(error).lower() else "can't be had; check the network")
+        raise UserError(f"The tokenizer of {source} {reason}.") from None
+
+
+def check_tokenizer(source: str) -> None:
+    """Raises UserError unless the tokenizer in a model's folder is data, and all of it is there."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        check_folder(source, file, "open_clip")
+    path = Path(source.removeprefix("local-dir:")) / "tokenizer_config.json"
+    config = read_json(path)
+    wrong = [name for name in ("auto_map", "tokenizer_file", "vocab_file") if config.get(name)]
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in TOKENIZERS:
+        wrong = ["tokenizer_class"]
+    if wrong:
+        raise UserError(f"{path} has {wrong[0]} {config.get(wrong[0])!r:.80}, by which a tokenizer "
+                        f"may run code or read other files; save it as {' or '.join(TOKENIZERS)}.")
+
+
+def text_design(source: str) -> object:
+    """What embeddings of texts depend on besides weights: the configuration, with the activation,
+    and the tokenizer, by name or by its files in the model's folder."""
+    config = open_clip.get_model_config(source) or source
+    if not source.startswith("local-dir:"):
+        return config
+    with paths_inside(source):
+        merges = config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
+        files = [*Path(source.removeprefix("local-dir:")).glob("*token*"), *filter(None, [merges])]
+        return [config, sorted(sha256(Path(file).read_bytes()).hexdigest() for file in files)]
 
 
 def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
@@ -229,7 +283,7 @@ def convert_vit(visual: OpenClipViT) -> vision_transformer.VisionTransformer:
     return trunk
 
 
-def recorded_model(file: str | None, record: dict) -> str:
+def recorded_model(file: str | None, record: dict) -> Recorded:
     """The model that a file says it is, by default EVA02-B-16.
 
     Raises UserError if building that model would ask a hub: files do not decide about downloads.
@@ -250,20 +304,26 @@ def recorded_model(file: str | None, record: dict) -> str:
         if any(width != [config.get("embed_dim")] for width in widths):
             raise UserError(f"{file} does not fit {name}, which it says it is: its embeddings have "
                             "another width; name the model that the file was made with.")
-    return name
+    return Recorded(name)
 
 
 def is_plain(config: dict) -> bool:
-    """Whether open_clip builds a configuration from itself alone: no hub, no code of others."""
+    """Whether open_clip builds a configuration from itself alone: no hub, no code of others.
+
+    The tokenizer may be of a hub: building does not need it, and tokenizer_of takes care.
+    """
     if not isinstance(config, dict):
         return False
     vision, text = (config.get(name, {}) for name in ("vision_cfg", "text_cfg"))
     if not isinstance(vision, dict) or not isinstance(text, dict):
         return False
-    tower, options = str(vision.get("timm_model_name", "")), text.get("tokenizer_kwargs", {})
+    tower, options = str(vision.get("timm_model_name", "")), text.get("tokenizer_kwargs") or {}
+    is_data = isinstance(options, dict) and all(
+        name in ("bpe_path", "clean", "strip_sep_token") and isinstance(value, str | bool)
+        for name, value in options.items())
     is_local = tower.startswith("local-dir:") or ":" not in tower
-    return (is_local and not any(name.startswith("hf_") for name in text)
-            and set(options or {}) <= {"bpe_path"} and not vision.get("timm_model_pretrained"))
+    return (is_local and is_data and not vision.get("timm_model_pretrained")
+            and not any(name.startswith("hf_") for name in text.keys() - {"hf_tokenizer_name"}))
 
 
 def create_vit(name: str, pretrained: bool) -> nn.Module:

@@ -1,7 +1,7 @@
 """Weight files in every layout, in and out.
 
-A state has this project's own names: visual.* (the timm trunk), text.* and logit_scale (open_clip's
-CustomTextCLIP). A record is what a `declip.safetensors` says of itself.
+A state has this project's own names: visual.* (the timm trunk), text.*, logit_scale and SigLIP's
+logit_bias (open_clip's CustomTextCLIP). A record is what a `declip.safetensors` says of itself.
 """
 
 import json
@@ -252,9 +252,8 @@ def from_published(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tens
     out = {f"visual.{name}": value for name, value in vision.items()}
     out |= {name: value for name, value in state.items()
             if name.startswith("text.") and name != "text.attn_mask"}
-    if "logit_scale" in state:
-        out["logit_scale"] = state["logit_scale"].reshape(())
-    return out
+    return out | {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias")
+                  if name in state}
 
 
 def split_fused(vision: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:

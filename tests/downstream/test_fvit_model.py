@@ -18,6 +18,7 @@ from downstream.fvit import model
 from downstream.fvit.model import BACKGROUND, IGNORE, Design, FViT, ScoreRules, Target, open_fvit
 from model import DeCLIP
 from util import UserError
+from util.towers import Recorded
 from util.weights import read_record
 
 SMALL = Design(image_size=64, channels=16, anchors=32, regions=16, candidates=100, proposals=50,
@@ -638,6 +639,13 @@ def test_files_do_not_decide_about_downloads(clip, tmp_path):
         with pytest.raises(UserError, match="asks a hub or runs code|does not list"):
             open_fvit(path)
     assert json.dumps(read_record(path))
+
+
+def test_a_backbone_that_only_the_file_names_is_recorded(monkeypatch):
+    """So that its tokenizer is not downloaded."""
+    monkeypatch.setattr(detector, "open_backbone", lambda settings: settings["MODEL"])
+    named = detector.recorded_backbone("fvit.safetensors", {"MODEL": "ViT-B-16-SigLIP"})
+    assert isinstance(named, Recorded) and named == "ViT-B-16-SigLIP"
 
 
 @pytest.mark.parametrize("given, sentence", [

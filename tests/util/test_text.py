@@ -4,9 +4,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import write_siglip
 
 from model import DeCLIP
-from util.text import TEMPLATES, find_templates
+from util import UserError
+from util.text import TEMPLATES, check_lengths, find_templates
+from util.towers import tokenizer_of
 
 
 @pytest.fixture
@@ -99,3 +102,45 @@ def test_a_damaged_cache_is_made_anew(encode, tmp_path):
     text, was_computed = encode(clip, ["cat", "dog"])
     assert was_computed and torch.equal(text, first)
     assert not encode(clip, ["cat", "dog"])[1]
+
+
+# ---------------------------------------------------------------- with transformers' tokenizers
+
+PADDINGS = ["</s>", "<pad>"]        # SigLIP's and SigLIP 2's
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_text_tower_like_siglips_is_open_clips(tmp_path, padding):
+    name = write_siglip(tmp_path, padding=padding)
+    clip, own = DeCLIP(name), open_clip.create_model(name, load_weights=False).eval()
+    own.text.load_state_dict(clip.text.text.state_dict())
+    tokens = open_clip.get_tokenizer(name)(["a photo of a cat", "a photo of a dog"])
+    assert (tokens[0] != tokens[1]).any() and tokens[0, -1] == PADDINGS[::-1].index(padding)
+    found = clip.encode_text(["Cat!", "dog"], ["a photo of a {}."])     # it cleans texts, too
+    with torch.no_grad():
+        torch.testing.assert_close(found, own.encode_text(tokens, normalize=True))
+
+
+@pytest.mark.parametrize("text", [{"padding": padding} for padding in PADDINGS]
+                         + [{"padding": "<pad>", "tokenizer_mode": "clips"}], ids=str)
+def test_a_name_of_one_token_too_many(tmp_path, text):
+    """Of 12 tokens one ends the text; in the third case two more begin and close it."""
+    name = write_siglip(tmp_path, **text)
+    tokenizer, fits = tokenizer_of(name), 9 if "tokenizer_mode" in text else 11
+    check_lengths(tokenizer, ["cat", " ".join(["a"] * fits)], ["{}"], name)
+    for count in (fits + 1, fits + 2, 40):
+        with pytest.raises(UserError, match=f"a' is longer than the 12 tokens that {name} reads"):
+            check_lengths(tokenizer, ["cat", " ".join(["a"] * count)], ["{}"], name)
+
+
+def test_the_tokenizer_is_part_of_the_tower(encode, tmp_path):
+    """Two folders of the same configuration and weights, whose tokenizers learned other words."""
+    clip = DeCLIP(write_siglip(tmp_path / "one"))
+    other = DeCLIP(write_siglip(tmp_path / "other", words="sea and land, a photo of them"))
+    same = DeCLIP(write_siglip(tmp_path / "same"))
+    for model in (other, same):
+        model.text.load_state_dict(clip.text.state_dict())
+    text, _ = encode(clip, ["cat"])
+    of_other, was_computed = encode(other, ["cat"])
+    assert was_computed and not torch.equal(of_other, text)
+    assert not encode(same, ["cat"])[1]     # wherever the folder is

@@ -3,15 +3,24 @@
 import gzip
 import json
 import shutil
+import socket
+import sys
 
 import open_clip
 import pytest
 import torch
-from tiny import ROOT
+import transformers
+from tiny import ROOT, siglip_config, write_siglip
 
 from model import DeCLIP, load_vfm
 from util import UserError, printable
-from util.towers import create_open_clip, create_vit, recorded_model, tokenizer_of
+from util.towers import (
+    Recorded,
+    create_open_clip,
+    create_vit,
+    recorded_model,
+    tokenizer_of,
+)
 
 
 @pytest.fixture
@@ -42,6 +51,8 @@ def test_without_a_network_a_vfm_that_is_here_is_named(monkeypatch):
 @pytest.mark.parametrize("part, changes", [
     ("text_cfg", {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}),
     ("text_cfg", {"tokenizer_kwargs": {"trust_remote_code": True}}),
+    ("text_cfg", {"tokenizer_kwargs": {"clean": {"a": 1}}}),
+    ("text_cfg", {"tokenizer_kwargs": ["clean"]}),
     ("text_cfg", {"hf_model_name": "x"}),
     ("vision_cfg", {"timm_model_name": "hf-hub:somebody/model"}),
     ("vision_cfg", {"timm_model_pretrained": True})])
@@ -85,12 +96,126 @@ def test_a_folder_describes_a_model_of_a_usual_size(folder, part, changes, sente
         DeCLIP(configure(folder, part, **changes))
 
 
-@pytest.mark.skipif(open_clip.hf_model.transformers is not None, reason="transformers is there")
-@pytest.mark.parametrize("use", [lambda: create_open_clip("coca_roberta-ViT-B-32", None),
-                                 lambda: tokenizer_of("ViT-H-14-worldwide")])
-def test_a_package_that_is_missing_is_named(use):
-    with pytest.raises(UserError, match="needs the package transformers; install it by pip"):
-        use()
+@pytest.mark.parametrize("use", [
+    lambda folder: create_open_clip("coca_roberta-ViT-B-32", None),
+    lambda folder: tokenizer_of("ViT-H-14-worldwide"),
+    lambda folder: tokenizer_of(Recorded("ViT-B-16-SigLIP2-256")),
+    lambda folder: DeCLIP(folder).encode_text(["cat"])])
+def test_a_package_that_is_missing_is_named(use, tmp_path, monkeypatch):
+    folder = write_siglip(tmp_path)
+    monkeypatch.setattr(open_clip.hf_model, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="needs the package transformers .*by pip install transf"):
+        use(folder)
+
+
+# ---------------------------------------------------------------------- transformers' tokenizers
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What transformers is asked for, (name, options) each; what would be downloaded is not there,
+    and a use of the network fails."""
+    calls, load = [], transformers.AutoTokenizer.from_pretrained
+
+    def ask(name, **options):
+        calls.append((str(name), options))
+        if name == "somebody/tokenizer":
+            raise OSError("We couldn't connect to the hub. Try again")
+        return load(name, **options)
+
+    def fails(*where):
+        raise AssertionError(f"the network was used: {where}")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", ask)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, fails)
+    monkeypatch.setattr(socket, "getaddrinfo", fails)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return calls
+
+
+@pytest.fixture
+def siglip(monkeypatch):
+    """The name of a model of open_clip's own whose tokenizer is on a hub."""
+    configs = open_clip.factory._MODEL_CONFIGS
+    monkeypatch.setitem(configs, "tiny-hub", siglip_config())
+    return "tiny-hub"
+
+
+def test_a_record_may_name_a_model_whose_tokenizer_is_elsewhere():
+    for name in ("ViT-B-16-SigLIP2-256", "ViT-B-16-SigLIP", "ViT-L-14-CLIPA"):
+        assert recorded_model("x.safetensors", {"model": name}) == name
+    for name in ("roberta-ViT-B-32", "nllb-clip-base-siglip", "mt5-base-ViT-B-32"):
+        with pytest.raises(UserError, match="for which open_clip asks a hub or runs code"):
+            recorded_model("x.safetensors", {"model": name})
+
+
+def test_a_tokenizer_is_downloaded_for_a_command_not_for_a_file(siglip, asked, tmp_path):
+    path = str(tmp_path / "declip.safetensors")
+    DeCLIP(siglip).save(path)
+    named, recorded = DeCLIP(siglip, path), DeCLIP(pretrained=path)
+    assert not asked        # neither needs it for what it is
+    with pytest.raises(UserError, match="tokenizer of tiny-hub can't be had; check the network"):
+        named.encode_text(["cat"])
+    for clip in (recorded, DeCLIP(recorded.source)):        # a copy of it, as of a teacher
+        with pytest.raises(UserError, match="is not here, and a file downloads nothing; say "
+                                            "--model tiny-hub, once"):
+            clip.encode_text(["cat"])
+    assert [options["local_files_only"] for _, options in asked] == [False, True, True]
+    assert all(options["trust_remote_code"] is False for _, options in asked)
+
+
+@pytest.mark.parametrize("source, sentence", [
+    (Recorded("tiny-hub"), "is not here, and a file downloads nothing"),
+    ("tiny-hub", "needs the package sentencepiece; pip install it")], ids=["record", "command"])
+def test_a_cache_without_the_tokenizer(source, sentence, siglip, monkeypatch):
+    """As after a download of the weights alone, which are in the same place on the hub."""
+    def fails(*_, **__):
+        raise ValueError("Couldn't instantiate: you need to have sentencepiece installed")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(UserError, match=sentence):
+        tokenizer_of(source)
+
+
+def test_a_folders_tokenizer_is_in_the_folder(asked, tmp_path):
+    """A checkpoint that names the folder beside it, by the user's command or not."""
+    name, path = write_siglip(tmp_path / "clip"), str(tmp_path / "declip.safetensors")
+    clip = DeCLIP(name)
+    clip.save(path)
+    torch.testing.assert_close(DeCLIP(pretrained=path).encode_text(["cat"]),
+                               clip.encode_text(["cat"]))
+    (folder, options), = asked      # the second use found the first one's
+    assert folder == str(tmp_path / "clip")
+    assert (options["local_files_only"], options["trust_remote_code"]) == (True, False)
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    ({"auto_map": {"AutoTokenizer": ["some/body--code.Tokenizer", None]}}, "has auto_map .*some/b"),
+    ({"tokenizer_class": "RagTokenizer"}, "has tokenizer_class 'RagTokenizer', by which"),
+    ({"tokenizer_class": None}, "has tokenizer_class None"),
+    ({"tokenizer_file": "/etc/hostname"}, "has tokenizer_file '/etc/hostname', by which"),
+    ({"pad_token": None}, "is no whole model of open_clip's .Asking to pad")])
+def test_a_folders_tokenizer_is_data(changes, sentence, asked, tmp_path):
+    name, path = write_siglip(tmp_path), tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=sentence):
+        tokenizer_of(name)
+
+
+@pytest.mark.parametrize("file, content, sentence", [
+    ("tokenizer.json", None, "has no tokenizer.json; name a folder"),
+    ("tokenizer.json", "{}", "is no whole model of open_clip's"),
+    ("tokenizer.json", '{"added_tokens": [], "model": 3}', "is no whole model of open_clip's"),
+    ("tokenizer.json", "", "is no whole model of open_clip's"),
+    ("tokenizer_config.json", None, "has no tokenizer_config.json; name a folder"),
+    ("tokenizer_config.json", "[]", "is no whole model of open_clip's"),
+    ("tokenizer_config.json", "{", "is not json")])
+def test_a_folders_tokenizer_is_whole(file, content, sentence, asked, tmp_path):
+    name = write_siglip(tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        tokenizer_of(name)
 
 
 @pytest.mark.parametrize("name, sentence", [
