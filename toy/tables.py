@@ -3,6 +3,7 @@
     python -m toy.world                 # the scenes, first
     python -m toy.tables table1         # Table 1: each row as its preset says, 12 runs
     python -m toy.tables table1 --search        # its LR and λ, judged on the dev scenes: 30 runs
+    python -m toy.tables siglip         # the same for the nano SigLIP: 9 runs
     python -m toy.tables detection      # F-ViT over CLIP and DeCLIP: 6 runs of 3 minutes of a core
     python -m toy.tables ov_dquo        # OV-DQUO over both, with unknown objects, too: 12 runs
     python -m toy.tables catseg         # CAT-Seg over both, beside both alone: 6 runs
@@ -14,6 +15,7 @@ them). A training or evaluation that is in the folder of runs already is not rep
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -42,7 +44,7 @@ OUT: str | None = None              # folder of the runs; None: what TABLES has 
 SEEDS = (0, 1, 2)                   # of the trainings; in detection each has its own split
 SCENES = "val"                      # val to report, dev to choose settings with
 CKPT = "out/toy/declip/declip.safetensors"      # the nano DeCLIP under detectors and segmenters
-SEARCH = False                      # of table1: try the grid below on the dev scenes
+SEARCH = False                      # of table1, siglip: try the grid below on the dev scenes
 LRS = (3e-4, 1e-3, 3e-3)            # learning rates of the grid
 LAMBDAS = (0.01, 0.03, 0.1)         # weights of the context loss, for rows that have one
 
@@ -74,15 +76,15 @@ def run(cfg: SimpleNamespace) -> str:
     settings.check(cfg, TABLE=(name in TABLES, f"one of {', '.join(TABLES)}"),
                    SCENES=(cfg.SCENES in BENCHMARKS, "val or dev"),
                    SEEDS=({*cfg.SEEDS} <= {*splits}, "from 0 to 2, which have a split each"))
-    mode = "--search" if cfg.SEARCH and name == "table1" else name
+    mode = "--search" if cfg.SEARCH and name in ("table1", "siglip") else name
     settings.refuse_unread(cfg, sys.modules[__name__], [mode], READ_BY)
-    return search(cfg) if cfg.SEARCH else report(cfg, TABLES[name])
+    return (search if cfg.SEARCH else report)(cfg, TABLES[name])
 
 
 # Which tables read a setting; others are read by all, and by --search.
-READ_BY = {"SEARCH": "--search table1", "CKPT": "detection ov_dquo catseg", "LRS": "--search",
-           "LAMBDAS": "--search",
-           **dict.fromkeys(("SEEDS", "SCENES"), "table1 detection ov_dquo catseg")}
+READ_BY = {"SEARCH": "--search table1 siglip", "CKPT": "detection ov_dquo catseg",
+           "LRS": "--search", "LAMBDAS": "--search",
+           **dict.fromkeys(("SEEDS", "SCENES"), "table1 siglip detection ov_dquo catseg")}
 
 
 def report(cfg: SimpleNamespace, table: Table) -> str:
@@ -108,10 +110,10 @@ def layout(corner: str, found: dict[str, list[dict[str, float | None]]]) -> str:
     return "\n".join(lines)
 
 
-def search(cfg: SimpleNamespace) -> str:
+def search(cfg: SimpleNamespace, table: Table) -> str:
     """Every LR and λ of the grid for every row of Table 1, with one seed on the dev scenes -> a
     table, the best of each row marked."""
-    cfg, table, found = SimpleNamespace(**vars(cfg) | {"SCENES": "dev"}), TABLES["table1"], {}
+    cfg, found = SimpleNamespace(**vars(cfg) | {"SCENES": "dev"}), {}
     for row, lr, weight in tqdm([*product(table.rows, cfg.LRS, cfg.LAMBDAS)], desc="search"):
         has_context = row != "self-distillation"
         weighed = ["--lambda", str(weight)] if has_context else []
@@ -184,10 +186,11 @@ def alone(cfg: SimpleNamespace, table: Table, options: list[str]) -> dict[str, f
 BENCHMARKS = {"val": "toy", "dev": "toy/dev.json"}
 
 
-def of_declip(folder: Path, scenes: str) -> dict[str, float | None]:
+def of_declip(folder: Path, scenes: str, clip: str = "local-dir:toy/clip"
+              ) -> dict[str, float | None]:
     """Table 1: how right regions are named by box and by mask, and mIoU; on the val scenes also
     mIoU in windows and with PAMR, and the seconds of the training's steps."""
-    model, root = ["--ckpt", f"{folder}/declip.safetensors"], f"data/toy/{scenes}"
+    model, root = ["--ckpt", f"{folder}/declip.safetensors", "--model", clip], f"data/toy/{scenes}"
     regions = eval_region.main([
         "@presets/toy_region.txt", *model, "--annotations", f"{root}/panoptic.json",
         "--pngs", f"{root}/panoptic", "--images", f"{root}/images"])["128"]["mAcc"]
@@ -265,6 +268,12 @@ TABLES = {
                                "self + VFM": ["@presets/toy_undecoupled.txt"],
                                "self + VFM + decoupled (DeCLIP)": [],
                                "self + VFM, values of 3 blocks": ["@presets/best.txt"]}, of_declip),
+    "siglip": Table(
+        "%", "out/table1_siglip", "{CONTEXT}-lambda-{LAMBDA:g}-lr-{LR:g}-seed-{SEED}", train,
+        ["@presets/toy.txt", "--model", "local-dir:toy/siglip"],
+        {"self-distillation": ["@presets/toy_self.txt"],
+         "self + VFM": ["@presets/toy_undecoupled.txt"],
+         "self + VFM + decoupled (DeCLIP)": []}, partial(of_declip, clip="local-dir:toy/siglip")),
     "detection": Table(
         "AP50 in %", "out/toy/detection", "{arm}-{SEED}", fvit_train,
         ["@presets/toy_fvit_train.txt", "--novel", "{novel}"],

@@ -74,6 +74,7 @@ def trainings(made: list[list[str]]) -> list[list[str]]:
 
 @pytest.mark.parametrize("name, rows, columns", [
     ("table1", 4, "box thing, box stuff, mask thing, mask stuff, mIoU, windows, PAMR, seconds"),
+    ("siglip", 3, "box thing, box stuff, mask thing, mask stuff, mIoU, windows, PAMR, seconds"),
     ("detection", 2, "novel, base, all"), ("ov_dquo", 4, "novel, base, all"),
     ("catseg", 2, "unseen, seen, all")])
 def test_a_table_is_mean_and_deviation_of_runs_that_are_made_once(tmp_path, made, name, rows,
@@ -94,7 +95,7 @@ def test_a_table_is_mean_and_deviation_of_runs_that_are_made_once(tmp_path, made
     assert not [argv for argv in made if "--out" not in argv]
     table(name, out=tmp_path, scenes="dev")
     evaluated = [argv for argv in made if "--out" not in argv]
-    assert not trainings(made) and len(evaluated) == 3 * rows * (2 if name == "table1" else 1)
+    assert not trainings(made) and len(evaluated) == 3 * rows * (2 if "thing" in columns else 1)
     assert all("dev" in " ".join(argv) for argv in evaluated)
 
 
@@ -117,11 +118,15 @@ def test_seconds_are_those_of_all_steps(tmp_path):
 
 
 def test_rows_of_table_1_are_what_they_are_called():
-    def of_row(row: list[str]) -> tuple:
-        cfg = settings.parse([*tables.TABLES["table1"].options, *row], tables.train)
-        return cfg.CONTEXT, cfg.LAMBDA > 0
-    assert [of_row(row) for row in tables.TABLES["table1"].rows.values()] == [
-        ("clip", False), ("clip", True), ("q", True), ("values", True)]
+    def of_rows(name: str) -> list[tuple]:
+        table = tables.TABLES[name]
+        found = [settings.parse([*table.options, *row], tables.train)
+                 for row in table.rows.values()]
+        return [(cfg.MODEL.split("/")[-1], cfg.CONTEXT, cfg.LAMBDA > 0) for cfg in found]
+
+    rows = [("clip", False), ("clip", True), ("q", True), ("values", True)]
+    assert of_rows("table1") == [("clip", *row) for row in rows]
+    assert of_rows("siglip") == [("siglip", *row) for row in rows[:3]]
 
 
 def test_another_setting_is_another_run(tmp_path, made):
@@ -256,8 +261,8 @@ def test_a_run_learns_from_seen_classes_alone(toy_home, monkeypatch):
 @pytest.mark.parametrize("words, sentence", [
     ("catseg --scenes train", "SCENES is 'train'; it must be val or dev"),
     ("detection --seeds 1 3", r"SEEDS is \(1, 3\); it must be from 0 to 2"),
-    ("detection --search", "SEARCH is for --search, table1, so it has no effect"),
-    ("table2", "it must be one of table1, detection, ov_dquo, catseg")])
+    ("detection --search", "SEARCH is for --search, table1, siglip, so it has no effect"),
+    ("table2", "it must be one of table1, siglip, detection, ov_dquo, catseg")])
 def test_refusals(words, sentence):
     with pytest.raises(SystemExit, match=sentence):
         tables.main(words.split())
