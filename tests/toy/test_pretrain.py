@@ -113,9 +113,13 @@ def test_pretraining_is_seeded(tmp_path, kind, file):
     assert line["step"] == 2 and line["loss"] > 0
 
 
-def test_a_siglip_is_pretrained_anywhere(tmp_path):
+def test_a_siglip_is_pretrained_anywhere(monkeypatch, tmp_path):
     """By its own loss, all of it, and open_clip finds it there."""
-    pretrain.main(["siglip", *options(models=tmp_path, scenes=20, steps=1, batch_size=4, seed=3)])
+    caption, asked = pretrain.caption, []
+    monkeypatch.setattr(pretrain, "caption",
+                        lambda *given: asked.append(given[2]) or caption(*given))
+    pretrain.main(["siglip", *options(models=tmp_path, scenes=20, steps=1, batch_size=16, seed=3)])
+    assert set(asked[:16]) == {True, False}     # short captions and long ones in a batch
     # At first every logit is near the bias, so that an image's one right pair costs about 4.
     assert 3 < json.loads((tmp_path / "siglip" / "log.jsonl").read_text())["loss"] < 6
     name = f"local-dir:{tmp_path / 'siglip'}"
@@ -139,7 +143,7 @@ def test_shipped_models_are_small():
     assert sum(file.stat().st_size for file in files) < 6_000_000
 
 
-@pytest.mark.parametrize("kind", ["clip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_open_clip_names_a_drawn_star(monkeypatch, kind):
     """The lines of docs/toy.md."""
     monkeypatch.chdir(ROOT)
@@ -206,8 +210,9 @@ clip, siglip = (open_clip.create_model(f"local-dir:toy/{kind}").eval()
                 for kind in ("clip", "siglip"))
 vfm = timm.create_model("local-dir:toy/vfm", pretrained=True).eval()
 shipped = [load_file("toy/clip/open_clip_model.safetensors"),
+           load_file("toy/siglip/open_clip_model.safetensors"),
            load_file("toy/vfm/model.safetensors")]
-for model, weights in zip((clip, vfm), shipped):
+for model, weights in zip((clip, siglip, vfm), shipped):
     own = model.state_dict()
     assert own.keys() == weights.keys()
     assert all(torch.equal(own[name], value.float()) for name, value in weights.items())
