@@ -120,6 +120,10 @@ def building(source: str) -> Iterator[None]:
             raise UserError(f"The text tower of {source} needs the package transformers; install "
                             "it by pip install transformers, or use a model without, such as "
                             "EVA02-B-16 or ViT-B-16.") from None
+        if isinstance(error, OSError) and "couldn't connect" in str(error):     # transformers' own
+            raise UserError(f"The tokenizer or text tower of {source} could not be downloaded; "
+                            "check the network, or use a model that needs neither, such as "
+                            "EVA02-B-16 or PE-Core-B-16.") from None
         if not source.startswith("local-dir:"):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__

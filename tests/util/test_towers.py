@@ -93,6 +93,19 @@ def test_a_package_that_is_missing_is_named(use):
         use()
 
 
+@pytest.mark.parametrize("part, use", [
+    ("create_model", lambda: create_open_clip("mt5-base-ViT-B-32", None)),
+    ("get_tokenizer", lambda: tokenizer_of("ViT-B-16-SigLIP2-384"))])
+def test_without_a_network_a_model_that_needs_none_is_named(monkeypatch, part, use):
+    def fails(*_, **__):
+        raise OSError("We couldn't connect to the hub to load the files")
+
+    monkeypatch.setattr(open_clip, part, fails)
+    with pytest.raises(UserError, match="could not be downloaded; check the network, or use a "
+                                        "model that needs neither, such as EVA02-B-16"):
+        use()
+
+
 @pytest.mark.parametrize("name, sentence", [
     ("vit_base_mci_224", "is no plain ViT .* .HybridEmbed."),
     ("vit_tiny_r_s16_p8_224", "is no plain ViT .* .HybridEmbed."),
