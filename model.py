@@ -93,7 +93,8 @@ class VisionTower(nn.Module):
         self.mean, self.std, self.name = tuple(mean), tuple(std), name
         self.family = family_of(trunk, name)
         self.patch_size = trunk.patch_embed.patch_size[0]
-        self.image_size = trunk.patch_embed.img_size[0]     # side of the images CLIP learned from
+        # Side of the images CLIP learned from, in whole patches
+        self.image_size = trunk.patch_embed.grid_size[0] * self.patch_size
         self.width, self.embed_dim = self.family.width, self.family.embed_dim   # D and C
         self.num_layers, self.num_prefix_tokens = len(self.family.blocks), self.family.prefix
         self.checkpointing = False      # saves memory: backward computes the blocks again

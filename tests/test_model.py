@@ -644,7 +644,7 @@ def test_towers_with_other_blocks_are_refused():
     (lambda: DeCLIP("EVA02-B-16", "merged2b_s8b_b131k"),
      "The weights merged2b_s8b_b131k of EVA02-B-16 could not be downloaded; check the network"),
     (lambda: DeCLIP("ViT-B-16", "openai"), "use the model ViT-B-16-quickgelu"),
-    (lambda: DeCLIP("RN50"), "vision tower of RN50 is no ViT but a ModifiedResNet, so the method"),
+    (lambda: DeCLIP("RN50"), "tower of RN50 is no plain ViT but a ModifiedResNet, so the method"),
     (lambda: DeCLIP("tiny-siglip").encode_dense(images(32, 32), "values"),
      "There is no values in tiny-siglip, whose last block is no block of the residual stream"),
     (lambda: DeCLIP("tiny-pe", context="values"), "choose one of clip, maskclip, sclip, clearclip"),

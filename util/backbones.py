@@ -232,7 +232,7 @@ def reason_against(trunk: nn.Module) -> str:
     if isinstance(trunk, OpenClipViT):
         return reason_against_converting(trunk)
     if not isinstance(trunk, TIMM_VITS):
-        return f"is no ViT but a {type(trunk).__name__}"
+        return f"is no plain ViT but a {type(trunk).__name__}"
     if trunk.global_pool not in FAMILIES:
         return ("has neither a projected [CLS] token nor a head that pools by attention (its "
                 f"tokens' pooling is {trunk.global_pool})")
@@ -254,6 +254,6 @@ def family_of(trunk: nn.Module, name: str) -> ClassToken | AttentionPool:
     """A tower's family; UserError if the method can't use a tower, whose model is `name`."""
     reason = reason_against(trunk)
     if reason:
-        raise UserError(f"The vision tower of {name} {reason}, so the method can't distil from it; "
-                        "use a ViT that docs/backbones.md has, such as EVA02-B-16.")
+        raise UserError(f"The vision tower of {name} {reason}, so the method can't use it; choose "
+                        "a model that works by docs/backbones.md, such as EVA02-B-16.")
     return FAMILIES[trunk.global_pool](trunk)

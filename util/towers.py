@@ -211,6 +211,10 @@ def create_open_clip(model_name: str, tag: str | None) -> nn.Module:
             return open_clip.create_model(model_name, pretrained=tag, load_weights=tag is not None,
                                           force_custom_text=True)
     except (RuntimeError, OSError) as error:
+        if "couldn't connect" in str(error):        # transformers' own words
+            raise UserError(f"The text tower of {model_name} could not be downloaded; check the "
+                            "network, or use a model without, such as EVA02-B-16 or PE-Core-B-16."
+                            ) from None
         if "download" not in str(error):
             raise
         raise UserError(f"The weights {tag} of {model_name} could not be downloaded; check the "

@@ -1,5 +1,6 @@
 """util/backbones.py: each family's tower is open_clip's own, its last block the method's."""
 
+import re
 import zlib
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import timm
 import tiny
 import torch
 import torch.nn.functional as F
+from open_clip.model import _build_vision_tower
 from test_model import images, randomize
 from timm.layers import resample_abs_pos_embed
 
@@ -24,6 +26,7 @@ from model import (
     region_features,
 )
 from util.backbones import AttentionPool, reason_against
+from util.files import ROOT
 from util.towers import create_open_clip, timm_trunk
 from util.weights import split_fused
 
@@ -207,19 +210,69 @@ def test_the_heads_output_is_the_last_layer(clip):
     torch.testing.assert_close(content, clip.encode_dense(x)[0])
 
 
-# ---------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------ docs/backbones.md's table of students
 
-@pytest.mark.parametrize("name, sentence", [
-    ("ViT-M-16-alt", "scales what its blocks add (LayerScale)"),
-    ("ViT-L-14-CLIPA", "has no projected [CLS] token (its tokens' pooling is avg)"),
-    ("coca_ViT-B-32", "has no projected [CLS] token (its tokens' pooling is CoCa's attention)"),
-    ("RN50", "is no ViT but a ModifiedResNet"), ("convnext_base", "is no ViT but a ConvNeXt"),
-    ("vit_medium_patch16_gap_256", "nor a head that pools by attention (its tokens' pooling is"),
-    ("MobileCLIP-B", "makes its patches by several layers (HybridEmbed)")])
-def test_a_tower_is_refused_for_what_it_is(name, sentence, monkeypatch):
-    """Built without weights: nothing is computed."""
-    create = open_clip.create_model
-    monkeypatch.setattr(open_clip, "create_model", lambda *given, **options:
-                        create(*given, device="meta", **options))
-    with torch.device("meta"):
-        assert sentence in reason_against(timm_trunk(create_open_clip(name, None).visual))
+OF_TABLE = "3.3.0"      # other releases of open_clip have other names
+LAST_BLOCKS = {"token": "block with [CLS]", "map": "pooling head"}
+FEW_BLOCKS = {"convnext": {"depths": (1,) * 4}, "swin": {"depths": (1,) * 4},
+              "fastvit": {"layers": (1,) * 4}}      # of all others: depth
+BUILT_IN = [name for name in open_clip.list_models() if not name.startswith("tiny-")]
+
+
+def students() -> list[tuple[list[str], list[str]]]:
+    """The table's rows: the names of models; last block, patch, text, whether they work."""
+    text = (ROOT / "docs/backbones.md").read_text().partition("## Students")[2]
+    table = re.search(r"\n\n(\| model .*?)\n\n", text, re.S)[1].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [(names.replace("`", "").split(", "), rest) for names, *rest in rows]
+
+
+def vision_tower(config: dict) -> torch.nn.Module:
+    """open_clip's vision tower of few blocks without weights, as a timm trunk where it can be."""
+    create, vision = timm.create_model, config["vision_cfg"]
+    vision["layers"] = [1] * 4 if isinstance(vision.get("layers"), list) else 1
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(timm, "create_model", lambda name, **options: create(
+            name, **FEW_BLOCKS.get(name.split("_")[0], {"depth": 1}) | options))
+        return timm_trunk(_build_vision_tower(config["embed_dim"], vision,
+                                              config.get("quick_gelu", False)))
+
+
+def text_of(config: dict) -> str:
+    """What a model's text needs: transformers or nothing."""
+    text = config["text_cfg"]
+    if "hf_model_name" in text:
+        return "transformers' text tower"
+    return "transformers' tokenizer" if "hf_tokenizer_name" in text else "own"
+
+
+@pytest.mark.parametrize("names, row", [pytest.param(*one, id=one[0][0]) for one in students()])
+def test_the_table_of_students_is_true(names, row, monkeypatch):
+    """Of each model: its family, patch and text, why it is refused; and what it gives for an image
+    that is not square."""
+    monkeypatch.setattr("util.backbones.resample_abs_pos_embed",    # bicubically it takes seconds
+                        partial(resample_abs_pos_embed, interpolation="nearest"))
+    for name in {*names} & {*BUILT_IN}:
+        config = open_clip.get_model_config(name)
+        trunk = vision_tower(config)
+        reason = reason_against(trunk)
+        if reason:
+            assert row == ["", "", text_of(config), f"refused: {reason}"], name
+            continue
+        p = trunk.patch_embed.patch_size[0]
+        assert row == [LAST_BLOCKS[trunk.global_pool], str(p), text_of(config), "works"], name
+        with torch.device("meta"):
+            tower = VisionTower(trunk, "q", None, (0,) * 3, (1,) * 3, name)
+            x = torch.empty(1, 3, 2 * p, 3 * p)
+        content, context = tower.encode_dense(x)
+        assert tower.image_size % p == 0
+        assert content.shape == (1, config["embed_dim"], 2, 3) and context.shape[:2] == (1, 6)
+        assert tower.encode_image(x).shape == (1, config["embed_dim"])
+
+
+def test_every_model_is_in_one_row():
+    listed = [name for names, _ in students() for name in names]
+    assert f"open_clip {OF_TABLE}" in (ROOT / "docs/backbones.md").read_text()
+    assert len(listed) == len({*listed})
+    if open_clip.__version__ == OF_TABLE:
+        assert {*listed} == {*BUILT_IN}

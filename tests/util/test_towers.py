@@ -218,6 +218,16 @@ def test_a_folders_tokenizer_is_whole(file, content, sentence, asked, tmp_path):
         tokenizer_of(name)
 
 
+def test_without_a_network_a_model_that_needs_none_is_named(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("We couldn't connect to the hub to load the files")
+
+    monkeypatch.setattr(open_clip, "create_model", fails)
+    with pytest.raises(UserError, match="text tower of mt5-base-ViT-B-32 could not be downloaded; "
+                                        "check the network, or use a model without, such as"):
+        create_open_clip("mt5-base-ViT-B-32", None)
+
+
 @pytest.mark.parametrize("name, sentence", [
     ("vit_base_mci_224", "is no plain ViT .* .HybridEmbed."),
     ("vit_tiny_r_s16_p8_224", "is no plain ViT .* .HybridEmbed."),
