@@ -1,11 +1,12 @@
-"""Trains the toy world's nano models anew: a CLIP and a vision foundation model.
+"""Trains the toy world's nano models anew: two CLIPs and a vision foundation model.
 
     python -m toy.pretrain clip         # into toy/clip
+    python -m toy.pretrain siglip       # into toy/siglip
     python -m toy.pretrain vfm          # into toy/vfm
 
-Both are plain timm towers with a config.json beside their weights, so nothing of ours must be
-imported to load them: open_clip knows the CLIP as local-dir:toy/clip, timm the VFM as
-local-dir:toy/vfm, both as seen from the repository's folder.
+All are plain timm towers with a config.json beside their weights, so nothing of ours must be
+imported to load them: open_clip knows the CLIPs as local-dir:toy/clip and local-dir:toy/siglip,
+timm the VFM as local-dir:toy/vfm, all as seen from the repository's folder.
 """
 
 import json
@@ -32,10 +33,10 @@ from data import normalize
 from toy.world import FIRST_SCENE, MAX_SCENES, NAMES, STUFF, THINGS, describe, draw_scene
 from util import distributed, settings
 
-MODELS = "toy"                      # folder that clip/ or vfm/ is written into
+MODELS = "toy"                      # folder that clip/, siglip/ or vfm/ is written into
 SCENES = 8000                       # scenes drawn to learn from, at 128 px
-STEPS: int | None = None            # optimiser steps; None: 2500 for clip, 1500 for vfm
-BATCH_SIZE: int | None = None       # None: 128 crops for clip, 16 scenes for vfm
+STEPS: int | None = None            # optimiser steps; None: 2500 for a CLIP, 1500 for vfm
+BATCH_SIZE: int | None = None       # None: 128 crops for a CLIP, 16 scenes for vfm
 SEED = 0                            # of the first weights and of what is sampled
 
 
@@ -66,7 +67,7 @@ def run(cfg: SimpleNamespace) -> None:
 
 # ----------------------------------------------------------------------------- the nano models
 
-HOME = Path(__file__).parent        # clip/ and vfm/ in it say what the models are
+HOME = Path(__file__).parent        # clip/, siglip/ and vfm/ in it say what the models are
 STATISTICS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
 
@@ -75,7 +76,7 @@ def copy_configs(kind: str, folder: Path) -> None:
     configurations, and the merges of a tokenizer whose every word is one token."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (*(HOME / kind).glob("*.json"), *(HOME / kind).glob("merges*")):
-        content = file.read_bytes().replace(b"toy/clip", str(folder).encode())
+        content = file.read_bytes().replace(f"toy/{kind}".encode(), str(folder).encode())
         (folder / file.name).write_bytes(content)
 
 
@@ -178,12 +179,25 @@ def contrast(image: Tensor, text: Tensor, matched: Tensor, scale: Tensor) -> Ten
     return (F.cross_entropy(logits, matched) - (to_image * weight).sum() / weight.sum()) / 2
 
 
+def judge_pairs(image: Tensor, text: Tensor, matched: Tensor, scale: Tensor, bias: Tensor
+                ) -> Tensor:
+    """SigLIP's loss for images (n, C) that share captions (u, C): whether the two of a pair belong
+    together is asked of each pair by itself, right ones and wrong ones.
+
+    matched: the caption of each image, (n,).
+    """
+    logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T + bias
+    sign = 2 * F.one_hot(matched, len(text)) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(image)
+
+
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of blocks, AdamW for the rest: several times faster than AdamW."""
+    """Muon for the matrices of blocks and of attention pooling, AdamW for the rest: several times
+    faster than AdamW."""
     in_blocks, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_matrix = "blocks." in name and parameter.ndim == 2
+            is_matrix = parameter.ndim == 2 and ("blocks." in name or "attn_pool." in name)
             (in_blocks if is_matrix else others).append(parameter)
     return [torch.optim.Muon(in_blocks, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=1.2e-3, weight_decay=0.01, betas=(0.9, 0.98))]
@@ -217,34 +231,40 @@ def pretrain_clip(cfg: SimpleNamespace, folder: Path, source: SceneTensors
                   ) -> tuple[nn.Module, str]:
     """Contrast of crops with captions, no other supervision -> the model and its file's name.
 
-    Logs the accuracy of naming what stands out in fresh crops.
+    The loss is SigLIP's if the model has that loss's bias, else CLIP's. Logs the accuracy of naming
+    what stands out in fresh crops.
     """
     name = f"local-dir:{folder}"
     model = open_clip.create_model(name, load_weights=False)
     tokenizer = open_clip.get_tokenizer(name)
+    is_siglip = model.logit_bias is not None
+    loss_of = partial(judge_pairs, bias=model.logit_bias) if is_siglip else contrast
     rng = torch.Generator().manual_seed(cfg.SEED)
     fresh = draw_scenes(FIRST_SCENE["clip"] + cfg.SCENES, 200)
 
-    def sample(source: SceneTensors, count: int, only_first: bool) -> tuple[Tensor, list[str]]:
+    def sample(source: SceneTensors, count: int, only_first: Tensor) -> tuple[Tensor, list[str]]:
         scenes, boxes = sample_boxes(source, count, rng)
         shares = region_shares(source, scenes, boxes)
-        captions = [caption(*pair, only_first)
-                    for pair in zip(source.classes[scenes].tolist(), shares.tolist())]
+        captions = [caption(*crop) for crop in zip(
+            source.classes[scenes].tolist(), shares.tolist(), only_first.expand(count).tolist())]
         return normalize(cut(source, scenes, boxes, 64), **STATISTICS), captions
 
     def loss_of_step():
         template = open_clip.OPENAI_IMAGENET_TEMPLATES[torch.randint(80, (), generator=rng)]
-        images, captions = sample(source, cfg.BATCH_SIZE or 128,
-                                  torch.rand((), generator=rng) < 0.6)
+        count = cfg.BATCH_SIZE or 128
+        # One draw for a whole batch would give batches of few captions and of many. A softmax
+        # does not mind; sigmoids learned no stuff, since what is likely changed with every batch.
+        only_first = torch.rand(count if is_siglip else 1, generator=rng) < 0.6
+        images, captions = sample(source, count, only_first)
         unique = list(dict.fromkeys(captions))
         text = model.encode_text(tokenizer([template(caption) for caption in unique]))
         matched = torch.tensor([unique.index(caption) for caption in captions])
         scale = model.logit_scale.exp().clamp(max=100)
-        return contrast(model.encode_image(images), text, matched, scale), figures
+        return loss_of(model.encode_image(images), text, matched, scale), figures
 
     @torch.no_grad()
     def figures() -> dict[str, float]:
-        images, captions = sample(fresh, 400, True)
+        images, captions = sample(fresh, 400, torch.tensor(True))
         model.eval()
         sentences = tokenizer([f"a photo of a {name}." for name in NAMES])
         text = F.normalize(model.encode_text(sentences), dim=-1)
@@ -283,7 +303,7 @@ def pretrain_vfm(cfg: SimpleNamespace, folder: Path, source: SceneTensors) -> tu
     return model, "model.safetensors"
 
 
-PRETRAINERS = {"clip": pretrain_clip, "vfm": pretrain_vfm}
+PRETRAINERS = {"clip": pretrain_clip, "siglip": pretrain_clip, "vfm": pretrain_vfm}
 
 if __name__ == "__main__":
     main()

@@ -71,7 +71,7 @@ NAMES = THINGS + STUFF
 SEEN = [number for number in range(len(NAMES)) if number % 3 < 2]
 UNSEEN = [number for number in range(len(NAMES)) if number % 3 == 2]
 FIRST_SCENE = {"train": 0, "dev": 10_000_000, "val": 20_000_000, "clip": 30_000_000,
-               "vfm": 40_000_000, "labelled": 50_000_000}
+               "siglip": 30_000_000, "vfm": 40_000_000, "labelled": 50_000_000}
 MAX_SCENES = 10_000_000
 # standard deviation of a thing's hue around its class's; classes are 36° apart
 HUE_SPREAD = 25 / 360

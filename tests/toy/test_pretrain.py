@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import options, succeeds
 from open_clip import SimpleTokenizer
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import ROOT
 
 import eval_region
@@ -71,10 +72,25 @@ def test_images_with_one_caption_are_no_negatives_of_it():
     torch.testing.assert_close(pretrain.contrast(image, text, matched, torch.tensor(7.0)), expected)
 
 
-def test_every_word_is_one_token():
+def test_sigmoid_loss_is_the_papers_loop_over_pairs():
+    """Zhai et al. 2023, equation 1 summed pair by pair: two images are right for the first
+    caption."""
+    image, text = torch.randn(3, 8), torch.randn(2, 8)
+    matched, scale, bias = [0, 0, 1], torch.tensor(7.0), torch.tensor(-2.0)
+    total = 0
+    for x, own in zip(F.normalize(image, dim=1), matched):
+        for caption, y in enumerate(F.normalize(text, dim=1)):
+            z = 1 if caption == own else -1
+            total += torch.log(1 / (1 + torch.exp(z * (-7 * x @ y + 2))))
+    found = pretrain.judge_pairs(image, text, torch.tensor(matched), scale, bias)
+    torch.testing.assert_close(found, -total / 3)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_every_word_is_one_token(kind):
     """Of the templates and captions, and every name of the world."""
-    tokenizer = SimpleTokenizer(ROOT / "toy/clip/merges.txt.gz", context_length=32)
-    config = json.loads((ROOT / "toy/clip/open_clip_config.json").read_text())
+    tokenizer = SimpleTokenizer(ROOT / "toy" / kind / "merges.txt.gz", context_length=32)
+    config = json.loads((ROOT / "toy" / kind / "open_clip_config.json").read_text())
     assert tokenizer.vocab_size == config["model_cfg"]["text_cfg"]["vocab_size"]
     for template in open_clip.OPENAI_IMAGENET_TEMPLATES:
         for word in re.findall("[a-z]+", template(f"{' and '.join(NAMES)} on").lower()):
@@ -97,16 +113,42 @@ def test_pretraining_is_seeded(tmp_path, kind, file):
     assert line["step"] == 2 and line["loss"] > 0
 
 
+def test_a_siglip_is_pretrained_anywhere(monkeypatch, tmp_path):
+    """By its own loss, all of it, and open_clip finds it there."""
+    caption, asked = pretrain.caption, []
+    monkeypatch.setattr(pretrain, "caption",
+                        lambda *given: asked.append(given[2]) or caption(*given))
+    pretrain.main(["siglip", *options(models=tmp_path, scenes=20, steps=1, batch_size=16, seed=3)])
+    assert set(asked[:16]) == {True, False}     # short captions and long ones in a batch
+    # At first every logit is near the bias, so that an image's one right pair costs about 4.
+    assert 3 < json.loads((tmp_path / "siglip" / "log.jsonl").read_text())["loss"] < 6
+    name = f"local-dir:{tmp_path / 'siglip'}"
+    model = open_clip.create_model(name).eval()
+    written = load_file(tmp_path / "siglip" / "open_clip_model.safetensors")
+    assert all(torch.equal(value, written[name].float())
+               for name, value in model.state_dict().items())
+    assert abs(model.logit_bias + 4) < 0.01 and abs(model.logit_scale.exp() - 10) < 0.1
+    torch.manual_seed(3)
+    first = open_clip.create_model(name, load_weights=False).half().state_dict()
+    same = [name for name, value in written.items() if torch.equal(value, first[name])]
+    assert [name for name in same if first[name].ndim > 1] == []
+    with torch.no_grad():
+        image = model.encode_image(torch.ones(2, 3, 96, 80))
+        text = model.encode_text(open_clip.get_tokenizer(name)(["a star", "a ring"]))
+    assert image.shape == text.shape == (2, 128) and not torch.equal(*text)
+
+
 def test_shipped_models_are_small():
     files = [file for file in (ROOT / "toy").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 6_000_000
 
 
-def test_open_clip_names_a_drawn_star(monkeypatch):
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_open_clip_names_a_drawn_star(monkeypatch, kind):
     """The lines of docs/toy.md."""
     monkeypatch.chdir(ROOT)
-    clip, _, preprocess = open_clip.create_model_and_transforms("local-dir:toy/clip")
-    tokenizer = open_clip.get_tokenizer("local-dir:toy/clip")
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:toy/{kind}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:toy/{kind}")
     star = next(scene for scene in map(draw_scene, range(100))
                 if NAMES[scene.classes[-1]] == "star")
     x, y, width, height = describe(star, len(star.classes) - 1)["bbox"]
@@ -164,17 +206,20 @@ PROGRAM = """
 import os, sys
 import open_clip, timm, torch
 from safetensors.torch import load_file
-clip = open_clip.create_model("local-dir:toy/clip").eval()
+clip, siglip = (open_clip.create_model(f"local-dir:toy/{kind}").eval()
+                for kind in ("clip", "siglip"))
 vfm = timm.create_model("local-dir:toy/vfm", pretrained=True).eval()
 shipped = [load_file("toy/clip/open_clip_model.safetensors"),
+           load_file("toy/siglip/open_clip_model.safetensors"),
            load_file("toy/vfm/model.safetensors")]
-for model, weights in zip((clip, vfm), shipped):
+for model, weights in zip((clip, siglip, vfm), shipped):
     own = model.state_dict()
     assert own.keys() == weights.keys()
     assert all(torch.equal(own[name], value.float()) for name, value in weights.items())
 with torch.no_grad():
-    print(clip.encode_image(torch.ones(1, 3, 64, 64)).shape, clip.encode_image(
-        torch.ones(1, 3, 96, 80)).shape, vfm.forward_features(torch.ones(1, 3, 128, 96)).shape)
+    print(*(model.encode_image(torch.ones(1, 3, height, width)).shape
+            for model in (clip, siglip) for height, width in ((64, 64), (96, 80))),
+          vfm.forward_features(torch.ones(1, 3, 128, 96)).shape)
 os.chdir(sys.argv[1])
 open_clip.create_model("local-dir:folder")
 print(open_clip.get_tokenizer("local-dir:folder")("a star")[0, :2].tolist())
@@ -183,7 +228,7 @@ assert not {"toy", "model", "data", "util"} & {name.partition(".")[0] for name i
 
 
 def test_models_load_without_this_repository_being_imported(tmp_path):
-    """Both shipped ones: their config.json tells timm all it needs, and they take images of other
+    """All shipped ones: their config.json tells timm all it needs, and they take images of other
     sizes. And an exported one, from any folder: its own has the tower's configuration and the
     tokenizer."""
     DeCLIP(f"local-dir:{ROOT / 'toy/clip'}").save(tmp_path / "declip.safetensors")
@@ -191,28 +236,34 @@ def test_models_load_without_this_repository_being_imported(tmp_path):
                         out=tmp_path / "folder"))
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT,
                           capture_output=True, text=True)
-    shapes = [[1, 128], [1, 128], [1, 192, 96]]
+    shapes = [[1, 128]] * 4 + [[1, 192, 96]]
     assert succeeds(done).splitlines() == [" ".join(f"torch.Size({shape})" for shape in shapes),
                                            "[743, 320]"]
 
 
-def test_a_model_elsewhere_finds_its_own_files(tmp_path):
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_model_elsewhere_finds_its_own_files(tmp_path, kind):
     """Paths in open_clip's configuration are those of the new folder; in toy/ all stays."""
-    pretrain.copy_configs("clip", tmp_path / "clip")
+    pretrain.copy_configs(kind, tmp_path / "new")
     texts = [(folder / "open_clip_config.json").read_text()
-             for folder in (tmp_path / "clip", ROOT / "toy/clip")]
-    assert texts[0] == texts[1].replace("toy/clip", str(tmp_path / "clip")) != texts[1]
+             for folder in (tmp_path / "new", ROOT / "toy" / kind)]
+    assert texts[0] == texts[1].replace(f"toy/{kind}", str(tmp_path / "new")) != texts[1]
+    assert "toy/" not in texts[0]
     for name in ("config.json", "merges.txt.gz"):
         copied, shipped = ((folder / name).read_bytes()
-                           for folder in (tmp_path / "clip", ROOT / "toy/clip"))
+                           for folder in (tmp_path / "new", ROOT / "toy" / kind))
         assert copied == shipped, name
-    for kind in ("clip", "vfm"):
-        config = json.loads((ROOT / "toy" / kind / "config.json").read_text())
-        assert pretrain.STATISTICS.items() <= config["pretrained_cfg"].items()
 
 
-@pytest.mark.parametrize("words, said", [(["dog"], "be one of clip, vfm"), ([], "required: kind"),
-                                         (["clip", "vfm"], "be one of clip, vfm")])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vfm"])
+def test_models_are_told_the_statistics_that_they_learned_with(kind):
+    config = json.loads((ROOT / "toy" / kind / "config.json").read_text())
+    assert pretrain.STATISTICS.items() <= config["pretrained_cfg"].items()
+
+
+@pytest.mark.parametrize("words, said", [(["dog"], "be one of clip, siglip, vfm"),
+                                         (["clip", "vfm"], "be one of clip, siglip, vfm"),
+                                         ([], "required: kind")])
 def test_a_model_must_be_named(capsys, words, said):
     with pytest.raises(SystemExit) as error:
         pretrain.main(words)
