@@ -559,7 +559,7 @@ def test_a_bias_of_the_logits_as_siglips(tmp_path):
     published = eva_layout(clip) | {"logit_bias": torch.tensor([-4.0])}
     torch.save(published, tmp_path / "published.pt")
     assert DeCLIP(name, str(tmp_path / "published.pt")).text.logit_bias == -4
-    assert "logit_bias" in open_clip_layout(clip.state(), is_eva=True)
+    assert "logit_bias" in open_clip_layout(clip.state(), is_timm=True)
     for parts in (("visual.", "text.", "logit_scale"), "visual."):
         torch.save({key: value for key, value in published.items() if key.startswith(parts)},
                    tmp_path / "without.pt")

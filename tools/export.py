@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import open_clip
 import torch
 from safetensors.torch import save_file
-from timm.models.eva import Eva
 
 from model import DeCLIP
 from util import UserError, distributed, settings
+from util.backbones import is_eva_clip
 from util.files import atomic_write, write_json
 from util.towers import paths_inside
 from util.weights import eva_layout, open_clip_layout, read_record
@@ -53,8 +53,8 @@ def run(cfg: SimpleNamespace) -> None:
 
 
 def write_eva(clip: DeCLIP, path: Path) -> None:
-    """A file in EVA-CLIP's layout; UserError for a tower that is no EVA02."""
-    if not isinstance(clip.visual.trunk, Eva):
+    """A file in EVA-CLIP's layout; UserError for a tower that is not EVA02-CLIP's."""
+    if not is_eva_clip(clip.visual.trunk):
         raise UserError(f"EVA-CLIP's layout has no names for the tower of {clip.model_name}; use "
                         "--layout open_clip.")
     state = eva_layout(clip.state())
@@ -68,11 +68,11 @@ def write_open_clip(clip: DeCLIP, folder: Path) -> None:
         merges = config["text_cfg"].get("tokenizer_kwargs", {}).get("bpe_path")
         if merges:      # a tokenizer of its own
             config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = copy_into(folder, Path(merges))
-        tower = config["vision_cfg"].get("timm_model_name", "")
+        tower = config["vision_cfg"].get("timm_model_name") or ""
         if tower.startswith("local-dir:"):      # a timm tower of its own
             copy_into(folder, Path(tower.removeprefix("local-dir:")) / "config.json")
             config["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
-    state = open_clip_layout(clip.state(), isinstance(clip.visual.trunk, Eva))
+    state = open_clip_layout(clip.state(), is_timm=bool(tower))
     state = {name: value.contiguous() for name, value in state.items()}
     atomic_write(folder / "open_clip_model.safetensors", lambda file: save_file(state, file))
     preprocess = clip.preprocess | {"mean": clip.mean, "std": clip.std}

@@ -90,16 +90,16 @@ def whole_attention(*models: VisionTower | VFM) -> Iterator[None]:
             changes = [(module, "fused_attn", False) for module in model.modules()
                        if getattr(module, "fused_attn", False)]
             if isinstance(model, VisionTower):
-                changes += [(model, "self_attention", self_attention),
+                changes += [(model, "attend", attend),
                             (model, "checkpointing", False)]
             for change in changes:
                 stack.enter_context(patch.object(*change))
         yield
 
 
-def self_attention(a: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Equation 5 as it is written: softmax(scale AAᵀ)V."""
-    return (a * (a.shape[-1] ** -0.5 if scale is None else scale) @ a.mT).softmax(dim=-1) @ v
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Equation 6 as it is written: softmax(scale QKᵀ)V."""
+    return (q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT).softmax(dim=-1) @ v
 
 
 def correlation(tokens: Tensor) -> Tensor:

@@ -93,12 +93,13 @@ READ_BY = {"The model": f"{LAYERWISE} segmentation", "ATTENTION": "", "What is s
 # ------------------------------------------------------------------------------ attention maps
 
 @torch.no_grad()
-def attention_maps(model: VisionTower | VFM, images: Tensor, attention: str | None = None
-                   ) -> list[Tensor]:
+def attention_maps(model: VisionTower | VFM, images: Tensor, attention: str | None = None,
+                   of_cls: bool = False) -> list[Tensor]:
     """(B, 3, H, W) -> for each block its attention, the mean over heads: (B, T, T).
 
     T are the prefix tokens, [CLS] first, then the N patches; rows sum to 1. attention: the row of
-    ATTENTIONS that the last block of a CLIP computes (equation 6), None for its context.
+    ATTENTIONS that the last block of a CLIP computes (equation 6), None for its context. of_cls:
+    where a probe attends for the image's embedding, the last map is the probe's, (B, 1, T).
     Raises UserError for SAM, which attends within windows.
     """
     if isinstance(model.trunk, SAM):
@@ -115,7 +116,12 @@ def attention_maps(model: VisionTower | VFM, images: Tensor, attention: str | No
         model(images)
         return maps
 
+    probe = model.family.probe() if of_cls else None
+    if probe is not None:
+        attention = "clip"      # a probe meets the keys, not what makes X_context
+
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        q = q if probe is None else probe
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         maps.append((q @ k.mT * scale).softmax(dim=-1).mean(dim=1))
         return v        # what the block makes of it is not looked at
@@ -141,10 +147,13 @@ class Shown(NamedTuple):
         h, w = (side * self.model.patch_size for side in grid)
         return normalize(resize(photo, h, w), self.model.mean, self.model.std)[None]
 
-    def maps(self, photo: Tensor, grid: tuple[int, int]) -> list[Tensor]:
-        """For each block its attention, the mean over heads: (tokens, tokens), rows sum to 1."""
+    def maps(self, photo: Tensor, grid: tuple[int, int], of_cls: bool = False) -> list[Tensor]:
+        """For each block its attention, the mean over heads: (tokens, tokens), rows sum to 1.
+
+        of_cls: as in attention_maps.
+        """
         with autocast(self.precision, photo.device):
-            maps = attention_maps(self.model, self.image(photo, grid), self.attention)
+            maps = attention_maps(self.model, self.image(photo, grid), self.attention, of_cls)
         return [rows[0].float() for rows in maps]
 
     def tokens(self, photo: Tensor, grid: tuple[int, int]) -> list[Tensor]:
@@ -263,20 +272,25 @@ MAX_ROWS = 40       # photographs of one figure
 
 def attention(cfg: SimpleNamespace, files: list[str], device: torch.device,
               of_cls: bool = False) -> plt.Figure:
-    """What the anchor's token attends to, or [CLS], in some layers of each model."""
+    """What the anchor's token attends to, or [CLS], in some layers of each model; in a head that
+    pools, the probe that stands for [CLS]: all there is of a tower without that token."""
     subject, shown = one_photo(cfg, files), open_models(cfg, device)
     grid = grid_of(subject.photo, cfg.SIZE, shown[0].model)
     if of_cls:
         subject = subject._replace(anchor=None)
-        shown = [row for row in shown if row.model.num_prefix_tokens]
+        shown = [row for row in shown if row.model.num_prefix_tokens or row.attention]
     rows, N = [], grid[0] * grid[1]
     for row in shown:
-        maps, prefix = row.maps(subject.photo.to(device), grid), row.model.num_prefix_tokens
+        prefix = row.model.num_prefix_tokens
+        maps = row.maps(subject.photo.to(device), grid, of_cls)
+        layers = chosen_layers(len(maps), cfg.LAYERS if prefix or not of_cls else 1)
         token = 0 if of_cls else prefix + token_of(subject.anchor, subject.photo, grid)
         rows.append((row.title, [(layer, maps[layer][token, prefix:].view(grid).cpu() * N)
-                                 for layer in chosen_layers(len(maps), cfg.LAYERS)]))
+                                 for layer in layers]))
     values = torch.cat([values.flatten() for _, maps in rows for _, values in maps])
-    title = f"Attention of {'[CLS]' if of_cls else 'the marked patch'}, mean over heads"
+    has_probe = shown[0].model.family.probe() is not None
+    cls = "[CLS], and of the probe that pools in the last layer" if has_probe else "[CLS]"
+    title = f"Attention of {cls if of_cls else 'the marked patch'}, mean over heads"
     return panels(subject, rows, title, "times the mean over patches", vmin=0,
                   vmax=values.quantile(0.995).item())
 

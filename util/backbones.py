@@ -70,6 +70,9 @@ class Backbone:
         """(B, T, D) -> (B, heads, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
+    def probe(self) -> Tensor | None:
+        """Proj_q of what attends for the image's embedding if it is no token, (1, heads, 1, d)."""
+
     @staticmethod
     def reason_against(trunk: nn.Module) -> str:
         """Why no family can embed for a timm ViT, for a sentence; "" if they can."""
@@ -199,6 +202,10 @@ class AttentionPool(Backbone):
         """The head's output (..., D) -> (..., C): a projection, if the tower has one."""
         return self.trunk.head(self.trunk.fc_norm(tokens))
 
+    def probe(self) -> Tensor:
+        """Proj_q of what attends in place of a token, (1, heads, 1, d)."""
+        return self.by_heads(self.head.q(self.head.latent))
+
     def unused(self, names: str, residual: str) -> list[nn.Module | nn.Parameter]:
         """What of the head a dense output by these projections does not need: the probe, too."""
         return [self.projection(name) for name in "qk" if name not in names] + [self.head.latent]
@@ -219,6 +226,11 @@ def values(attn: nn.Module, x: Tensor) -> Tensor:
     if isinstance(attn.qkv, nn.Linear):
         return F.linear(x, attn.qkv.weight.chunk(3)[2], attn.qkv.bias.chunk(3)[2])
     return attn.v_proj(x) if attn.qkv is None else attn.qkv.v(x)
+
+
+def is_eva_clip(trunk: nn.Module) -> bool:
+    """Whether a tower is EVA-CLIP's; timm's class Eva has others, such as Perception Encoder's."""
+    return isinstance(trunk, eva.Eva) and trunk.global_pool == "token"
 
 
 # By what timm calls a trunk's pooling.

@@ -297,11 +297,11 @@ def eva_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def open_clip_layout(state: dict[str, Tensor], is_eva: bool) -> dict[str, Tensor]:
-    """A state -> the names of open_clip's CustomTextCLIP. is_eva: with an EVA02 tower."""
+def open_clip_layout(state: dict[str, Tensor], is_timm: bool) -> dict[str, Tensor]:
+    """A state -> the names of open_clip's CustomTextCLIP. is_timm: its tower is timm's there, too."""
     vision = fuse_split({name.removeprefix("visual."): value for name, value in state.items()
-                            if name.startswith("visual.")})
-    if is_eva:
+                         if name.startswith("visual.")})
+    if is_timm:
         vision = {f"trunk.{name}": value for name, value in vision.items()}
     else:
         # timm's head has a bias, which is 0 and never trained.

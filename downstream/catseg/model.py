@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from timm.layers import Mlp
-from timm.models.eva import Eva
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from data import RESIZES, constant
 from model import ATTENTIONS, DeCLIP
 from util import UserError
-from util.backbones import Split
+from util.backbones import Split, is_eva_clip
 from util.text import check_lengths, is_template
 from util.towers import recorded_model, tokenizer_of
 from util.weights import check_fit, read_design, read_record, read_weights, write_checkpoint
@@ -122,7 +121,7 @@ class CATSeg(nn.Module):
         """Leaves the aggregator trainable, and inside CLIP what the published system trains.
 
         These are the weights, not the biases, of q and v in every attention block of both towers;
-        with an EVA tower, q and v of its own and the text tower's whole input projection. What gets
+        with EVA-CLIP's, q and v of its own and the text tower's whole input projection. What gets
         no gradient with these classes and this attention is frozen, too.
         """
         for name, weight in self.clip.named_parameters():
@@ -449,7 +448,7 @@ TRAINED = r"\.(attn|attn_pool)\.((q?kv\.)?[qv](_proj)?[._]|in_proj_)weight$"
 def split_projections(clip: DeCLIP) -> None:
     """Splits fused projections into q, k and v, so that the weights of q and v can train alone.
 
-    An EVA model trains the whole input projection of its text tower, which stays as it is.
+    An EVA-CLIP trains the whole input projection of its text tower, which stays as it is.
     Raises UserError if the text tower is not open_clip's own.
     """
     trunk, tower = clip.visual.trunk, clip.text.text
@@ -459,7 +458,7 @@ def split_projections(clip: DeCLIP) -> None:
     for block in trunk.blocks:
         if isinstance(block.attn.qkv, nn.Linear):
             block.attn.qkv = Split(block.attn.qkv, "qkv")
-    for block in [] if isinstance(trunk, Eva) else tower.transformer.resblocks:
+    for block in [] if is_eva_clip(trunk) else tower.transformer.resblocks:
         attn = block.attn
         parts = attn.in_proj_weight.detach().chunk(3)
         attn.q_proj_weight, attn.k_proj_weight, attn.v_proj_weight = (

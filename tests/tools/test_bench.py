@@ -57,8 +57,8 @@ def test_bench_prints_every_part_beside_the_plain_version(capsys, tmp_path):
 @pytest.fixture
 def whole(monkeypatch) -> list:
     """How often the attention of reference.py is computed."""
-    calls, own = [], reference.self_attention
-    monkeypatch.setattr(reference, "self_attention",
+    calls, own = [], reference.attend
+    monkeypatch.setattr(reference, "attend",
                         lambda *inputs: calls.append(1) or own(*inputs))
     # Operations are counted with whole matrices in any case.
     monkeypatch.setattr(bench, "measure_operations", lambda _: [bench.Row("all", {"this code": 1})])

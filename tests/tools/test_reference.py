@@ -84,9 +84,9 @@ def test_models_are_as_before_after_their_plain_time():
     assert modules and all(module.fused_attn for module in modules)
     with reference.whole_attention(student, teacher, vfm):
         assert not any(module.fused_attn for module in modules)
-        assert not student.checkpointing and student.self_attention is reference.self_attention
+        assert not student.checkpointing and student.attend is reference.attend
     assert all(module.fused_attn for module in modules)
-    assert student.checkpointing and student.self_attention is VisionTower.self_attention
+    assert student.checkpointing and student.attend is VisionTower.attend
 
 
 def test_images_and_crops_are_those_of_pil():
