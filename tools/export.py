@@ -22,7 +22,7 @@ from model import DeCLIP
 from util import UserError, distributed, settings
 from util.backbones import is_eva_clip
 from util.files import atomic_write, write_json
-from util.towers import paths_inside
+from util.towers import paths_inside, tokenizer_of
 from util.weights import eva_layout, open_clip_layout, read_record
 
 CKPT = "out/declip/declip.safetensors"      # checkpoint of train.py
@@ -72,6 +72,8 @@ def write_open_clip(clip: DeCLIP, folder: Path) -> None:
         if tower.startswith("local-dir:"):      # a timm tower of its own
             copy_into(folder, Path(tower.removeprefix("local-dir:")) / "config.json")
             config["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
+    if config["text_cfg"].get("hf_tokenizer_name"):     # of a folder it is read there
+        tokenizer_of(clip.source).tokenizer.save_pretrained(folder)
     state = open_clip_layout(clip.state(), is_timm=bool(tower))
     state = {name: value.contiguous() for name, value in state.items()}
     atomic_write(folder / "open_clip_model.safetensors", lambda file: save_file(state, file))
