@@ -37,7 +37,7 @@ def run(images, out, **given) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------- it learns
 
-@pytest.mark.parametrize("model", ["tiny-eva", "tiny-vit"])
+@pytest.mark.parametrize("model", ["tiny-eva", "tiny-vit", "tiny-siglip", "tiny-pe"])
 def test_both_losses_fall(images, tmp_path, model):
     lines = run(images, tmp_path, model=model, epochs=15, lr=2e-3, weight_decay=0, log_every=20,
                 **{"lambda": 1})
@@ -287,12 +287,14 @@ def test_accumulation_does_not_change_the_gradients(images):
         torch.testing.assert_close(gradient, at_once[name], rtol=0, atol=1e-6)
 
 
-def test_two_ranks_train_the_model_of_one(images, tmp_path):
+@pytest.mark.parametrize("model", ["tiny-eva", "tiny-siglip"])
+def test_two_ranks_train_the_model_of_one(images, tmp_path, model):
     """A whole run of two ranks, accumulation included, against the same run in one process."""
-    given = TINY | {"images": images, "batch_size": 4, "micro_batch": 1, "epochs": 3}
+    given = TINY | {"images": images, "model": model, "batch_size": 4, "micro_batch": 1,
+                    "epochs": 3}
     train.main(options(**given, out=tmp_path / "one"))
     succeeds(warm.ranks("tests/tiny.py", "train", *options(**given, out=tmp_path / "two")))
-    one, two = (DeCLIP("tiny-eva", str(tmp_path / name / "declip.safetensors")).state()
+    one, two = (DeCLIP(model, str(tmp_path / name / "declip.safetensors")).state()
                 for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
@@ -312,15 +314,16 @@ def test_total_batch_is_kept_on_any_number_of_gpus(batch, micro, world, expected
 
 # ----------------------------------------------------------------------------------------- going on
 
-@pytest.mark.parametrize("stop", [1, 2, 3])     # in the middle of an epoch, at its end, in the next
-def test_a_resumed_run_is_the_uninterrupted_run(images, tmp_path, stop):
-    whole = run(images, tmp_path / "whole", epochs=3)
-    run(images, tmp_path / "parts", epochs=3, steps=stop)
-    parts = run(images, tmp_path / "parts", epochs=3, resume="true")
+@pytest.mark.parametrize("stop, model", [   # in the middle of an epoch, at its end, in the next
+    (1, "tiny-eva"), (2, "tiny-siglip"), (3, "tiny-pe")])
+def test_a_resumed_run_is_the_uninterrupted_run(images, tmp_path, stop, model):
+    whole = run(images, tmp_path / "whole", epochs=3, model=model)
+    run(images, tmp_path / "parts", epochs=3, steps=stop, model=model)
+    parts = run(images, tmp_path / "parts", epochs=3, resume="true", model=model)
     keep = ("step", "epoch", "loss", "content", "context", "lr")
     assert [[line[key] for key in keep] for line in parts] == [[line[key] for key in keep]
                                                                for line in whole]
-    whole, parts = (DeCLIP("tiny-eva", str(tmp_path / name / "declip.safetensors"))
+    whole, parts = (DeCLIP(model, str(tmp_path / name / "declip.safetensors"))
                     for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
 
@@ -397,6 +400,8 @@ def test_norms_and_biases_have_no_weight_decay():
     ({"batch_size": 6}, "There are 5 images, fewer than BATCH_SIZE, 6; add images, or set"),
     ({"precision": "fp8"}, "PRECISION is 'fp8'"),
     ({"unlocked_blocks": 9}, "9 blocks were to be unlocked"),
+    ({"model": "tiny-pe", "context": "values"},
+     "There is no values in tiny-pe, whose last block is no block of the residual stream"),
     ({"vfm_model": "dinov9"}, "timm has no model named 'dinov9'"),
     ({"model": "tiny-evo"}, "open_clip has no model named 'tiny-evo'"),
 ])

@@ -82,31 +82,29 @@ def named(model, architecture: str):
     return model
 
 
-def siglip_config(**text) -> dict:
+def siglip_config(model: str = "tiny-eva", **text) -> dict:
     """open_clip's configuration of a tiny model whose text tower is like SigLIP's.
 
-    text: fields of text_cfg to change. Its vision tower is tiny-eva's.
+    model: whose vision tower it has. text: fields of text_cfg to change.
     """
-    vision = open_clip.get_model_config("tiny-eva")["vision_cfg"]
+    config = open_clip.get_model_config(model)
     of_text = dict(context_length=12, vocab_size=120, width=32, heads=2, layers=1, pool_type="last",
                    no_causal_mask=True, proj_bias=True, hf_tokenizer_name="somebody/tokenizer",
                    tokenizer_kwargs={"clean": "canonicalize"})
-    return {"embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "vision_cfg": vision,
-            "text_cfg": of_text | text}
+    return config | {"init_logit_bias": -10, "custom_text": True, "text_cfg": of_text | text}
 
 
-def write_siglip(folder: Path, vision: dict | None = None, padding: str = "</s>",
+def write_siglip(folder: Path, model: str = "tiny-eva", padding: str = "</s>",
                  words: str = "a photo of a cat and a dog", **text) -> str:
     """Writes such a model with a tokenizer into a folder -> its name.
 
-    vision: a vision_cfg. padding: what texts are filled up with, SigLIP's `</s>`, which also ends
-        them, or SigLIP 2's `<pad>`. words: what the tokenizer learns from. text: as siglip_config.
+    model, text: as siglip_config. padding: what texts are filled up with, SigLIP's `</s>`, which
+        also ends them, or SigLIP 2's `<pad>`. words: what the tokenizer learns from.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     folder.mkdir(parents=True, exist_ok=True)
-    config = siglip_config(**text)
-    config["vision_cfg"] = vision or config["vision_cfg"]
+    config = siglip_config(model, **text)
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps(
         {"model_cfg": config, "preprocess_cfg": preprocess}))

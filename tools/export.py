@@ -73,7 +73,6 @@ def write_open_clip(clip: DeCLIP, folder: Path) -> None:
             copy_into(folder, Path(tower.removeprefix("local-dir:")) / "config.json")
             config["vision_cfg"]["timm_model_name"] = f"local-dir:{folder}"
     if config["text_cfg"].get("hf_tokenizer_name"):     # open_clip looks for it in the folder
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer_of(clip.source).tokenizer.save_pretrained(folder)
     state = open_clip_layout(clip.state(), is_timm=bool(tower))
     state = {name: value.contiguous() for name, value in state.items()}

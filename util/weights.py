@@ -298,7 +298,7 @@ def eva_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_clip_layout(state: dict[str, Tensor], is_timm: bool) -> dict[str, Tensor]:
-    """A state -> the names of open_clip's CustomTextCLIP. is_timm: whose tower is timm's, too."""
+    """A state -> the names of open_clip's CustomTextCLIP, whose tower may be timm's, too."""
     vision = fuse_split({name.removeprefix("visual."): value for name, value in state.items()
                          if name.startswith("visual.")})
     if is_timm:

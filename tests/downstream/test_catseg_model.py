@@ -3,6 +3,7 @@
 import pytest
 import reference_catseg as reference
 import torch
+from tiny import write_siglip
 from torch import nn
 
 from downstream.catseg import model
@@ -161,11 +162,15 @@ def test_taps_are_a_third_and_two_thirds_of_the_depth(depth, taps, segmenter, mo
 
 @pytest.mark.parametrize("name, given, last", [
     ("tiny-eva", {}, "qv"), ("tiny-vit", {}, "qv"), ("tiny-vit", {"attention": "catseg"}, "v"),
-    ("tiny-eva", {"attention": "clip"}, "qv")])
-def test_only_q_and_v_weights_train_inside_clip(name, given, last):
+    ("tiny-eva", {"attention": "clip"}, "qv"), ("tiny-siglip", {"attention": "clip"}, "qv"),
+    ("tiny-siglip", {"attention": "k"}, "v"), ("tiny-pe", {}, "qv")])
+def test_only_q_and_v_weights_train_inside_clip(name, given, last, tmp_path):
     """One step: they change, and nothing else does; q of a last block that has no use for it
-    does not."""
-    segmenter = make(name, **given).train()
+    does not. A pooling head is a block, too, whose probe is no weight of q."""
+    is_pooled = name in ("tiny-siglip", "tiny-pe")
+    own_text = name == "tiny-siglip"
+    segmenter = make(write_siglip(tmp_path, name, context_length=64) if own_text else name,
+                     **given).train()
     before = {name: weight.clone() for name, weight in segmenter.clip.named_parameters()}
     segmenter.freeze()
     optimizer = torch.optim.SGD([p for p in segmenter.parameters() if p.requires_grad], lr=100)
@@ -176,7 +181,10 @@ def test_only_q_and_v_weights_train_inside_clip(name, given, last):
                if not torch.equal(weight, before[name])}
     form = "{}_proj.weight" if name == "tiny-eva" else "qkv.{}.weight"
     expected = {f"visual.trunk.blocks.{block}.attn.{form.format(letter)}"
-                for block in range(3) for letter in (last if block == 2 else "qv")}
+                for block in range(3 - is_pooled) for letter in (last if block == 2 else "qv")}
+    if is_pooled:
+        expected |= {f"visual.trunk.attn_pool.{dict(q='q', v='kv.v')[letter]}.weight"
+                     for letter in last}
     text = "text.text.transformer.resblocks.0.attn."
     expected |= ({text + "in_proj_weight"} if name == "tiny-eva"
                  else {text + "q_proj_weight", text + "v_proj_weight"})

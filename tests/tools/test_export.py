@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import options
 from test_model import randomize
-from tiny import ROOT, undrawn
+from tiny import ROOT, undrawn, write_siglip
 
 from model import DeCLIP
 from tools import export
+from util.towers import tokenizer_of
 from util.weights import eva_layout
 
 GOLDEN = ROOT / "tests/golden_b16.pt"
@@ -21,7 +22,7 @@ def trained(tmp_path):
     """Writes a random model as a checkpoint of train.py: (name, context) -> (model, path)."""
     def write(name: str, context: str = "qk") -> tuple[DeCLIP, Path]:
         clip = randomize(DeCLIP(name, context=context, scale=0.5))
-        if "vit" in name.lower():
+        if name.lower().startswith(("vit", "tiny-vit")):
             # open_clip's projection has no bias; timm's head has one
             torch.nn.init.zeros_(clip.visual.trunk.head.bias)
         clip.save(tmp_path / "declip.safetensors")
@@ -43,12 +44,15 @@ def test_eva_layout_comes_back(trained, tmp_path, capsys):
     assert "tiny-eva, to be used with context qk and scale 0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", "tiny-vit-quickgelu"])
+@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", "tiny-vit-quickgelu", "tiny-siglip",
+                                  "tiny-pe"])
 def test_open_clip_layout_comes_back(trained, tmp_path, name):
     """open_clip's own loader takes the folder strictly, and its [CLS] equals ours.
 
     Read again, the weights are the same.
     """
+    if name == "tiny-siglip":       # with a tokenizer of its own
+        name = write_siglip(tmp_path / "clip", name)
     clip, path = trained(name)
     export.main(options(ckpt=path, layout="open_clip", out=tmp_path / "folder"))
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'folder'}")
@@ -57,6 +61,7 @@ def test_open_clip_layout_comes_back(trained, tmp_path, name):
         torch.testing.assert_close(theirs.eval().encode_image(images), clip.encode_image(images),
                                    rtol=0, atol=1e-5)
         tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'folder'}")(["a cat"])
+        assert torch.equal(tokens, tokenizer_of(clip.source)(["a cat"]))
         torch.testing.assert_close(theirs.encode_text(tokens), clip.text.encode_text(tokens))
     again = DeCLIP(f"local-dir:{tmp_path / 'folder'}", "own")
     assert same(clip, again) and (again.mean, again.std) == (clip.mean, clip.std)
@@ -76,7 +81,8 @@ def test_eva_layout_has_the_published_names():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14-336", "ViT-B-16", "ViT-L-14"])
+@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14-336", "ViT-B-16", "ViT-L-14",
+                                  "PE-Core-B-16"])
 def test_full_size_models_come_back(trained, tmp_path, name):
     clip, path = trained(name)
     for layout in ("eva", "open_clip") if "EVA" in name else ("open_clip",):
@@ -90,6 +96,7 @@ def test_full_size_models_come_back(trained, tmp_path, name):
 @pytest.mark.parametrize("name, given, words", [
     ("tiny-vit", {"layout": "eva"},
      "EVA-CLIP's layout has no names for the tower of tiny-vit; use --layout open_clip"),
+    ("tiny-pe", {"layout": "eva"}, "EVA-CLIP's layout has no names for the tower of tiny-pe"),
     ("tiny-eva", {"layout": "onnx"}, "LAYOUT is 'onnx'; it must be eva or open_clip"),
     ("tiny-eva", {"ckpt": GOLDEN}, "does not say which model it is"),
     ("tiny-eva", {"ckpt": "nothing.safetensors"}, "There is no")])

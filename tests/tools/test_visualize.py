@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import options, preset
 from PIL import Image
-from test_model import images
+from test_model import images, randomize
 from tiny import ROOT
 
 from model import DeCLIP, load_vfm
@@ -113,6 +113,33 @@ def test_attention_maps_of_the_last_block_give_the_content(attention):
         out = out + block.mlp(block.norm2(out))
     content = clip.visual.project(out)[:, 1:].mT.unflatten(2, (6, 10))
     torch.testing.assert_close(content, clip.encode_dense(x, attention)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-siglip", "tiny-pe"])
+@torch.inference_mode()
+def test_of_a_tower_that_pools_the_figure_of_cls_ends_with_the_probe(name, photo, tmp_path,
+                                                                     monkeypatch):
+    """Where all heads have one V, its map times V is what the head projects. Shown are the last
+    layer of a tower without [CLS], all those of one with it."""
+    clip, x, seen, drawn = randomize(DeCLIP(name)), images(48, 80), [], []
+    head, v = clip.visual.trunk.attn_pool, clip.visual.family.projection("v")
+    d = 48 // head.num_heads
+    v.weight.copy_(v.weight[:d].repeat(head.num_heads, 1))
+    v.bias.copy_(v.bias[:d].repeat(head.num_heads))
+    for module in (head, head.proj):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    clip.encode_image(x)
+    tokens, heads = seen
+    for attention in ("clip", "q"):
+        last = attention_maps(clip.visual, x, attention, of_cls=True)[-1]
+        torch.testing.assert_close(last @ v(tokens)[..., :d],
+                                   heads.unflatten(2, (-1, d)).mean(dim=2), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(visualize, "panels", lambda subject, rows, *_, **__: drawn.extend(rows)
+                        or plt.figure())
+    visualize.main(["cls", str(photo), *options(model=name, pretrained="none", vfm_model="none",
+                                                figure=tmp_path / "x.png")])
+    layers = [2] if name == "tiny-siglip" else [0, 1, 2]
+    assert [[layer for layer, _ in maps] for _, maps in drawn] == [layers] * 2
 
 
 @torch.inference_mode()
@@ -290,7 +317,7 @@ def test_a_row_is_the_model_that_it_is_called(photo, tmp_path):
 def test_the_panel_shows_the_anchors_row(photo, monkeypatch):
     """The maps drawn are those of the anchor's token, at the anchor's place, of the layers that the
     titles name."""
-    def maps(self, photo, grid):
+    def maps(self, photo, grid, of_cls):
         prefix, N = self.model.num_prefix_tokens, grid[0] * grid[1]
         rows = torch.zeros(5, prefix + N, prefix + N)
         # every patch attends to the patch right of it, with the layer's number

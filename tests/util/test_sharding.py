@@ -19,11 +19,12 @@ from util import sharding
 from util.run import resume_files
 
 
-def test_a_divided_run_is_that_of_ddp(images, tmp_path):
+@pytest.mark.parametrize("model", ["tiny-eva", "tiny-pe"])
+def test_a_divided_run_is_that_of_ddp(images, tmp_path, model):
     """Two ranks, two micro batches each. SIGTERM to one stops both and saves; one process goes on.
     Losses and weights are those of DDP. With so large an EPS a gradient's size counts."""
-    given = {"batch_size": 4, "micro_batch": 1, "epochs": 60, "lr": 1e-2, "eps": 0.01,
-             "ensemble": 0.8}
+    given = {"model": model, "batch_size": 4, "micro_batch": 1, "epochs": 60, "lr": 1e-2,
+             "eps": 0.01, "ensemble": 0.8}
     out, ddp = tmp_path / "fsdp", tmp_path / "ddp"
     command = ["tests/tiny.py", "train", *options(**TINY | given | {"images": images})]
     first, second = warm.start_ranks([*command, "--out", str(out), "--fsdp"], tmp_path / "printed")

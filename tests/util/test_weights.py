@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from test_backbones import POOLED
 from test_model import TOWERS, randomize
 from timm.layers import resample_abs_pos_embed
-from timm.models.eva import Eva
 
 from downstream.catseg.model import Design, open_catseg
 from downstream.fvit import model as fvit_model
@@ -41,9 +41,15 @@ RECORD = {"model": "tiny-vit", "context": "q", "scale": None, "mean": [0.4, 0.5,
 def random_clip(name: str) -> DeCLIP:
     """A random CLIP without the bias of timm's head, which open_clip's towers do not have."""
     clip = randomize(DeCLIP(name))
-    if not isinstance(clip.visual.trunk, Eva):
+    if name.startswith("tiny-vit"):
         torch.nn.init.zeros_(clip.visual.trunk.head.bias)
     return clip
+
+
+def as_open_clip(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """A model's state as open_clip names it."""
+    vision = open_clip.get_model_config(name)["vision_cfg"]
+    return open_clip_layout(state, is_timm="timm_model_name" in vision)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -53,12 +59,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 # ------------------------------------------------------------------------------------- layouts
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", [*TOWERS, *POOLED])
 def test_open_clip_layout_is_the_reverse_of_reading_it(name):
     """Its names and shapes are those of open_clip's own model, no more and no fewer."""
     clip = random_clip(name)
     trunk, state = clip.visual.trunk, clip.state()
-    published = open_clip_layout(state, isinstance(trunk, Eva))
+    published = as_open_clip(state, name)
     theirs = open_clip.create_model(name, force_custom_text=True).state_dict()
     assert {key: value.shape for key, value in published.items()} == {
         key: value.shape for key, value in theirs.items()}
@@ -91,15 +97,16 @@ def test_towers_without_a_fused_qkv_stay_as_they_are():
     assert same(split_fused(vision, trunk), vision) and same(fuse_split(vision), vision)
 
 
-@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit"])
+@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", *POOLED])
 def test_positions_of_another_image_size_are_resampled_without_antialiasing(name):
     """Weights for images of 64 px, with 8x8 patches, read for towers of 32 px."""
     clip = random_clip(name)
     trunk, state = clip.visual.trunk, clip.state()
-    larger = torch.randn(1, 1 + 64, trunk.embed_dim)
-    published = open_clip_layout(state | {"visual.pos_embed": larger}, isinstance(trunk, Eva))
+    larger = torch.randn(1, trunk.num_prefix_tokens + 64, trunk.embed_dim)
+    published = as_open_clip(state | {"visual.pos_embed": larger}, name)
     found = from_published(published, trunk)["visual.pos_embed"]
-    plain, smooth = (resample_abs_pos_embed(larger, [4, 4], antialias=antialias)
+    plain, smooth = (resample_abs_pos_embed(
+        larger, [4, 4], num_prefix_tokens=trunk.num_prefix_tokens, antialias=antialias)
                      for antialias in (False, True))
     torch.testing.assert_close(found, plain)
     assert not torch.allclose(found, smooth, atol=1e-3)
