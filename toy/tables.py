@@ -3,7 +3,7 @@
     python -m toy.world                 # the scenes, first
     python -m toy.tables table1         # Table 1: each row as its preset says, 12 runs
     python -m toy.tables table1 --search        # its LR and λ, judged on the dev scenes: 30 runs
-    python -m toy.tables siglip         # the same for the nano SigLIP: 9 runs
+    python -m toy.tables siglip         # the same for the nano SigLIP: 12 runs
     python -m toy.tables detection      # F-ViT over CLIP and DeCLIP: 6 runs of 3 minutes of a core
     python -m toy.tables ov_dquo        # OV-DQUO over both, with unknown objects, too: 12 runs
     python -m toy.tables catseg         # CAT-Seg over both, beside both alone: 6 runs
@@ -273,7 +273,8 @@ TABLES = {
         ["@presets/toy.txt", "--model", "local-dir:toy/siglip"],
         {"self-distillation": ["@presets/toy_self.txt"],
          "self + VFM": ["@presets/toy_undecoupled.txt"],
-         "self + VFM + decoupled (DeCLIP)": []}, partial(of_declip, clip="local-dir:toy/siglip")),
+         "self + VFM + decoupled (DeCLIP)": [],
+         "self + VFM, V alone": ["@presets/toy_undecoupled.txt", "--context", "maskclip"]}, partial(of_declip, clip="local-dir:toy/siglip")),
     "detection": Table(
         "AP50 in %", "out/toy/detection", "{arm}-{SEED}", fvit_train,
         ["@presets/toy_fvit_train.txt", "--novel", "{novel}"],
