@@ -274,7 +274,8 @@ TABLES = {
         {"self-distillation": ["@presets/toy_self.txt"],
          "self + VFM": ["@presets/toy_undecoupled.txt"],
          "self + VFM + decoupled (DeCLIP)": [],
-         "self + VFM, V alone": ["@presets/toy_undecoupled.txt", "--context", "maskclip"]}, partial(of_declip, clip="local-dir:toy/siglip")),
+         "self + VFM, V alone": ["@presets/toy_undecoupled.txt", "--context", "maskclip"]},
+        partial(of_declip, clip="local-dir:toy/siglip")),
     "detection": Table(
         "AP50 in %", "out/toy/detection", "{arm}-{SEED}", fvit_train,
         ["@presets/toy_fvit_train.txt", "--novel", "{novel}"],
