@@ -629,6 +629,7 @@ def test_towers_with_other_blocks_are_refused():
     normed_after.blocks[-1] = EvaBlockPostNorm(48, 3, qkv_fused=False)
     alien = [Eva(**shape), normed_after, Eva(**shape, qkv_fused=False, init_values=0.1),
              VisionTransformer(**shape, reg_tokens=2), VisionTransformer(**shape, init_values=0.1),
+             VisionTransformer(**shape, qk_norm=True),
              VisionTransformer(**shape | {"num_classes": 0})]
     assert all(map(reason_against, alien))
     assert not reason_against(Eva(**shape, qkv_fused=False))

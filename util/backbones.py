@@ -38,7 +38,11 @@ class Split(nn.Module):
 
 
 class Backbone:
-    """What all families share. trunk: a timm ViT; it stays whose it is, this holds no weights."""
+    """What all families share. trunk: a timm ViT, to which all weights belong.
+
+    A family adds `projection`, `heads`, `dense`, `whole`, `pooled`, `project`, `unused`, and
+    `reason_against`, which says what else it can't use.
+    """
 
     REFUSED: dict[str, str] = {}        # rows of model.ATTENTIONS without meaning, and why
 
@@ -150,6 +154,8 @@ class ClassToken(Backbone):
             return "scales what its blocks add (LayerScale)"
         if type(block) not in (eva.EvaBlock, vision_transformer.Block):
             return f"has blocks of another kind than a plain one ({type(block).__name__})"
+        if not isinstance(getattr(block.attn, "q_norm", None), nn.Identity | None):
+            return "norms its queries and keys"
         fused = block.attn.qkv
         return "has projections without a bias" if fused is not None and fused.bias is None else ""
 
