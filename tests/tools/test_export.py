@@ -81,8 +81,7 @@ def test_eva_layout_has_the_published_names():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14-336", "ViT-B-16", "ViT-L-14",
-                                  "PE-Core-B-16"])
+@pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14-336", "ViT-B-16", "ViT-L-14"])
 def test_full_size_models_come_back(trained, tmp_path, name):
     clip, path = trained(name)
     for layout in ("eva", "open_clip") if "EVA" in name else ("open_clip",):
