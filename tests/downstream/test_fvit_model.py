@@ -3,7 +3,6 @@ from gradients, the file that describes itself."""
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -429,7 +428,7 @@ def test_strides_of_l14_are_exact():
     backbone = nn.Module()
     backbone.visual = nn.Module()       # of a narrow EVA02-L-14-336
     backbone.visual.patch_size, backbone.visual.num_layers = 14, 24
-    backbone.visual.trunk = SimpleNamespace(embed_dim=8, num_classes=8)
+    backbone.visual.width, backbone.visual.embed_dim = 8, 8
     fvit = FViT(backbone, ["cat"], [True], Design(image_size=896, channels=8), torch.zeros(2, 8))
     levels = fvit.pyramid([torch.zeros(1, 8, 896 // 14, 896 // 14)] * 4)
     assert fvit.strides == [3.5, 7, 14, 28, 56] and fvit.layers == [6, 10, 14, 23]
