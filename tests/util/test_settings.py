@@ -243,8 +243,8 @@ def test_settings_of_a_model_in_vain_are_refused_by_every_script(tmp_path, monke
     ("eval_seg --benchmarks toy --threshold 0.5", "THRESHOLD is for background, which gets"),
     ("toy.tables table1 --ckpt x", "CKPT is for detection, ov_dquo, catseg, so it has no effect"),
     ("toy.tables detection --lrs 1", "LRS is for --search, so it has no effect"),
-    ("toy.tables detection --search", "SEARCH is for --search, table1, siglip, so it has no effect"),
-    ("toy.tables table1 --search --seeds 1", "SEEDS is for table1, siglip, detection, ov_dquo, catseg")])
+    ("toy.tables detection --search", "SEARCH is for --search, table1, siglip, so it has no"),
+    ("toy.tables table1 --search --seeds 1", "SEEDS is for table1, siglip, detection, ov_dquo")])
 def test_an_option_that_a_script_does_not_use_is_refused(monkeypatch, command, words):
     monkeypatch.chdir(ROOT)
     name, *options = command.split()
