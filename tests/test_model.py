@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import zlib
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -620,20 +621,36 @@ def test_pickles_are_not_executed(tmp_path, monkeypatch):
     assert not Path("executed").exists()
 
 
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3,
+         "num_classes": 32, "global_pool": "token", "dynamic_img_size": True}
+
+
 def test_towers_with_other_blocks_are_refused():
     """A fused qkv without key bias (EVA01), blocks with norms after them (EVA02-E), patches of
-    another kind (MobileCLIP)."""
-    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=32,
-                 global_pool="token", dynamic_img_size=True)
-    normed_after = Eva(**shape, qkv_fused=False)
+    another kind (MobileCLIP), and others that timm can build."""
+    normed_after = Eva(**SHAPE, qkv_fused=False)
     normed_after.blocks[-1] = EvaBlockPostNorm(48, 3, qkv_fused=False)
-    alien = [Eva(**shape), normed_after, Eva(**shape, qkv_fused=False, init_values=0.1),
-             VisionTransformer(**shape, reg_tokens=2), VisionTransformer(**shape, init_values=0.1),
-             VisionTransformer(**shape, qk_norm=True),
-             VisionTransformer(**shape | {"num_classes": 0})]
+    alien = [Eva(**SHAPE), normed_after, Eva(**SHAPE, qkv_fused=False, init_values=0.1),
+             *(VisionTransformer(**SHAPE | other) for other in (
+                 {"reg_tokens": 2}, {"init_values": 0.1}, {"qk_norm": True}, {"num_classes": 0},
+                 {"attn_layer": "diff"}, {"global_pool": "map"}, {"no_embed_class": True}))]
     assert all(map(reason_against, alien))
-    assert not reason_against(Eva(**shape, qkv_fused=False))
-    assert not reason_against(VisionTransformer(**shape))
+
+
+@pytest.mark.parametrize("make", [
+    partial(Eva, qkv_fused=False), VisionTransformer, partial(VisionTransformer, fc_norm=True),
+    partial(VisionTransformer, embed_norm_layer=torch.nn.LayerNorm),
+    partial(VisionTransformer, global_pool="map", pool_include_prefix=True),
+    partial(VisionTransformer, global_pool="map", class_token=False, fc_norm=True),
+    partial(Eva, global_pool="map", use_fc_norm=True)])
+@torch.inference_mode()
+def test_towers_that_are_not_refused_are_timms_own(make):
+    trunk = make(**SHAPE | make.keywords if isinstance(make, partial) else SHAPE).eval()
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
+    expected = trunk(images(32, 32))
+    tower = VisionTower(trunk, "q", None, (0,) * 3, (1,) * 3, "of timm")
+    torch.testing.assert_close(tower.encode_image(images(32, 32)), expected, rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -26,6 +26,7 @@ from util.towers import paths_inside, tokenizer_of
 from util.weights import eva_layout, open_clip_layout, read_record
 
 CKPT = "out/declip/declip.safetensors"      # checkpoint of train.py
+MODEL: str | None = None            # its model, where that needs a download; None: the file's own
 LAYOUT = "eva"                      # eva or open_clip
 OUT: str | None = None              # file (eva) or folder (open_clip); None: beside the checkpoint
 
@@ -43,7 +44,7 @@ def run(cfg: SimpleNamespace) -> None:
     if Path(cfg.CKPT).is_file() and not read_record(cfg.CKPT):
         raise UserError(f"{cfg.CKPT} does not say which model it is; give a declip.safetensors "
                         "that train.py wrote.")
-    clip = DeCLIP(pretrained=cfg.CKPT)
+    clip = DeCLIP(cfg.MODEL, cfg.CKPT)
     write, name = LAYOUTS[cfg.LAYOUT]
     path = Path(cfg.OUT or Path(cfg.CKPT).with_name(name))
     write(clip, path)

@@ -61,7 +61,7 @@ class Backbone:
         # Patches behind [CLS], if there is one, and where each of them is
         x = trunk.patch_embed.proj(images)
         grid = x.shape[-2:]
-        x = x.flatten(2).mT
+        x = trunk.patch_embed.norm(x.flatten(2).mT)
         if self.prefix:
             x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1)
         position = resample_abs_pos_embed(trunk.pos_embed, grid, trunk.patch_embed.grid_size,
@@ -82,10 +82,11 @@ class Backbone:
         """Why no family can embed for a timm ViT, for a sentence; "" if they can."""
         if type(trunk.patch_embed) is not PatchEmbed:
             return f"makes its patches by several layers ({type(trunk.patch_embed).__name__})"
-        if (trunk.pos_embed is None or getattr(trunk, "reg_token", None) is not None
-                or getattr(trunk, "rope_mixed", False)
+        if getattr(trunk, "reg_token", None) is not None:
+            return "has registers"
+        if (trunk.pos_embed is None or getattr(trunk, "rope_mixed", False)
                 or trunk.num_prefix_tokens and trunk.no_embed_class):
-            return "has registers, no position embedding, or one of another kind"
+            return "has no learned position embedding of all tokens, or one in each block"
         return "" if trunk.dynamic_img_size else "takes images of one size (no dynamic_img_size)"
 
 
@@ -135,7 +136,7 @@ class ClassToken(Backbone):
 
     def project(self, tokens: Tensor) -> Tensor:
         """Tokens (..., D) of the last block's output -> (..., C): final norm, visual projection."""
-        return self.trunk.head(self.trunk.norm(tokens))
+        return self.trunk.head(self.trunk.fc_norm(self.trunk.norm(tokens)))
 
     def unused(self, names: str, residual: str) -> list[nn.Module]:
         """What of the last block a dense output by these projections does not need."""
@@ -154,9 +155,12 @@ class ClassToken(Backbone):
             return "scales what its blocks add (LayerScale)"
         if type(block) not in (eva.EvaBlock, vision_transformer.Block):
             return f"has blocks of another kind than a plain one ({type(block).__name__})"
-        if not isinstance(getattr(block.attn, "q_norm", None), nn.Identity | None):
-            return "norms its queries and keys"
-        fused = block.attn.qkv
+        attn = block.attn
+        if (type(attn).__name__ not in ("Attention", "EvaAttention", "AttentionRope")
+                or not isinstance(getattr(attn, "q_norm", None), nn.Identity | None)
+                or (getattr(attn, "num_kv_heads", None) or attn.num_heads) != attn.num_heads):
+            return "has attention of another kind than a plain one"
+        fused = attn.qkv
         return "has projections without a bias" if fused is not None and fused.bias is None else ""
 
 
@@ -220,6 +224,9 @@ class AttentionPool(Backbone):
     def reason_against(trunk: nn.Module) -> str:
         """Why a timm ViT is none of this family, for a sentence; "" if it is."""
         head = trunk.attn_pool
+        if trunk.num_prefix_tokens and not getattr(trunk, "pool_include_prefix",
+                                                   isinstance(trunk, eva.Eva)):
+            return "pools without its [CLS] token"
         is_plain = (type(head) is AttentionPoolLatent and head.mlp is not None
                     and head.latent_len == 1 and head.pos_embed is None
                     and isinstance(head.q, nn.Linear) and head.kv.bias is not None

@@ -58,9 +58,8 @@ def check_lengths(tokenizer: Callable, names: Sequence[str], templates: Sequence
     most = tokenizer.context_length
     texts = ["", *(fill_template(longest, name) for name in names)]
     tokens = tokenizer(texts, 2 * most)
-    padding = tokens[0, -2]     # some have a token behind it, and some end a text by one like it
-    is_cut = ((tokens[1:, most:-1] != padding).any(dim=1)
-              | ((tokens != padding).sum(dim=1) > (tokenizer(texts) != padding).sum(dim=1))[1:])
+    padding = tokens[0, most]       # on either side; some end a text by a token like it
+    is_cut = ((tokens != padding).sum(dim=1) > (tokenizer(texts) != padding).sum(dim=1))[1:]
     if is_cut.any():
         cut = names[is_cut.tolist().index(True)]
         raise UserError(f"The class name {cut!r} is longer than the {most} tokens that "

@@ -150,7 +150,7 @@ def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
             if not text.get("hf_tokenizer_name"):
                 return open_clip.get_tokenizer(source)
             if is_folder:
-                check_tokenizer(source)
+                check_tokenizer(source, text)
             tokenizer = open_clip.get_tokenizer(source, trust_remote_code=False,
                                                 local_files_only=is_folder or is_recorded)
             tokenizer([""])     # one that can't pad fails here
@@ -164,13 +164,19 @@ def tokenizer_of(source: str) -> Callable[[list[str]], Tensor]:
         raise UserError(f"The tokenizer of {source} {reason}.") from None
 
 
-def check_tokenizer(source: str) -> None:
-    """Raises UserError unless the tokenizer in a model's folder is data, and all of it is there."""
+def check_tokenizer(source: str, text: dict) -> None:
+    """Raises UserError unless the tokenizer in a model's folder is data, and all of it is there.
+
+    text: the text_cfg of the model.
+    """
     for file in ("tokenizer.json", "tokenizer_config.json"):
         check_folder(source, file, "open_clip")
     path = Path(source.removeprefix("local-dir:")) / "tokenizer_config.json"
     config = read_json(path)
     wrong = [name for name in ("auto_map", "tokenizer_file", "vocab_file") if config.get(name)]
+    if unknown_option(text):
+        raise UserError(f"{source} has {unknown_option(text)!r:.80} among its tokenizer_kwargs, by "
+                        "which a tokenizer may run code or read other files; leave it out.")
     if str(config.get("tokenizer_class")).removesuffix("Fast") not in TOKENIZERS:
         wrong = ["tokenizer_class"]
     if wrong:
@@ -266,7 +272,17 @@ def with_dynamic_size(trunk: nn.Module) -> nn.Module:
                              img_size=trunk.patch_embed.img_size, num_classes=trunk.num_classes,
                              global_pool=trunk.global_pool)
     anew.load_state_dict(trunk.state_dict())
-    return anew
+    # A folder's arguments without weights, such as an activation, are lost: it stays of one size.
+    return anew if design_of(anew) == design_of(trunk) else trunk
+
+
+def design_of(trunk: nn.Module) -> list:
+    """What a timm model is but for its size: its parts, and its rotary embedding's options."""
+    rope = vars(getattr(trunk, "rope", None) or nn.Identity())
+    of_size = ("feat_shape", "pos_embed", "bands", "training")
+    return [str(trunk), {name: value for name, value in rope.items()
+                         if name not in of_size and name[0] != "_"
+                         and isinstance(value, int | float | str | tuple | None)}]
 
 
 def convert_vit(visual: OpenClipViT) -> vision_transformer.VisionTransformer:
@@ -321,13 +337,19 @@ def is_plain(config: dict) -> bool:
     vision, text = (config.get(name, {}) for name in ("vision_cfg", "text_cfg"))
     if not isinstance(vision, dict) or not isinstance(text, dict):
         return False
-    tower, options = str(vision.get("timm_model_name", "")), text.get("tokenizer_kwargs") or {}
-    is_data = isinstance(options, dict) and all(
-        name in ("bpe_path", "clean", "strip_sep_token") and isinstance(value, str | bool)
-        for name, value in options.items())
+    tower = str(vision.get("timm_model_name", ""))
     is_local = tower.startswith("local-dir:") or ":" not in tower
-    return (is_local and is_data and not vision.get("timm_model_pretrained")
+    return (is_local and not unknown_option(text) and not vision.get("timm_model_pretrained")
             and not any(name.startswith("hf_") for name in text.keys() - {"hf_tokenizer_name"}))
+
+
+def unknown_option(text: dict) -> str | None:
+    """The first option of a text_cfg's tokenizer that may be more than data, if there is one."""
+    options = text.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict):
+        return str(options)
+    return next((name for name, value in options.items() if not isinstance(value, str | bool)
+                 or name not in ("bpe_path", "clean", "strip_sep_token")), None)
 
 
 def create_vit(name: str, pretrained: bool) -> nn.Module:

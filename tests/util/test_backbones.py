@@ -27,7 +27,7 @@ from model import (
 )
 from util.backbones import AttentionPool, reason_against
 from util.files import ROOT
-from util.towers import create_open_clip, timm_trunk
+from util.towers import create_open_clip, timm_trunk, with_dynamic_size
 from util.weights import split_fused
 
 POOLED = ("tiny-siglip", "tiny-pe")
@@ -108,6 +108,13 @@ def test_an_images_embedding_is_open_clips_own(name, monkeypatch):
     found = tower.eval().encode_image(x)
     assert found.shape == expected.shape == (1, tower.embed_dim) and expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_folders_activation_is_not_lost_where_a_tower_is_built_anew():
+    """As it would be if a model that takes images of one size were built by its name alone."""
+    own = timm.create_model("tiny_siglip", act_layer="gelu_tanh", global_pool="map")
+    assert "one size" in reason_against(with_dynamic_size(own))
+    assert not reason_against(with_dynamic_size(timm.create_model("tiny_siglip")))
 
 
 @pytest.mark.parametrize("name", POOLED)

@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -197,10 +198,20 @@ def test_a_folders_tokenizer_is_in_the_folder(asked, tmp_path):
     ({"tokenizer_file": "/etc/hostname"}, "has tokenizer_file '/etc/hostname', by which"),
     ({"pad_token": None}, "is no whole model of open_clip's .Asking to pad")])
 def test_a_folders_tokenizer_is_data(changes, sentence, asked, tmp_path):
+    """By its own configuration; the model's may not lead elsewhere, either."""
     name, path = write_siglip(tmp_path), tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=sentence):
         tokenizer_of(name)
+
+
+@pytest.mark.parametrize("option", ["subfolder", "tokenizer_type", "tokenizer_file"])
+def test_a_folders_model_leads_to_no_other_tokenizer(option, asked, tmp_path):
+    name = configure(Path(write_siglip(tmp_path).removeprefix("local-dir:")), "text_cfg",
+                     tokenizer_kwargs={"clean": "canonicalize", option: "../other"})
+    with pytest.raises(UserError, match=f"has '{option}' among its tokenizer_kwargs, by which"):
+        tokenizer_of(name)
+    assert not asked
 
 
 @pytest.mark.parametrize("file, content, sentence", [
