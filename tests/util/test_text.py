@@ -121,12 +121,14 @@ def test_a_text_tower_like_siglips_is_open_clips(tmp_path, padding):
         torch.testing.assert_close(found, own.encode_text(tokens, normalize=True))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("text", [{"padding": padding} for padding in PADDINGS]
                          + [{"padding": "<pad>", "tokenizer_mode": "clips"}], ids=str)
-def test_a_name_of_one_token_too_many(tmp_path, text):
+def test_a_name_of_one_token_too_many(tmp_path, text, side):
     """Of 12 tokens one ends the text; in the third case two more begin and close it."""
     name = write_siglip(tmp_path, **text)
     tokenizer, fits = tokenizer_of(name), 9 if "tokenizer_mode" in text else 11
+    tokenizer.tokenizer.padding_side = side         # left in Gemma's
     check_lengths(tokenizer, ["cat", " ".join(["a"] * fits)], ["{}"], name)
     for count in (fits + 1, fits + 2, 40):
         with pytest.raises(UserError, match=f"a' is longer than the 12 tokens that {name} reads"):
