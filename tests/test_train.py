@@ -37,7 +37,7 @@ def run(images, out, **given) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------- it learns
 
-@pytest.mark.parametrize("model", ["tiny-eva", "tiny-vit", "tiny-siglip", "tiny-pe"])
+@pytest.mark.parametrize("model", ["tiny-eva", "tiny-vit", "tiny-pool", "tiny-pe"])
 def test_both_losses_fall(images, tmp_path, model):
     lines = run(images, tmp_path, model=model, epochs=15, lr=2e-3, weight_decay=0, log_every=20,
                 **{"lambda": 1})
@@ -287,7 +287,7 @@ def test_accumulation_does_not_change_the_gradients(images):
         torch.testing.assert_close(gradient, at_once[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("model", ["tiny-eva", "tiny-siglip"])
+@pytest.mark.parametrize("model", ["tiny-eva", "tiny-pool"])
 def test_two_ranks_train_the_model_of_one(images, tmp_path, model):
     """A whole run of two ranks, accumulation included, against the same run in one process."""
     given = TINY | {"images": images, "model": model, "batch_size": 4, "micro_batch": 1,
@@ -315,7 +315,7 @@ def test_total_batch_is_kept_on_any_number_of_gpus(batch, micro, world, expected
 # ----------------------------------------------------------------------------------------- going on
 
 @pytest.mark.parametrize("stop, model", [   # in the middle of an epoch, at its end, in the next
-    (1, "tiny-eva"), (2, "tiny-siglip"), (3, "tiny-pe")])
+    (1, "tiny-eva"), (2, "tiny-pool"), (3, "tiny-pe")])
 def test_a_resumed_run_is_the_uninterrupted_run(images, tmp_path, stop, model):
     whole = run(images, tmp_path / "whole", epochs=3, model=model)
     run(images, tmp_path / "parts", epochs=3, steps=stop, model=model)

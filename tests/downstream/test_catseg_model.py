@@ -162,13 +162,13 @@ def test_taps_are_a_third_and_two_thirds_of_the_depth(depth, taps, segmenter, mo
 
 @pytest.mark.parametrize("name, given, last", [
     ("tiny-eva", {}, "qv"), ("tiny-vit", {}, "qv"), ("tiny-vit", {"attention": "catseg"}, "v"),
-    ("tiny-eva", {"attention": "clip"}, "qv"), ("tiny-siglip", {"attention": "clip"}, "qv"),
-    ("tiny-siglip", {"attention": "k"}, "v"), ("tiny-pe", {}, "qv")])
+    ("tiny-eva", {"attention": "clip"}, "qv"), ("tiny-pool", {"attention": "clip"}, "qv"),
+    ("tiny-pool", {"attention": "k"}, "v"), ("tiny-pe", {}, "qv")])
 def test_only_q_and_v_weights_train_inside_clip(name, given, last, tmp_path):
     """One step: they change, and nothing else does; q of a last block that has no use for it
     does not. A pooling head is a block, too, whose probe is no weight of q."""
-    is_pooled = name in ("tiny-siglip", "tiny-pe")
-    own_text = name == "tiny-siglip"
+    is_pooled = name in ("tiny-pool", "tiny-pe")
+    own_text = name == "tiny-pool"
     segmenter = make(write_siglip(tmp_path, name, context_length=64) if own_text else name,
                      **given).train()
     before = {name: weight.clone() for name, weight in segmenter.clip.named_parameters()}

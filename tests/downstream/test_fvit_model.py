@@ -440,7 +440,7 @@ def test_strides_of_l14_are_exact():
                                  896 + 3 * stride, 896 + 3 * stride]
 
 
-@pytest.mark.parametrize("name", ["tiny-vit", "local-dir:toy/clip"])
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-pool", "tiny-pe", "local-dir:toy/clip"])
 def test_other_backbones(name):
     clip = DeCLIP(name, "own" if ":" in name else None)
     fvit = FViT(clip, NAMES, SEEN, SMALL._replace(attention="clip", masks=True))

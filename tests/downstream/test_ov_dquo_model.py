@@ -572,11 +572,13 @@ def test_an_image_alone_has_the_detections_of_its_batch(detector):
         torch.testing.assert_close(alone.boxes, found.boxes, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["tiny-eva", "tiny-pool", "tiny-pe"])
 @pytest.mark.parametrize("map_only", [False, True])
-def test_which_block_makes_the_taps_and_the_map(clip, map_only):
-    """DeCLIP's last block for both, or for the map alone; the third tap is then a block without
-    attention."""
-    detector = OVDQUO(clip, NAMES, SEEN, SMALL._replace(map_only=map_only))
+def test_which_block_makes_the_taps_and_the_map(name, map_only):
+    """DeCLIP's last block, a pooling head too, for both, or for the map alone; the third tap is
+    then a block without attention."""
+    detector = OVDQUO(DeCLIP(name), NAMES, SEEN, SMALL._replace(map_only=map_only))
+    assert all(loss.isfinite() for loss in detector.train()(*batch(2)).values())
     images, taken = batch(1)[0], {}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(detector.neck, "forward", lambda taps: taken.update(taps=taps) or [

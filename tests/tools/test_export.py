@@ -44,14 +44,14 @@ def test_eva_layout_comes_back(trained, tmp_path, capsys):
     assert "tiny-eva, to be used with context qk and scale 0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", "tiny-vit-quickgelu", "tiny-siglip",
+@pytest.mark.parametrize("name", ["tiny-eva", "tiny-vit", "tiny-vit-quickgelu", "tiny-pool",
                                   "tiny-pe"])
 def test_open_clip_layout_comes_back(trained, tmp_path, name):
     """open_clip's own loader takes the folder strictly, and its [CLS] equals ours.
 
     Read again, the weights are the same.
     """
-    if name == "tiny-siglip":       # with a tokenizer of its own
+    if name == "tiny-pool":       # with a tokenizer of its own
         name = write_siglip(tmp_path / "clip", name)
     clip, path = trained(name)
     export.main(options(ckpt=path, layout="open_clip", out=tmp_path / "folder"))

@@ -115,7 +115,7 @@ def test_attention_maps_of_the_last_block_give_the_content(attention):
     torch.testing.assert_close(content, clip.encode_dense(x, attention)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tiny-siglip", "tiny-pe"])
+@pytest.mark.parametrize("name", ["tiny-pool", "tiny-pe"])
 @torch.inference_mode()
 def test_of_a_tower_that_pools_the_figure_of_cls_ends_with_the_probe(name, photo, tmp_path,
                                                                      monkeypatch):
@@ -138,7 +138,7 @@ def test_of_a_tower_that_pools_the_figure_of_cls_ends_with_the_probe(name, photo
                         or plt.figure())
     visualize.main(["cls", str(photo), *options(model=name, pretrained="none", vfm_model="none",
                                                 figure=tmp_path / "x.png")])
-    layers = [2] if name == "tiny-siglip" else [0, 1, 2]
+    layers = [2] if name == "tiny-pool" else [0, 1, 2]
     assert [[layer for layer, _ in maps] for _, maps in drawn] == [layers] * 2
 
 

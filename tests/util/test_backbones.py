@@ -30,7 +30,7 @@ from util.files import ROOT
 from util.towers import create_open_clip, timm_trunk, with_dynamic_size
 from util.weights import split_fused
 
-POOLED = ("tiny-siglip", "tiny-pe")
+POOLED = ("tiny-pool", "tiny-pe")
 
 
 # ------------------------------------------------------ agreement with the published implementation
