@@ -96,20 +96,19 @@ class VisionTower(nn.Module):
         # Side of the images CLIP learned from, in whole patches
         self.image_size = trunk.patch_embed.grid_size[0] * self.patch_size
         self.width, self.embed_dim = self.family.width, self.family.embed_dim   # D and C
-        self.num_layers, self.num_prefix_tokens = len(self.family.blocks), self.family.prefix
+        self.num_layers, self.num_prefix_tokens = len(self.blocks), self.family.prefix
         self.checkpointing = False      # saves memory: backward computes the blocks again
         self.known(context)
+
+    blocks = property(lambda self: self.family.blocks)      # attention blocks, the head included
+    # How many of the last ones are computed in parts, for the content
+    value_blocks = property(lambda self: ATTENTIONS[self.context].value_blocks)
 
     @property
     def attention_scale(self) -> float:
         """The factor of the decoupled block's logits, as a number."""
         d = self.width // self.family.num_heads
         return d**-0.5 if self.scale is None else self.scale
-
-    @property
-    def value_blocks(self) -> int:
-        """The number of last blocks that are computed in parts, for the content."""
-        return ATTENTIONS[self.context].value_blocks
 
     def forward(self, images: Tensor, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The student's part of a training step: region features (sum k, C), context (B, N, D).
@@ -122,7 +121,7 @@ class VisionTower(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C): the image's embedding, [CLS] or a probe's, not normalised."""
         x, extra, _ = self.embed(images)
-        return self.family.pooled(self._run(self.family.blocks[:-1], x, extra), extra)
+        return self.family.pooled(self._run(self.blocks[:-1], x, extra), extra)
 
     def encode_dense(self, images: Tensor, attention: str | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> content (B, C, h, w) in text-image space; context (B, N, D), X_context.
@@ -159,7 +158,7 @@ class VisionTower(nn.Module):
                             f"{self.num_layers - 1}.")
         x, extra, grid = self.embed(images)
         outputs, inputs, count = {}, [x], ATTENTIONS[attention].value_blocks
-        for number, block in enumerate(self.family.blocks[:-1]):
+        for number, block in enumerate(self.blocks[:-1]):
             inputs = [*inputs, self._run([block], inputs[-1], extra)][-count:]
             if number in layers:
                 outputs[number] = inputs[-1]
@@ -198,8 +197,8 @@ class VisionTower(nn.Module):
         """The first block's tokens -> those before each of the last blocks that the content needs,
         (B, T, D) each: one, but for rows of several value_blocks."""
         count = max(self.value_blocks, ATTENTIONS[attention].value_blocks)
-        inputs = [self._run(self.family.blocks[:-count], x, extra)]
-        for block in self.family.blocks[-count:-1]:
+        inputs = [self._run(self.blocks[:-count], x, extra)]
+        for block in self.blocks[-count:-1]:
             inputs.append(self._run([block], inputs[-1], extra))
         return inputs
 
@@ -252,13 +251,13 @@ class VisionTower(nn.Module):
         Of the last block, what `context` does not use is frozen too.
         Raises UserError unless 1 <= unlocked_blocks <= depth.
         """
-        blocks = self.family.blocks
-        unlocked_blocks = len(blocks) if unlocked_blocks is None else unlocked_blocks
-        if not 1 <= unlocked_blocks <= len(blocks):
+        depth = self.num_layers
+        unlocked_blocks = depth if unlocked_blocks is None else unlocked_blocks
+        if not 1 <= unlocked_blocks <= depth:
             raise UserError(f"{unlocked_blocks} blocks were to be unlocked, but {self.name} has "
-                            f"{len(blocks)}; choose 1 to {len(blocks)}.")
+                            f"{depth}; choose 1 to {depth}.")
         self.requires_grad_(False)
-        for block in blocks[len(blocks) - unlocked_blocks:]:
+        for block in self.blocks[depth - unlocked_blocks:]:
             block.requires_grad_(True)
         row = ATTENTIONS[self.context]
         used = "qk" if row.projections is None else row.projections
@@ -357,6 +356,8 @@ class VFM(nn.Module):
         self.patch_size = trunk.patch_embed.patch_size[0]
         self.num_prefix_tokens = getattr(trunk, "num_prefix_tokens", 0)     # [CLS] and registers
         self.trunk = trunk.eval().requires_grad_(False)
+
+    blocks = property(lambda self: self.trunk.blocks)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def build(cfg: SimpleNamespace, ranks: distributed.Ranks
         # Last blocks stay whole, because a decoupled one is computed in parts.
         for tower in towers:
             parts = tower.value_blocks if tower is clip.visual else 1
-            shard(tower, getattr(tower, "family", tower.trunk).blocks[:-parts], ranks,
+            shard(tower, tower.blocks[:-parts], ranks,
                   *(["encode_image"] if tower is teacher else []))
     else:
         for tower in towers:

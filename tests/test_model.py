@@ -61,9 +61,8 @@ def golden() -> dict:
     return torch.load(Path(__file__).parent / "golden_b16.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def golden_weights(golden) -> dict[str, torch.Tensor]:
-    """The recipe's seeded weights under EVA-CLIP's names."""
+def seeded_weights(golden: dict) -> dict[str, torch.Tensor]:
+    """The recipe's weights under the names of its `shapes`."""
     out = {}
     for name, shape in golden["shapes"].items():
         generator = torch.Generator().manual_seed((zlib.crc32(name.encode())
@@ -77,10 +76,10 @@ def golden_weights(golden) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def published(golden_weights, tmp_path_factory) -> DeCLIP:
+def published(golden, tmp_path_factory) -> DeCLIP:
     path = tmp_path_factory.mktemp("published") / "declip.pt"
     torch.save({"epoch": 6, "state_dict": {f"module.{name}": value for name,
-                                           value in golden_weights.items()}}, path)
+                                           value in seeded_weights(golden).items()}}, path)
     with tiny.undrawn():
         return DeCLIP("EVA02-B-16", pretrained=str(path))
 

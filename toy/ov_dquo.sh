@@ -36,7 +36,8 @@ wait
 
 # 4. Average precision of all four, and a picture; novel classes have an asterisk.
 for arm in clip declip clip+unknown declip+unknown; do
-    run -m downstream.ov_dquo.eval @presets/toy_ov_dquo_eval.txt --ckpt $out/$arm-0/ov_dquo.safetensors
+    run -m downstream.ov_dquo.eval @presets/toy_ov_dquo_eval.txt \
+        --ckpt $out/$arm-0/ov_dquo.safetensors
 done
 run -m tools.detect data/toy/val/images/00008.png --temperature 15 --nms 0.3 --least 0.2 \
     --out out/toy --ckpt $out/declip+unknown-0/ov_dquo.safetensors

@@ -76,7 +76,7 @@ def run(cfg: SimpleNamespace) -> str:
     settings.check(cfg, TABLE=(name in TABLES, f"one of {', '.join(TABLES)}"),
                    SCENES=(cfg.SCENES in BENCHMARKS, "val or dev"),
                    SEEDS=({*cfg.SEEDS} <= {*splits}, "from 0 to 2, which have a split each"))
-    mode = "--search" if cfg.SEARCH and name in ("table1", "siglip") else name
+    mode = "--search" if cfg.SEARCH and name in READ_BY["SEARCH"].split() else name
     settings.refuse_unread(cfg, sys.modules[__name__], [mode], READ_BY)
     return (search if cfg.SEARCH else report)(cfg, TABLES[name])
 

@@ -40,8 +40,8 @@ class Split(nn.Module):
 class Backbone:
     """What all families share. trunk: a timm ViT, to which all weights belong.
 
-    A family adds `projection`, `heads`, `dense`, `whole`, `pooled`, `project`, `unused`, and
-    `reason_against`, which says what else it can't use.
+    A family adds `input_norm`, `num_heads`, `projection`, `dense`, `whole`, `pooled`, `project`,
+    `unused`, and `reason_against`, which says what else it can't use.
     """
 
     REFUSED: dict[str, str] = {}        # rows of model.ATTENTIONS without meaning, and why
@@ -70,6 +70,11 @@ class Backbone:
         extra = {"rope": rope.get_embed(grid)} if rope is not None else {}
         return trunk.norm_pre(x + position), extra, tuple(grid)
 
+    def heads(self, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
+        """Tokens before the last block -> their projections, (B, heads, T, d) by name."""
+        normed = self.input_norm(x)
+        return {name: self.by_heads(self.projection(name)(normed)) for name in names}
+
     def by_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, heads, T, d)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -95,20 +100,14 @@ class ClassToken(Backbone):
 
     def __init__(self, trunk: nn.Module):
         super().__init__(trunk)
-        self.attn = self.blocks[-1].attn
+        self.attn, self.input_norm = self.blocks[-1].attn, self.blocks[-1].norm1
         self.num_heads = self.attn.num_heads
         if isinstance(self.attn.qkv, nn.Linear):
             self.attn.qkv = Split(self.attn.qkv, "qkv")
 
     def projection(self, name: str) -> nn.Linear:
         """Proj_q, Proj_k or Proj_v of the last block."""
-        qkv = self.attn.qkv
-        return getattr(self.attn, f"{name}_proj") if qkv is None else getattr(qkv, name)
-
-    def heads(self, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
-        """Tokens before the last block -> their projections, (B, heads, T, d) by name."""
-        normed = self.blocks[-1].norm1(x)
-        return {name: self.by_heads(self.projection(name)(normed)) for name in names}
+        return projection(self.attn, name)
 
     def dense(self, x: Tensor, y: Tensor, residual: str, earlier: Sequence[Tensor] = ()) -> Tensor:
         """The last block's output, (B, T, D), for its input x and attention's, y (B, heads, T, d).
@@ -175,7 +174,7 @@ class AttentionPool(Backbone):
 
     def __init__(self, trunk: nn.Module):
         super().__init__(trunk)
-        self.head = trunk.attn_pool
+        self.head, self.input_norm = trunk.attn_pool, trunk.norm
         self.blocks, self.num_heads = [*self.blocks, self.head], self.head.num_heads
         if isinstance(self.head.kv, nn.Linear):
             self.head.kv = Split(self.head.kv, "kv")
@@ -183,11 +182,6 @@ class AttentionPool(Backbone):
     def projection(self, name: str) -> nn.Linear:
         """Proj_q, Proj_k or Proj_v of the head."""
         return self.head.q if name == "q" else getattr(self.head.kv, name)
-
-    def heads(self, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
-        """Tokens after the last of the trunk's blocks -> projections, (B, heads, T, d) by name."""
-        normed = self.trunk.norm(x)
-        return {name: self.by_heads(self.projection(name)(normed)) for name in names}
 
     def dense(self, x: Tensor, y: Tensor, residual: str, earlier: Sequence[Tensor] = ()) -> Tensor:
         """Attention's output y (B, heads, T, d) -> the head's, (B, T, D).
@@ -206,7 +200,7 @@ class AttentionPool(Backbone):
 
     def pooled(self, x: Tensor, extra: dict) -> Tensor:
         """Tokens after the last of the trunk's blocks -> the image's embedding, (B, C)."""
-        return self.project(self.head(self.trunk.norm(x)))
+        return self.project(self.head(self.input_norm(x)))
 
     def project(self, tokens: Tensor) -> Tensor:
         """The head's output (..., D) -> (..., C): a projection, if the tower has one."""
@@ -234,11 +228,16 @@ class AttentionPool(Backbone):
         return "" if is_plain else "pools by attention of another kind than SigLIP's"
 
 
+def projection(attn: nn.Module, name: str) -> nn.Linear:
+    """Proj_q, Proj_k or Proj_v of a block's attention where they are not fused."""
+    return getattr(attn, f"{name}_proj") if attn.qkv is None else getattr(attn.qkv, name)
+
+
 def values(attn: nn.Module, x: Tensor) -> Tensor:
     """Proj_v of any block's attention, also of one whose three projections are fused."""
     if isinstance(attn.qkv, nn.Linear):
         return F.linear(x, attn.qkv.weight.chunk(3)[2], attn.qkv.bias.chunk(3)[2])
-    return attn.v_proj(x) if attn.qkv is None else attn.qkv.v(x)
+    return projection(attn, "v")(x)
 
 
 def is_eva_clip(trunk: nn.Module) -> bool:

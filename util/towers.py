@@ -169,14 +169,15 @@ def check_tokenizer(source: str, text: dict) -> None:
 
     text: the text_cfg of the model.
     """
+    option = unknown_option(text)
+    if option:
+        raise UserError(f"{source} has {option!r:.80} among its tokenizer_kwargs, by which a "
+                        "tokenizer may run code or read other files; leave it out.")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         check_folder(source, file, "open_clip")
     path = Path(source.removeprefix("local-dir:")) / "tokenizer_config.json"
     config = read_json(path)
     wrong = [name for name in ("auto_map", "tokenizer_file", "vocab_file") if config.get(name)]
-    if unknown_option(text):
-        raise UserError(f"{source} has {unknown_option(text)!r:.80} among its tokenizer_kwargs, by "
-                        "which a tokenizer may run code or read other files; leave it out.")
     if str(config.get("tokenizer_class")).removesuffix("Fast") not in TOKENIZERS:
         wrong = ["tokenizer_class"]
     if wrong:

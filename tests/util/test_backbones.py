@@ -1,9 +1,7 @@
 """util/backbones.py: each family's tower is open_clip's own, its last block the method's."""
 
 import re
-import zlib
 from functools import partial
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -12,7 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from open_clip.model import _build_vision_tower
-from test_model import images, randomize
+from test_model import images, randomize, seeded_weights
 from timm.layers import resample_abs_pos_embed
 
 from model import (
@@ -37,7 +35,7 @@ POOLED = ("tiny-pool", "tiny-pe")
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
-    return torch.load(Path(__file__).parent.parent / "golden_siglip.pt", weights_only=True)
+    return torch.load(ROOT / "tests/golden_siglip.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +45,8 @@ def published(golden) -> VisionTower:
         trunk = timm.create_model("vit_base_patch16_siglip_256", num_classes=0,
                                   dynamic_img_size=True)
     tower = VisionTower(trunk.eval(), "q", None, (0.5,) * 3, (0.5,) * 3, "SigLIP")
-    weights = {}
-    for name, shape in golden["shapes"].items():
-        seed = (zlib.crc32(name.encode()) + golden["seed"]) % 2**31
-        draw = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        is_norm = name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
-        weights[name.removeprefix("visual.trunk.")] = (
-            1 + 0.1 * draw if is_norm else draw * (0.1 if draw.ndim <= 1 else 0.05))
+    weights = {name.removeprefix("visual.trunk."): value
+               for name, value in seeded_weights(golden).items()}
     trunk.load_state_dict(split_fused(weights, trunk))
     return tower
 
