@@ -10,16 +10,20 @@ export OMP_WAIT_POLICY = PASSIVE
 demo: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" toy/demo.sh
 
-test: .venv/installed
+test: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -n auto
 
-slow: .venv/installed
+slow: .venv/tested
 	.venv/bin/python -m pytest -m slow
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -r requirements.txt
+	touch $@
+
+.venv/tested: .venv/installed tests/requirements.txt
+	.venv/bin/pip install -r tests/requirements.txt
 	touch $@
 
 clean:
