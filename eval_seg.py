@@ -11,12 +11,11 @@ checkpoint, which keeps the results of other evaluations.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +42,7 @@ from util.pamr import refine
 from util.precision import autocast, check_precision
 from util.results import identity, told_apart, write_result
 from util.text import best_text, find_templates
+from util.windows import Maps, resized_size, window_starts
 
 # The model, its precision and the run are set as in eval_region.py
 SHARED = {"eval_region": ["The model", "Names and numbers", "The evaluation"]}
@@ -282,36 +282,19 @@ def predict(protocol: Protocol, clip: DeCLIP, classes: Classes, text: Tensor,
     return predictions
 
 
-class Scores(NamedTuple):
-    """An image's cosines, one for each patch of each window, and how they become pixels.
-
-    Enlarging a window's patches to its pixels, averaging where windows overlap and resizing to the
-    original image are linear, and act on rows and columns alike. So together they are one matrix
-    for each. Scores of pixels, many times as many numbers, exist for some rows at a time only.
-    """
-    patches: Tensor     # (P, p, q): p rows and q columns of patches, window by window
-    down: Tensor        # (H, p)
-    across: Tensor      # (W, q)
-
-    def of_pixels(self, most: int = 2**24) -> Iterator[Tensor]:
-        """Scores of the pixels, (P, rows, W), about `most` numbers at a time."""
-        wide = self.patches @ self.across.T
-        for some in self.down.split(max(1, most // wide[:, 0].numel())):
-            yield some @ wide
-
-    def of_texts(self, most: int = 10**8) -> Iterator[Tensor]:
-        """Scores of all pixels, (p, H, W), of some texts after the others."""
-        pixels = len(self.down) * len(self.across)
-        for some in self.patches.split(max(1, most // pixels)):
-            yield from self._replace(patches=some).of_pixels(max(most, pixels))
-
-
 @torch.inference_mode()
 def score_images(protocol: Protocol, clip: DeCLIP, images: Sequence[Tensor], text: Tensor
-                 ) -> list[Scores]:
-    """Images uint8 (3, H, W) and text (P, C) -> their scores by a sliding window.
+                 ) -> list[Maps]:
+    """Images uint8 (3, H, W) and text (P, C) -> their cosines by a sliding window."""
+    return map_images(protocol, clip, images, partial(window_scores, protocol, clip, text=text))
 
-    Windows of all images together fill the batches.
+
+def map_images(protocol: Protocol, clip: DeCLIP, images: Sequence[Tensor],
+               function: Callable[[Tensor], Tensor]) -> list[Maps]:
+    """Images uint8 (3, H, W) -> what a function makes of their windows' patches.
+
+    function: normalised windows (n, 3, S, S) -> (n, P, S/patch, S/patch). Windows of all images
+        together fill its batches.
     """
     window, stride = protocol.window, protocol.stride
     # 1. Resize; an image smaller than a window is one window, padded
@@ -324,26 +307,14 @@ def score_images(protocol: Protocol, clip: DeCLIP, images: Sequence[Tensor], tex
               for image in resized]
     windows = [image[:, y:y + window, x:x + window]
                for image, (ys, xs) in zip(resized, places) for y in ys for x in xs]
-    # 3. Cosine of each patch and each text
-    scores = torch.cat([
-        window_scores(protocol, clip, torch.stack(windows[start:start + protocol.window_batch]),
-                      text) for start in range(0, len(windows), protocol.window_batch)])
-    of_image = scores.split([len(ys) * len(xs) for ys, xs in places])
+    # 3. One value for each patch and each text
+    batch = protocol.window_batch
+    values = torch.cat([function(torch.stack(windows[start:start + batch]))
+                        for start in range(0, len(windows), batch)])
     # 4. Rows and columns of each image's patches
-    out = []
-    for patches, image, size, (ys, xs) in zip(of_image, images, sizes, places):
-        weights = [side_weights(*sides, window, stride, patches.shape[-1], patches.device)
-                   for sides in zip(size, image.shape[-2:])]
-        patches = patches.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4)
-        out.append(Scores(patches.flatten(3).flatten(1, 2), *weights))
-    return out
-
-
-def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:
-    """Height and width of an image (..., H, W) with its shorter side resized to `short_side`, or
-    its longer one to `long_side` if that would be exceeded; halves are rounded up (published)."""
-    factor = min(short_side / min(image.shape[-2:]), long_side / max(image.shape[-2:]))
-    return tuple(max(1, int(side * factor + 0.5)) for side in image.shape[-2:])
+    of_image = values.split([len(ys) * len(xs) for ys, xs in places])
+    return [Maps.of(patches, size, window, stride, image.shape[-2:])
+            for patches, size, image in zip(of_image, sizes, images)]
 
 
 def window_scores(protocol: Protocol, clip: DeCLIP, windows: Tensor, text: Tensor) -> Tensor:
@@ -351,32 +322,6 @@ def window_scores(protocol: Protocol, clip: DeCLIP, windows: Tensor, text: Tenso
     with autocast(protocol.precision, windows.device):
         content = clip.encode_dense(windows, protocol.attention)[0].float()
     return torch.einsum("nchw,pc->nphw", F.normalize(content, dim=1), text)
-
-
-@lru_cache(maxsize=256)
-def side_weights(length: int, side: int, window: int, stride: int, patches: int,
-                 device: torch.device) -> Tensor:
-    """What rows of patches of all windows add to rows of pixels, (side, windows * patches).
-
-    length: of the side as the model sees it, covered by windows of `window` pixels and `patches`
-    patches. The same serves columns.
-    """
-    starts = window_starts(max(length, window), window, stride)
-    eye = torch.eye(patches, device=device)[None]
-    enlarged = F.interpolate(eye, window, mode="linear")[0].T       # (window, patches)
-    total = torch.zeros(max(length, window), len(starts), patches, device=device)
-    for number, start in enumerate(starts):
-        total[start:start + window, number] = enlarged
-    # A row's weights of one window sum to 1, so this is the number of windows that cover it.
-    covered = total.sum(dim=(1, 2))
-    mean = total.flatten(1) / covered[:, None]
-    # Without the padding, to the original size.
-    return F.interpolate(mean[:length].T[None], side, mode="linear")[0].T.contiguous()
-
-
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every `stride`, the last one so that it ends with it."""
-    return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
 def decide(scores: Iterable[Tensor], classes: Classes, logit_scale: float,

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data import read_classes, resize
-from eval_seg import resized_size
 from util import UserError
 from util.coco import (
     UNKNOWN,
@@ -49,6 +48,7 @@ from util.images import read_image
 from util.labels import CLASS_FILES, check_sizes
 from util.results import told_apart
 from util.samples import TrainingData
+from util.windows import resized_size
 
 
 class Objects(NamedTuple):

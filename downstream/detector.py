@@ -22,7 +22,6 @@ from torchvision import ops
 from data import RESIZES, constant, normalize, pad_to, resize
 from downstream.detection import Detections
 from eval_region import open_model
-from eval_seg import resized_size
 from model import DeCLIP
 from util import UserError, distributed
 from util.files import find
@@ -35,6 +34,7 @@ from util.weights import (
     state_checksum,
     write_checkpoint,
 )
+from util.windows import resized_size
 
 
 class Detector(nn.Module):

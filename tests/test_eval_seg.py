@@ -20,6 +20,7 @@ from util.images import read_image
 from util.labels import VOID, SegmentationBenchmark, SegmentationImages
 from util.pamr import refine
 from util.results import read_results
+from util.windows import window_starts
 
 WINDOWS = {"short_side": 48, "window": 32, "stride": 16, "window_batch": 3}
 # A checkpoint says itself which model it is.
@@ -88,7 +89,7 @@ def test_perfect_prediction_is_100_and_a_shift_by_one_is_not():
 @pytest.mark.parametrize("length, expected",
                          [(448, [0, 112]), (336, [0]), (337, [0, 1]), (600, [0, 112, 224, 264])])
 def test_windows_cover_a_side(length, expected):
-    assert eval_seg.window_starts(length, 336, 112) == expected
+    assert window_starts(length, 336, 112) == expected
 
 
 def slow_logits(rules: Protocol, clip: DeCLIP, image: torch.Tensor, text: torch.Tensor

@@ -28,7 +28,7 @@ from torch import Tensor
 from downstream.detection import Detections, encode_detections, name_results
 from downstream.detector import Detector, kind_of, open_detector
 from downstream.evaluation import KINDS, record_of, refuse_unused_rules, score_rules
-from tools import segment
+from tools import figures, segment
 from util import UserError, distributed, settings
 from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
@@ -121,9 +121,9 @@ def draw(photo: Tensor, found: Detections, titles: Sequence[str], largest: int, 
     titles: a class's name, with an asterisk if training has not seen it.
     """
     H, W = photo.shape[-2:]
-    shown, _ = segment.resized(photo, {}, largest)
+    shown, _ = figures.resized(photo, {}, largest)
     counts = Counter(found.labels.tolist())
-    colour_of = dict(zip(counts, cycle(segment.PALETTE)))
+    colour_of = dict(zip(counts, cycle(figures.PALETTE)))
     inches = INCHES / max(H, W)
     figure = plt.figure(figsize=(W * inches, H * inches))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -173,7 +173,7 @@ def write_names(axis: plt.Axes, found: Detections, titles: Sequence[str],
         places = [(x, y) for y in (y0 - tall, y0, y1 - tall, y1) for x in (x0, x1 - wide)]
         places = [(min(max(x, 0), max(W - wide, 0)), min(max(y, 0), H - tall)) for x, y in places]
         boxes = [(x, y, x + wide, y + tall) for x, y in places]
-        taken.append(next((box for box in boxes if segment.is_free(box, taken)), boxes[0]))
+        taken.append(next((box for box in boxes if figures.is_free(box, taken)), boxes[0]))
         x, y = taken[-1][:2]
         axis.text(x + 0.4 * LETTER * points, y + tall / 2, text, va="center", fontsize=LETTER,
                   color=letters_on(colour_of[label]), zorder=5,
@@ -190,14 +190,14 @@ def add_legend(axis: plt.Axes, counts: dict[int, int], titles: Sequence[str],
                colour_of: dict[int, str]) -> None:
     """Below the photograph: colour, name and number of each class, and what an asterisk says."""
     entries = [patches.Patch(color=colour_of[label], label=f"{titles[label]}  {count}")
-               for label, count in list(counts.items())[:segment.MAX_NAMED]]
-    if len(counts) > segment.MAX_NAMED:
-        entries.append(patches.Patch(color="none", label=f"{len(counts) - segment.MAX_NAMED} more"))
+               for label, count in list(counts.items())[:figures.MAX_NAMED]]
+    if len(counts) > figures.MAX_NAMED:
+        entries.append(patches.Patch(color="none", label=f"{len(counts) - figures.MAX_NAMED} more"))
     title = None if entries else "nothing found"
     if any(titles[label].endswith("*") for label in counts):
         title = "* not seen in training"
-    columns = segment.legend_columns(entries, axis.figure.get_figwidth()) if entries else 1
-    axis.legend(handles=entries, ncols=columns, title=title, title_fontsize=LETTER, **segment.BELOW)
+    columns = figures.legend_columns(entries, axis.figure.get_figwidth()) if entries else 1
+    axis.legend(handles=entries, ncols=columns, title=title, title_fontsize=LETTER, **figures.BELOW)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import Classes, Grid, fitted_size, grid_boxes, normalize, pad_to, resize
-from eval_seg import Protocol, resized_size, window_scores, window_starts
+from eval_seg import Protocol, window_scores
 from model import VFM, DeCLIP, VisionTower, content_loss
 from train import vfm_size
 from util.images import unreadable
+from util.windows import resized_size, window_starts
 
 # ----------------------------------------------------------------------------------- the input
 

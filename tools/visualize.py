@@ -32,7 +32,7 @@ from torch import Tensor
 from data import fitted_size, normalize, resize
 from eval_seg import Protocol
 from model import DECOUPLED, VFM, VisionTower, load_vfm
-from tools import segment
+from tools import figures, segment
 from util import UserError, distributed, printable, settings
 from util.images import read_image
 from util.precision import autocast, check_precision
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                             f"KIND one of {', '.join(KINDS)}.")
         settings.check_min(cfg, LAYERS=1, SIZE=1)
         check_precision(cfg.PRECISION)
-        segment.check_figure(cfg)
+        figures.check_figure(cfg)
         settings.refuse_unread(cfg, sys.modules[__name__], [kind], READ_BY)
         settings.refuse_unused(cfg, OUT=cfg.FIGURE and "is for a figure without a name of its own",
                                SEED=cfg.ANCHOR and "chooses the anchor if ANCHOR does not",
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(figure, tuple):       # the photographs that it shows, and those that failed
             figure, failed = figure
         path = Path(cfg.FIGURE or Path(cfg.OUT or "out") / f"{kind}.png")
-        segment.save_figure(figure, path, bbox_inches="tight")
+        figures.save_figure(figure, path, bbox_inches="tight")
         print(f"the figure is {printable(str(path))}")
         segment.say_failed(failed)
 
@@ -199,7 +199,7 @@ def one_photo(cfg: SimpleNamespace, files: list[str]) -> Subject:
         raise UserError(f"{len(photos)} photographs were given, but this figure is of one; name "
                         "one.")
     photo = read_image(photos[0], upright=True)
-    segment.use_fonts([printable(photos[0].name)])
+    figures.use_fonts([printable(photos[0].name)])
     H, W = photo.shape[-2:]
     rng = random.Random(cfg.SEED)
     anchor = rng.randrange(W), rng.randrange(H)
@@ -319,7 +319,7 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device
     if len(photos) > MAX_ROWS:
         raise UserError(f"{len(photos)} photographs were given, but a figure has room for "
                         f"{MAX_ROWS}; name fewer, or take tools.segment, which draws each.")
-    segment.use_fonts([*classes.names, *(printable(path.name) for path in photos)])
+    figures.use_fonts([*classes.names, *(printable(path.name) for path in photos)])
     rows = {}       # by name: the picture, and each method's classes of its pixels
 
     # 1. Every method's classes of pixels, as large as they are drawn
@@ -333,7 +333,7 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device
 
     def segment_one(columns: dict, photo: Tensor, path: Path, _: Path) -> str:
         found = {title: by([photo.to(device)])[0].cpu() for title, by in columns.items()}
-        rows[path] = segment.resized(photo, found, 640)
+        rows[path] = figures.resized(photo, found, 640)
         return str(path)
 
     failed = segment.each_photo(photos, load, segment_one)
@@ -346,12 +346,12 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device
     figure, axes = plt.subplots(len(rows), 1 + len(columns), squeeze=False, layout="constrained",
                                 figsize=(2.7 * (1 + len(columns)), sum(heights) + 1),
                                 height_ratios=heights)
-    colour_of = segment.colours(found, classes)
+    colour_of = figures.colours(found, classes)
     for line, (path, (picture, drawn)) in zip(axes, rows.items()):
         line[0].imshow(picture.permute(1, 2, 0), aspect="auto")
         line[0].set_ylabel(printable(path.name), fontsize=9)
         for axis, title in zip(line[1:], columns):
-            segment.paint(axis, picture, drawn[title], classes, colour_of, inches=2.6)
+            figures.paint(axis, picture, drawn[title], classes, colour_of, inches=2.6)
     for axis, title in zip(axes[0], ["photograph", *columns]):
         axis.set_title(title, fontsize=11)
     for axis in axes.flat:
@@ -359,9 +359,9 @@ def segmentation(cfg: SimpleNamespace, files: list[str], device: torch.device
         axis.spines[:].set_visible(False)
     # 3. One legend
     handles = [patches.Patch(color=colour_of[name], label=name) for name in
-               segment.seen_classes(found.values(), classes)[:segment.MAX_NAMED]]
+               figures.seen_classes(found.values(), classes)[:figures.MAX_NAMED]]
     figure.legend(handles=handles, loc="outside lower center",
-                  ncols=segment.balanced(len(handles), 8), **segment.LEGEND | {"fontsize": 9.5})
+                  ncols=figures.balanced(len(handles), 8), **figures.LEGEND | {"fontsize": 9.5})
     return figure, failed
 
 

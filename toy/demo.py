@@ -22,8 +22,8 @@ import eval_seg
 from data import Classes, student_image
 from eval_seg import Protocol, find_benchmark, find_set
 from model import DeCLIP
-from tools import segment
-from tools.segment import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
+from tools import figures
+from tools.figures import LEGEND, OPACITY, PALETTE, balanced, deepest, seen_classes
 from tools.visualize import Shown, token_of
 from toy.world import THINGS
 from util import UserError, distributed, settings
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table and draws the figure, as the command line (or `argv`) says."""
     cfg = settings.parse(argv, sys.modules[__name__])
     with distributed.session(__file__):
-        segment.check_figure(cfg)
+        figures.check_figure(cfg)
         results = find_results(cfg)
         with as_written(cfg.RESULTS):
             print(table(results))
@@ -119,7 +119,7 @@ def draw(cfg: SimpleNamespace) -> None:
     for axis, title in zip(axes[0], TITLES):
         axis.set_title(title, fontsize=11)
     add_legend(figure, classes, seen_classes(labels, classes))
-    segment.save_figure(figure, cfg.FIGURE)
+    figures.save_figure(figure, cfg.FIGURE)
 
 
 def draw_row(row: np.ndarray, image: Tensor, labels: list[Tensor], maps: list[Tensor],

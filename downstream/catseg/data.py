@@ -20,12 +20,13 @@ from torch import Tensor
 from torchvision.transforms.functional import adjust_hue
 
 from data import Classes, make_classes, read_classes, resize
-from eval_seg import KNOWN_BENCHMARKS, find_set, resized_size
+from eval_seg import KNOWN_BENCHMARKS, find_set
 from util import UserError
 from util.files import find
 from util.images import MAX_DECODED
 from util.labels import CLASS_FILES, VOID, MissingData, SegmentationBenchmark, SegmentationImages
 from util.samples import TrainingData
+from util.windows import resized_size
 
 # --------------------------------------------------------------------------- images to train with
 

@@ -26,12 +26,13 @@ from data import Classes, constant, load_share, normalize, resize
 from downstream.catseg.data import BENCHMARKS as TABLE_4
 from downstream.catseg.data import find_evaluation
 from downstream.catseg.model import CATSeg, open_catseg
-from eval_seg import evaluate, resized_size, summarize, table, window_starts
+from eval_seg import evaluate, summarize, table
 from util import UserError, distributed, settings
 from util.labels import NOT_IN_DATA, find_data, overview
 from util.precision import autocast, check_precision
 from util.results import identity, write_result
 from util.text import best_text
+from util.windows import resized_size, window_starts
 
 SHARED = {"eval_region": ["The evaluation"]}
 

@@ -18,7 +18,7 @@ from downstream.detection import Detections
 from downstream.fvit.model import Design, FViT
 from model import DeCLIP
 from tools import detect
-from tools.segment import PALETTE
+from tools.figures import PALETTE
 
 SMALL = Design(image_size=64, channels=16, candidates=100, proposals=20, templates="{}")
 DEFAULTS = {"cache": "none", "largest": 320}

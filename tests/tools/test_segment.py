@@ -22,7 +22,7 @@ from data import make_classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, Design
 from model import DeCLIP
-from tools import segment
+from tools import figures, segment
 from toy.world import NAMES, draw_scene
 from util.images import list_images, read_image
 from util.labels import SegmentationBenchmark, SegmentationImages, read_label
@@ -71,6 +71,24 @@ def test_numbers_are_those_of_the_scene(photo, tmp_path):
     for name, share in zip(NAMES, truth):
         if share > 0.15:
             assert abs(found.get(name, 0) - share) < 0.5 * share, name
+
+
+def test_programs_do_without_the_figure(photo, tmp_path):
+    """The same labels and numbers, and nothing else; an option that has no effect is refused."""
+    path, _ = photo()
+    given = {"classes": "stripes, star", "labels": "true", "json": "true"}
+    run(path, **given, out=tmp_path / "drawn")
+    given |= {"model": TOY["model"], "templates": TOY["templates"], "figure": "false"}
+    segment.main([str(path), *options(**given, out=tmp_path / "plain")])
+    drawn, plain = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+                    for name in ("drawn", "plain"))
+    assert drawn.keys() - plain.keys() == {"scene.segmentation.png"}
+    assert plain == {name: drawn[name] for name in plain}
+    for wrong, words in (({}, "FIGURE is False; it must be true unless JSON or LABELS"),
+                         ({"labels": "true", "largest": 200}, "LARGEST is of a figure"),
+                         ({"labels": "true", "attention": "clip"}, "ATTENTION is shown in the")):
+        with pytest.raises(SystemExit, match=words):
+            segment.main([str(path), *options(classes="star", figure="false", **wrong)])
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 128, 40), (0, 0, 30, 128), (5, 5, 105, 69)],
@@ -172,14 +190,14 @@ def test_a_failure_of_one_photograph_is_its_own(photo, tmp_path, monkeypatch):
     for name in ("a.png", "b.png", "c.png", f"{'n' * 250}.png"):
         photo(1, name, size=64)
     os.rename(tmp_path / "c.png", os.fsencode(tmp_path) + b"/c\xff.png")
-    draw = segment.draw
+    draw = figures.draw
 
     def fail(photo, panels, classes, name, *more):
         if name == "a.png":
             raise error
         draw(photo, panels, classes, name, *more)
 
-    monkeypatch.setattr(segment, "draw", fail)
+    monkeypatch.setattr(figures, "draw", fail)
     error = ValueError("of this photograph")
     with pytest.raises(SystemExit, match=r"a.png failed \(of this photograph\)"):
         run(tmp_path, classes="star, dots")
@@ -254,7 +272,7 @@ def test_threshold_gives_what_is_unsure_to_the_background(photo, tmp_path):
 def test_names_stand_inside_their_regions(shape):
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[5:shape[0] // 2, 10:40] = True
-    x, y, depth = segment.deepest(mask)
+    x, y, depth = figures.deepest(mask)
     assert mask[int(y), int(x)] and abs(y - (5 + shape[0] // 2) / 2) < 3 and 5 < x < 45
     assert depth == pytest.approx(min(30, shape[0] // 2 - 5) / 2, abs=2)
 
@@ -284,13 +302,13 @@ def test_colours_differ_as_they_are_drawn(eyes, least):
     """The smallest CIELAB distance of two of the 20 colours over grey, and of one and plain greys,
     which are the background."""
     greys = np.array([0.3, 0.5, 0.7, 0.85])[:, None].repeat(3, axis=1)
-    over_grey = segment.OPACITY * to_rgba_array(segment.PALETTE)[:, :3] + (1 - segment.OPACITY) / 2
+    over_grey = figures.OPACITY * to_rgba_array(figures.PALETTE)[:, :3] + (1 - figures.OPACITY) / 2
     shown = np.concatenate([over_grey, greys])
     linear = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
     found = lab((linear @ np.transpose(EYES[eyes])).clip(0, 1))
     distance = np.linalg.norm(found[:20, None] - found, axis=-1)
     np.fill_diagonal(distance, np.inf)
-    assert len(segment.PALETTE) == 20 and distance.min() > least
+    assert len(figures.PALETTE) == 20 and distance.min() > least
 
 
 def test_labels_are_of_the_photographs_own_size(photo, tmp_path):
@@ -329,7 +347,7 @@ def test_nothing_hangs_over_the_edge_of_a_figure(tmp_path, monkeypatch, shape, c
     monkeypatch.setattr(segment.plt, "close", drawn.append)
     classes = make_classes(["background", *(f"some thing {k}" for k in range(count))])
     found = torch.arange(shape[0] * shape[1]).view(shape) % len(classes)
-    segment.draw(torch.zeros(3, *shape).byte(), {"DeCLIP (EVA02-B-16, context q)": found}, classes,
+    figures.draw(torch.zeros(3, *shape).byte(), {"DeCLIP (EVA02-B-16, context q)": found}, classes,
                  "a photograph of a very long name, at dusk.jpg", 200, str(tmp_path / "a.png"))
     figure, = drawn
     whole = figure.bbox.bounds
@@ -350,13 +368,13 @@ def test_nothing_hangs_over_the_edge_of_a_figure(tmp_path, monkeypatch, shape, c
 def test_the_background_has_no_tint():
     """Its pixels are the photograph in grey; its legend is neutral, and a colour of no class."""
     classes = make_classes(["background, wall", "cat"])
-    colour_of = segment.colours({}, classes)
-    assert colour_of == {"background": segment.NEUTRAL, "cat": segment.PALETTE[0]}
+    colour_of = figures.colours({}, classes)
+    assert colour_of == {"background": figures.NEUTRAL, "cat": figures.PALETTE[0]}
     figure, axis = segment.plt.subplots()
     photo = torch.full((3, 8, 8), 102, dtype=torch.uint8)
     found = torch.zeros(8, 8, dtype=torch.long)
     found[:, 4:] = 1
-    segment.paint(axis, photo, found, classes, colour_of, 2)
+    figures.paint(axis, photo, found, classes, colour_of, 2)
     shown = axis.images[0].get_array()
     assert np.allclose(shown[:, :4], 0.4) and np.ptp(shown[0, 7]) > 0.2
     segment.plt.close(figure)
@@ -368,10 +386,10 @@ def test_a_legend_names_what_is_seen():
     found = torch.zeros(100, 100, dtype=torch.long)
     found[0, :4] = 1        # 0.04 %
     found[1:3, :3] = 2      # 0.06 %
-    entries = segment.named(found, classes, segment.colours({"x": found}, classes))
+    entries = figures.named(found, classes, figures.colours({"x": found}, classes))
     assert [entry.get_label() for entry in entries] == ["n0  99.9 %", "n2  0.1 %"]
     found = torch.arange(40).repeat_interleave(100).view(40, 100)
-    entries = segment.named(found, classes, segment.colours({"x": found}, classes))
+    entries = figures.named(found, classes, figures.colours({"x": found}, classes))
     assert len(entries) == 24 and entries[-1].get_label() == "17 more  42.5 %"
 
 
@@ -379,22 +397,22 @@ def test_a_legend_names_what_is_seen():
                                                   (9, 4, 3), (24, 4, 4), (7, 2, 2),
                                                   (17, 4, 3)])
 def test_no_entry_of_a_legend_is_alone_in_its_row(count, most, columns):
-    assert segment.balanced(count, most) == columns
+    assert figures.balanced(count, most) == columns
 
 
 def test_letters_that_no_font_has_are_named(capsys, monkeypatch):
     """Another installed font is taken for letters that the usual one lacks; a sentence names those
     that none has. The last resort, which has boxes for all, does not count."""
-    usual = segment.letters_in(font_manager.findfont("DejaVu Sans"))
+    usual = figures.letters_in(font_manager.findfont("DejaVu Sans"))
     other = next(font for font in font_manager.fontManager.ttflist if font.name == "STIXNonUnicode")
-    letter = min(segment.letters_in(other.fname) - usual)
+    letter = min(figures.letters_in(other.fname) - usual)
     monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
-    segment.use_fonts(["cat", letter])
+    figures.use_fonts(["cat", letter])
     assert matplotlib.rcParams["font.family"][0] == "sans-serif"
     assert len(matplotlib.rcParams["font.family"]) > 1
     assert "no installed font" not in capsys.readouterr().out
     unassigned = chr(0x378)
-    segment.use_fonts([f"cat {unassigned}"])
+    figures.use_fonts([f"cat {unassigned}"])
     assert f"no installed font has the letters {unassigned}," in capsys.readouterr().out
     assert matplotlib.rcParams["font.family"] == ["sans-serif"]
 
@@ -418,11 +436,11 @@ def test_data_are_checked_before_a_model_is_loaded(monkeypatch):
 def test_colours_stay_with_their_classes():
     classes = make_classes(["a", "b", "c"])
     one, other = torch.zeros(4, 4, dtype=torch.long), torch.full((4, 4), 2)
-    assert segment.colours({"x": one}, classes) == segment.colours({"x": other}, classes)
+    assert figures.colours({"x": one}, classes) == figures.colours({"x": other}, classes)
     many = make_classes([f"n{k}" for k in range(100)])
     few = torch.arange(20).view(4, 5) * 5
     # of many classes, those that occur differ
-    assert len(set(segment.colours({"x": few}, many).values())) == 20
+    assert len(set(figures.colours({"x": few}, many).values())) == 20
 
 
 @pytest.mark.parametrize("photos, given, words", [
@@ -464,7 +482,7 @@ def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
     segmenter.eval()
     found, = catseg_eval.predict(catseg_eval.Protocol.of(segmenter), segmenter, classes,
                                  catseg_eval.encode(segmenter, classes), [read_image(path)])
-    assert panels["CAT-Seg (toy/clip)"] == segment.shares(found, classes)
+    assert panels["CAT-Seg (toy/clip)"] == figures.shares(found, classes)
     file = ["--ckpt", str(tmp_path / "catseg.safetensors")]
     with pytest.raises(SystemExit, match="is longer than the 32 tokens"):
         segment.main([str(path), "--classes", "a " * 50, *file])

@@ -16,7 +16,7 @@ from test_model import images, randomize
 from tiny import ROOT
 
 from model import DeCLIP, load_vfm
-from tools import segment, visualize
+from tools import figures, visualize
 from tools.visualize import attention_maps
 from toy import world
 from util import settings
@@ -256,7 +256,7 @@ def test_every_kind_is_drawn(photo, checkpoint, tmp_path, kind, given):
     ("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
 def test_a_figure_has_the_format_that_its_name_says(tmp_path, suffix, first):
     path = tmp_path / f"c.{suffix}"
-    segment.save_figure(plt.figure(), path)
+    figures.save_figure(plt.figure(), path)
     assert path.read_bytes().startswith(first)
 
 
@@ -268,16 +268,16 @@ def test_all_photographs_are_shown_and_a_broken_one_is_named(photo, checkpoint, 
     for number in range(7):
         (folder / f"{number}.png").write_bytes(photo.read_bytes())
     (folder / "broken.png").write_bytes(b"no image")
-    figures, save = [], segment.save_figure
-    monkeypatch.setattr(segment, "save_figure",
-                        lambda figure, *more, **how: figures.append(len(figure.axes)) or save(
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure",
+                        lambda figure, *more, **how: drawn.append(len(figure.axes)) or save(
                             figure, *more, **how))
     words = ["segmentation", str(folder), *options(
         classes="dots, star", methods="clip", ckpt=checkpoint, templates="a {}.",
         figure=tmp_path / "a.png")]
     with pytest.raises(SystemExit, match="broken.png can't be read as an image"):
         visualize.main(words)
-    assert figures == [7 * 3] and (tmp_path / "a.png").exists()
+    assert drawn == [7 * 3] and (tmp_path / "a.png").exists()
     monkeypatch.setattr(visualize, "MAX_ROWS", 5)
     with pytest.raises(SystemExit, match="8 photographs were given, but a figure has room for 5"):
         visualize.main(words)

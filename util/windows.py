@@ -1,0 +1,77 @@
+"""Windows over an image: where they begin, and what their patches add to its pixels."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, int]:
+    """Height and width of an image (..., H, W) with its shorter side resized to `short_side`, or
+    its longer one to `long_side` if that would be exceeded; halves are rounded up (published)."""
+    factor = min(short_side / min(image.shape[-2:]), long_side / max(image.shape[-2:]))
+    return tuple(max(1, int(side * factor + 0.5)) for side in image.shape[-2:])
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along a side: every `stride`, the last one so that it ends with it."""
+    return [min(start, length - window) for start in range(0, length - window + stride, stride)]
+
+
+class Maps(NamedTuple):
+    """Values of each patch of each window of an image, such as cosines, and how they become pixels.
+
+    Enlarging a window's patches to its pixels, averaging where windows overlap and resizing to the
+    original image are linear, and act on rows and columns alike. So together they are one matrix
+    for each. Values of pixels, many times as many numbers, exist for some rows at a time only.
+    """
+    patches: Tensor     # (P, p, q): p rows and q columns of patches, window by window
+    down: Tensor        # (H, p)
+    across: Tensor      # (W, q)
+
+    @classmethod
+    def of(cls, values: Tensor, resized: tuple[int, int], window: int, stride: int,
+           size: tuple[int, int]) -> "Maps":
+        """Of an image that was `resized`, and padded to a window if smaller, the values of all
+        windows (n, P, h, w), row by row -> of pixels of the image at `size`."""
+        ys, xs = (window_starts(max(side, window), window, stride) for side in resized)
+        values = values.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4)
+        return cls(values.flatten(3).flatten(1, 2), *(
+            side_weights(out, side, window, stride, count, values.device)
+            for out, side, count in zip(size, resized, values.shape[2::2])))
+
+    def of_pixels(self, most: int = 2**24) -> Iterator[Tensor]:
+        """Values of the pixels, (P, rows, W), about `most` numbers at a time."""
+        wide = self.patches @ self.across.T
+        for some in self.down.split(max(1, most // wide[:, 0].numel())):
+            yield some @ wide
+
+    def of_texts(self, most: int = 10**8) -> Iterator[Tensor]:
+        """Values of all pixels, (p, H, W), of some texts, or channels, after the others."""
+        pixels = len(self.down) * len(self.across)
+        for some in self.patches.split(max(1, most // pixels)):
+            yield from self._replace(patches=some).of_pixels(max(most, pixels))
+
+
+@lru_cache(maxsize=256)
+def side_weights(side: int, length: int, window: int, stride: int, patches: int,
+                 device: torch.device) -> Tensor:
+    """What rows of patches of all windows add to rows of pixels, (side, windows * patches).
+
+    length: of the side as the model sees it, covered by windows of `window` pixels and `patches`
+    patches. The same serves columns.
+    """
+    starts = window_starts(max(length, window), window, stride)
+    eye = torch.eye(patches, device=device)[None]
+    enlarged = F.interpolate(eye, window, mode="linear")[0].T       # (window, patches)
+    total = torch.zeros(max(length, window), len(starts), patches, device=device)
+    for number, start in enumerate(starts):
+        total[start:start + window, number] = enlarged
+    # A row's weights of one window sum to 1, so this is the number of windows that cover it.
+    covered = total.sum(dim=(1, 2))
+    mean = total.flatten(1) / covered[:, None]
+    # Without the padding, to the original size.
+    return F.interpolate(mean[:length].T[None], side, mode="linear")[0].T.contiguous()
