@@ -131,7 +131,7 @@ def class_names(cfg: SimpleNamespace, dataset: "PanopticRegions") -> Classes:
 
 # ----------------------------------------------------------------------------------- the model
 
-def open_model(cfg: SimpleNamespace) -> DeCLIP:
+def open_model(cfg: SimpleNamespace, kind: type[DeCLIP] = DeCLIP) -> DeCLIP:
     """The model of CKPT, MODEL, PRETRAINED, CONTEXT and SCALE, to be used with ATTENTION.
 
     A `declip.safetensors` says what it is; any other CKPT is loaded over MODEL with PRETRAINED, and
@@ -140,11 +140,11 @@ def open_model(cfg: SimpleNamespace) -> DeCLIP:
     settings.check(cfg, ATTENTION=(cfg.ATTENTION in (None, *ATTENTIONS),
                                    f"one of {', '.join(ATTENTIONS)}"))
     if used_record(cfg, cfg.CKPT, cfg.ATTENTION, DECOUPLED):
-        return DeCLIP(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
+        return kind(cfg.MODEL, cfg.CKPT, cfg.CONTEXT, cfg.SCALE)
     is_described = cfg.ATTENTION or None not in (cfg.MODEL, cfg.CONTEXT, cfg.SCALE)
     weights = read_published(cfg.CKPT, is_described) if cfg.CKPT else {}    # before any download
     torch.manual_seed(0)        # random weights, if asked for, are the same at every run
-    clip = DeCLIP(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
+    clip = kind(cfg.MODEL, cfg.PRETRAINED, cfg.CONTEXT, cfg.SCALE)
     if cfg.CKPT:
         clip.load_weights(cfg.CKPT, weights, {})
     return clip

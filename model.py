@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
-from util import UserError
+from util import UserError, hub
 from util.backbones import family_of
 from util.distributed import is_main
 from util.sharding import whole
@@ -390,9 +390,10 @@ class DeCLIP(nn.Module):
     """A CLIP by open_clip name: `visual`, which is trained, and beside it `text`, which is not.
 
     model_name: a name of open_clip.list_models(), or `local-dir:FOLDER`; None is the file's own,
-        else EVA02-B-16.
+        else EVA02-B-16. Also `hf-hub:owner/name@revision`, whose declip.safetensors is the file.
     pretrained: an open_clip tag; a file (`declip.safetensors`, an EVA-CLIP `.pt` or an open_clip
-        state dict); None for random weights. A `local-dir:` model brings its own for any tag.
+        state dict), also of a hub; None for random weights. A `local-dir:` model brings its own for
+        any tag.
     context: q, k or qk, the projections that make X_context (Table 7); clip or maskclip for a block
         that is not decoupled (Table 1); values for the sum of three blocks' V (docs/beyond.md);
         None is the file's own, else q.
@@ -409,6 +410,7 @@ class DeCLIP(nn.Module):
                  context: str | None = None, scale: float | None = None):
         super().__init__()
         # 1. What the file says of itself, or what was asked for
+        model_name, pretrained = hub.chosen(model_name, pretrained)
         file = pretrained if pretrained and is_weights_file(pretrained) else None
         state, record = read_weights(file) if file else ({}, {})
         self.model_name = model_name or recorded_model(file, record)
@@ -434,19 +436,10 @@ class DeCLIP(nn.Module):
     std = property(lambda self: self.visual.std)
     patch_size = property(lambda self: self.visual.patch_size)
     image_size = property(lambda self: self.visual.image_size)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """See VisionTower.encode_image."""
-        return self.visual.encode_image(images)
-
-    def encode_dense(self, images: Tensor, attention: str | None = None) -> tuple[Tensor, Tensor]:
-        """See VisionTower.encode_dense."""
-        return self.visual.encode_dense(images, attention)
-
-    def encode_layers(self, images: Tensor, layers: Sequence[int], attention: str | None = None
-                      ) -> list[Tensor]:
-        """See VisionTower.encode_layers."""
-        return self.visual.encode_layers(images, layers, attention)
+    # Functions of images; see VisionTower's
+    encode_image = property(lambda self: self.visual.encode_image)
+    encode_dense = property(lambda self: self.visual.encode_dense)
+    encode_layers = property(lambda self: self.visual.encode_layers)
 
     @torch.no_grad()
     def encode_text(self, names: Sequence[str], templates: Sequence[Template] = ("{}",),

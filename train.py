@@ -13,7 +13,6 @@ has what the published scripts do instead. The total batch is BATCH_SIZE on any 
 import copy
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -189,7 +188,7 @@ def check(cfg: SimpleNamespace) -> None:
         cfg, VFM_MODEL=no_vfm, VFM_PRETRAINED=no_vfm, PADDING=no_vfm, IMAGE_ROOT=no_json,
         OUTSIDE_ROOT=no_json)
     used_record(cfg, None, None, DECOUPLED)
-    if cfg.PRETRAINED and Path(cfg.PRETRAINED).is_file() and read_record(cfg.PRETRAINED):
+    if cfg.PRETRAINED and read_record(cfg.PRETRAINED):
         raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "
                         "and can teach no more; give the weights of a CLIP.")
 

@@ -23,7 +23,7 @@ from data import RESIZES, constant, normalize, pad_to, resize
 from downstream.detection import Detections
 from eval_region import open_model
 from model import DeCLIP
-from util import UserError, distributed
+from util import UserError, distributed, hub
 from util.files import find
 from util.text import find_templates
 from util.towers import recorded_model
@@ -248,7 +248,7 @@ def backbone_checksum(clip: DeCLIP) -> str:
 
 def open_backbone(settings: dict) -> DeCLIP:
     """The CLIP of a training's settings. Raises UserError as eval_region.open_model does."""
-    file = settings.get("BACKBONE")
+    file = hub.local(settings.get("BACKBONE"))
     if file and not os.path.isfile(file):
         raise UserError(f"There is no backbone {file}; train.py writes declip.safetensors, and a "
                         "detector needs that of its training; --backbone none --attention clip is "

@@ -91,12 +91,7 @@ def trained_with(path: str) -> str:
 def detector_settings(path: str) -> dict:
     """The settings of a detector's training; {} if the file has none, which open_detector refuses.
     """
-    return record_of(path).get("settings", {})
-
-
-def record_of(path: str) -> dict:
-    """What a detector's file says of itself; {} if there is none, which open_detector refuses."""
-    return read_record(path) if Path(path).is_file() else {}
+    return read_record(path).get("settings", {})
 
 
 KINDS = FViT, OVDQUO

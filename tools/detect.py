@@ -27,12 +27,13 @@ from torch import Tensor
 
 from downstream.detection import Detections, encode_detections, name_results
 from downstream.detector import Detector, kind_of, open_detector
-from downstream.evaluation import KINDS, record_of, refuse_unused_rules, score_rules
+from downstream.evaluation import KINDS, refuse_unused_rules, score_rules
 from tools import figures, segment
 from util import UserError, distributed, settings
 from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
 from util.precision import autocast, check_precision
+from util.weights import read_record
 
 SHARED = {"downstream.fvit.eval": ["The detector", "The scores", "The detections"],
           "downstream.ov_dquo.eval": ["The scores of queries"]}
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(cfg: SimpleNamespace, device: torch.device) -> None:
     """Finds and draws on every photograph; those that fail are named at the end."""
     check_precision(cfg.PRECISION)
-    record = record_of(cfg.CKPT)
+    record = read_record(cfg.CKPT)
     kind = kind_of(record, KINDS) or KINDS[0]       # a file of none is refused by open_detector
     rules = score_rules(cfg, kind, record.get("settings", {}).get("DATASET", ""))
     coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None

@@ -191,10 +191,7 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
 
     Raises UserError if there is none, and for settings of the background without one.
     """
-    classes = typed_classes(cfg.CLASSES)
-    if not classes.names:
-        raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
-                        'wooden chair, grass", or give a class file.')
+    classes = check_classes(typed_classes(cfg.CLASSES))
     settings.refuse_unused(
         cfg, THRESHOLD=not cfg.BACKGROUND and
         "is for --background, which gets what no class is sure of and was not given",
@@ -209,10 +206,17 @@ def typed_classes(text: str) -> Classes:
     Raises UserError for a name twice, in capitals or not.
     """
     if text.endswith(".txt"):
-        classes = read_classes(text)
-    else:
-        classes = make_classes([entry.replace("|", ",") for entry in text.split(",")
-                                if entry.replace("|", " ").strip()])
+        return read_classes(text)
+    classes = make_classes([entry.replace("|", ",") for entry in text.split(",")
+                            if entry.replace("|", " ").strip()])
+    return check_classes(classes) if classes.names else classes
+
+
+def check_classes(classes: Classes) -> Classes:
+    """The same; UserError if it names none, or one twice, in capitals or not."""
+    if not classes.names:
+        raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
+                        'wooden chair, grass", or give a class file.')
     twice = first_twice(classes.prompts)
     if twice:
         raise UserError(f"CLASSES names {twice!r} twice; remove one.")

@@ -67,6 +67,25 @@ def open_image(file: str | Path | BinaryIO, upright: bool, most: int | None) -> 
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def as_image(photo: str | Path | Image.Image | Tensor) -> Tensor:
+    """A photograph in any form -> RGB, uint8 (3, H, W), upright if its EXIF entry says how.
+
+    Raises UserError for a file or a PIL image that can't be read, and for a tensor of another kind.
+    """
+    if isinstance(photo, str | Path):
+        return read_image(photo, upright=True)
+    if isinstance(photo, Image.Image):
+        with unreadable(repr(photo), "an image"):
+            return torch.from_numpy(decode(photo.copy(), upright=True)[0]).permute(2, 0, 1)
+    shape = tuple(getattr(photo, "shape", ()))
+    if not isinstance(photo, Tensor) or photo.dtype != torch.uint8 or shape[:1] != (3,) or (
+            len(shape) != 3 or 0 in shape):
+        raise UserError(f"The photograph is a {type(photo).__name__} of {shape or photo!r:.60} "
+                        f"{getattr(photo, 'dtype', '')}; give a path, a PIL image, or a uint8 "
+                        "tensor of RGB, (3, H, W).")
+    return photo
+
+
 def orientation(file: Image.Image) -> int:
     """The EXIF entry of how an image is stored: 1 upright, up to 8; from 5 on, on its side."""
     with suppress(Exception):       # a damaged entry is none

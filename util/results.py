@@ -22,6 +22,7 @@ from torch import nn
 
 from util import UserError
 from util.files import write_json
+from util.hub import is_remote
 from util.precision import find_precision
 from util.run import MAY_CHANGE_ON_RESUME
 from util.weights import state_checksum
@@ -53,8 +54,9 @@ def identity(cfg: SimpleNamespace, model: nn.Module, data: object, /, **found: o
 
 
 def result_path(cfg: SimpleNamespace, name: str) -> Path:
-    """NAME.json in OUT, else beside the checkpoint, else in out/."""
-    return Path(cfg.OUT or (Path(cfg.CKPT).parent if cfg.CKPT else "out")) / f"{name}.json"
+    """NAME.json in OUT, else beside the checkpoint, else, as for one of the hub, in out/."""
+    is_here = cfg.CKPT and not is_remote(cfg.CKPT)
+    return Path(cfg.OUT or (Path(cfg.CKPT).parent if is_here else "out")) / f"{name}.json"
 
 
 def told_apart(names: Sequence[str]) -> list[str]:

@@ -23,15 +23,12 @@ from torch import Tensor, nn
 from util import UserError
 from util.backbones import TIMM_VITS
 from util.files import ROOT, read_json
+from util.hub import Recorded
 
 SAM = vision_transformer_sam.VisionTransformerSAM
 # transformers' tokenizers that a tokenizer.json makes whole; others may load or run more.
 TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizer", "T5Tokenizer", "GemmaTokenizer",
               "BertTokenizer", "XLMRobertaTokenizer")
-
-
-class Recorded(str):
-    """A model's name that only a file gives, so that nothing may be downloaded for it."""
 
 
 def locate(name: str, near: str | Path | None = None) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
-from util import UserError, settings
+from util import UserError, hub, settings
 from util.backbones import Split
 from util.files import (
     Schema,
@@ -51,9 +51,11 @@ VIT_NAMES = (("^cls_token$", "class_embedding"), ("^pos_embed$", "positional_emb
 def read_record(path: str | Path) -> dict:
     """What a safetensors file of this project says of itself, checked against RECORD.
 
-    {} for other files. Raises UserError for a damaged safetensors file or record.
+    {} for other files, and where there is none. Raises UserError for a damaged safetensors file or
+    record, and for one of the hub that can't be had.
     """
-    if Path(path).suffix != ".safetensors":
+    path = hub.local(path)
+    if Path(path).suffix != ".safetensors" or not os.path.isfile(path):
         return {}
     try:
         with safe_open(path, "pt") as file:
@@ -65,6 +67,9 @@ def read_record(path: str | Path) -> dict:
         record = str(error)
     if record != {}:
         check_fields(path, record, RECORD, ("model", "context", "scale"))
+    if "settings" in record:
+        record["settings"] = {name: hub.Recorded(value) if isinstance(value, str) else value
+                              for name, value in record["settings"].items()}
     return record
 
 
@@ -117,6 +122,7 @@ def read_clip_record(path: str | Path) -> dict:
 
     Raises UserError also if there is no such file, or if it is more than a CLIP.
     """
+    path = hub.local(path)
     if not os.path.isfile(path):
         raise UserError(f"There is no checkpoint {path}; train.py writes declip.safetensors into "
                         "its OUT folder.")
@@ -143,7 +149,8 @@ def used_record(cfg: SimpleNamespace, path: str | None, attention: str | None,
 
 def is_weights_file(name: str) -> bool:
     """Whether a name is a file of weights, there or not, and no tag."""
-    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.isfile(name)
+    is_named = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    return is_named or hub.is_remote(name) or os.path.isfile(name)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -151,6 +158,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises UserError if there is no such file, or if it holds anything but tensors by name.
     """
+    path = hub.local(path)
     if not os.path.isfile(path):
         raise UserError(f"There is no weights file {path}; give an existing file, an open_clip "
                         "tag, or none.")

@@ -136,14 +136,19 @@ def predict(protocol: Protocol, segmenter: CATSeg, classes: Classes, text: Tenso
     A class has the probability of its most probable name.
     """
     class_of_prompt = constant(tuple(classes.class_of_prompt), torch.long, text.device)
+    return [class_of_prompt[best_prompt(protocol, logits, image.shape[-2:])]
+            for logits, image in zip(look(protocol, segmenter, text, images), images)]
+
+
+def look(protocol: Protocol, segmenter: CATSeg, text: Tensor, images: Sequence[Tensor]
+         ) -> tuple[Tensor, ...]:
+    """Images uint8 (3, H, W) and text (P, C) -> the logits of each one's views (n + 1, P, s, s)."""
     views = torch.cat([make_views(protocol, segmenter, image) for image in images])
     logits = []
     for batch in views.split(protocol.window_batch):
         with autocast(protocol.precision, views.device):
             logits.append(segmenter.logits(batch, text).float())
-    of_image = torch.cat(logits).split(len(views) // len(images))
-    return [class_of_prompt[best_prompt(protocol, of_views, image.shape[-2:])]
-            for of_views, image in zip(of_image, images)]
+    return torch.cat(logits).split(len(views) // len(images))
 
 
 def make_views(protocol: Protocol, segmenter: CATSeg, image: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class CATSeg(nn.Module):
 
 def is_catseg(path: str | Path | None) -> bool:
     """Whether a file says that it holds a segmenter."""
-    return bool(path) and Path(path).is_file() and "catseg" in read_record(path)
+    return bool(path) and "catseg" in read_record(path)
 
 
 def open_catseg(path: str | Path) -> CATSeg:

@@ -1,0 +1,180 @@
+"""DeCLIP, detectors and CAT-Seg in one's own program: one call opens a model, one asks it.
+
+    clip = declip("out/declip/declip.safetensors")          # a DeCLIP that also segments
+    classes, scores = clip.segment("photo.jpg", ["cat", "wooden chair", "grass"])
+    found = detector("out/fvit/fvit.safetensors").detect("photo.jpg", ["person", "red kite"])
+    classes, scores = segmenter("out/catseg/catseg.safetensors").segment(image, ["cat", "grass"])
+
+A photograph is a path or a PIL image, which are turned upright as their EXIF entry says, or a uint8
+tensor (3, H, W). Names are a list, synonyms of a class with commas between, or one text as
+tools.segment takes it. Models are nn.Modules in eval mode; `.to("cuda")` moves them.
+torch.hub.load calls the same functions (hubconf.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data import Classes, make_classes
+from downstream.catseg import eval as catseg_eval
+from downstream.catseg.model import CATSeg, open_catseg
+from downstream.detector import Detector, open_detector
+from downstream.evaluation import KINDS
+from eval_region import open_model
+from eval_seg import Protocol, decide, predict, score_images
+from model import DeCLIP
+from tools.segment import check_classes, typed_classes
+from util import UserError
+from util.images import as_image
+from util.pamr import refine
+from util.text import find_templates
+
+Photo = str | Path | Image.Image | Tensor
+
+
+class Segmentation(NamedTuple):
+    """The class of each pixel, and how well each class fits it."""
+    classes: Tensor             # long (H, W), places in the names
+    scores: Tensor | None       # float (K, H, W): cosines of a CLIP, probabilities of a CAT-Seg
+
+
+class Found(NamedTuple):
+    """What a detector found, the surest first."""
+    boxes: Tensor               # float (n, 4), x0 y0 x1 y1 in pixels of the upright photograph
+    scores: Tensor              # (n,) in [0, 1]
+    names: list[str]            # of the n objects
+    masks: list[Tensor] | None  # bool (H, W) each; None of a detector without masks
+
+
+# --------------------------------------------------------------------------------------- opening
+
+def declip(ckpt: str | None = None, model: str | None = None,
+           pretrained: str | None = "merged2b_s8b_b131k", context: str | None = None,
+           scale: float | None = None) -> "SegmentingCLIP":
+    """A DeCLIP, by its file or `hf-hub:owner/name@revision`; without one the CLIP of `model`.
+
+    The other arguments are those of eval_seg.py. Raises UserError as eval_region.open_model does.
+    """
+    cfg = SimpleNamespace(CKPT=ckpt and str(ckpt), MODEL=model, PRETRAINED=pretrained,
+                          CONTEXT=context, SCALE=scale, ATTENTION=None)
+    with torch.random.fork_rng():       # a program's random numbers are its own
+        return open_model(cfg, SegmentingCLIP)
+
+
+def detector(ckpt: str, backbone: DeCLIP | str | None = None) -> "PhotoDetector":
+    """A detector by its file; see downstream.detector.open_detector."""
+    with torch.random.fork_rng():
+        return PhotoDetector(open_detector(ckpt, backbone, KINDS))
+
+
+def segmenter(ckpt: str) -> "PhotoSegmenter":
+    """A CAT-Seg by its file; see downstream.catseg.model.open_catseg."""
+    with torch.random.fork_rng():
+        return PhotoSegmenter(open_catseg(ckpt))
+
+
+def find_names(names: str | Sequence[str]) -> Classes:
+    """The classes that a caller names; UserError if there is none, or one twice."""
+    if isinstance(names, str):
+        return check_classes(typed_classes(names))
+    wrong = [name for name in names if not (isinstance(name, str) and name.strip(", "))]
+    if wrong:
+        raise UserError(f"The names have {wrong[0]!r:.60} among them; give texts, a class each.")
+    return check_classes(make_classes(list(names)))
+
+
+# ---------------------------------------------------------------------------------------- asking
+
+class SegmentingCLIP(DeCLIP):
+    """A DeCLIP that segments a photograph by the paper's windows (section 9.2)."""
+
+    @torch.no_grad()
+    def segment(self, image: Photo, names: str | Sequence[str], templates: str = "imagenet",
+                with_scores: bool = True, **protocol: object) -> Segmentation:
+        """A photograph and names of K classes -> the class of each pixel, and each class's cosines.
+
+        templates: as of eval_seg.py. with_scores: False spares the memory of K x H x W numbers.
+        protocol: fields of eval_seg.Protocol, such as short_side=896, attention="clip" or, with a
+        first class that gets what no other is sure of, threshold=0.4.
+        Raises UserError for what can't be read or named, and for a field out of its range.
+        """
+        rules, classes = Protocol(**protocol).fit(self), find_names(names)
+        text = self.text_of(classes, templates)
+        photo = as_image(image).to(text.device)
+        if not with_scores:
+            # A copy, because users may compute with it outside of inference mode
+            return Segmentation(predict(rules, self, classes, text, [photo])[0].clone(), None)
+        maps, = score_images(rules, self, [photo], text)
+        scores = torch.cat([*maps.of_pixels()], dim=1)
+        scores = refine(scores, photo, rules.pamr) if rules.pamr else scores
+        found = decide([scores], classes, rules.logit_scale, rules.threshold)
+        return Segmentation(found, classes.best(scores))
+
+    def text_of(self, classes: Classes, templates: str) -> Tensor:
+        """Embeddings of all names (P, C); those of the call before are kept, for videos."""
+        key, device = (tuple(classes.prompts), templates), self.visual.trunk.pos_embed.device
+        if getattr(self, "_named", (None, None))[0] != key:
+            self._named = key, self.encode_text(classes.prompts, find_templates(templates))
+        return self._named[1].to(device)
+
+
+class PhotoDetector(nn.Module):
+    """A detector that takes photographs. model: the detector itself."""
+
+    def __init__(self, model: Detector):
+        super().__init__()
+        self.model, self.names = model, None
+
+    @torch.no_grad()
+    def detect(self, image: Photo, names: str | Sequence[str] | None = None, least: float = 0.3,
+               **rules: object) -> Found:
+        """A photograph -> the objects on it that have one of the names.
+
+        names: None for those of the call before, at first the detector's own. least: the score from
+        which an object is given. rules: fields of the detector's ScoreRules, such as nms=0.5.
+        Raises UserError for what can't be read or named.
+        """
+        if names is not None and names != self.names:
+            self.model.set_classes(find_names(names).names)
+            self.names = names
+        photo = as_image(image).to(self.model.text.device)
+        rules = self.model.RULES["ovcoco"]._replace(least=least, **rules)
+        found, = self.model.detect([photo], rules)
+        names = [self.model.classes[label] for label in found.labels.tolist()]
+        masks = found.masks and [mask.clone() for mask in found.masks]
+        return Found(found.boxes.clone(), found.scores.clone(), names, masks)
+
+
+class PhotoSegmenter(nn.Module):
+    """A CAT-Seg that takes photographs. model: the CAT-Seg itself."""
+
+    def __init__(self, model: CATSeg):
+        super().__init__()
+        self.model, self._named = model, (None, None)
+
+    @torch.no_grad()
+    def segment(self, image: Photo, names: str | Sequence[str], with_scores: bool = True,
+                **protocol: object) -> Segmentation:
+        """A photograph and names of K classes -> the class of each pixel, each class's probability.
+
+        with_scores: False spares the memory of K x H x W numbers. protocol: what
+        downstream.catseg.eval.Protocol.of takes, such as size=384 for one window.
+        Raises UserError for what can't be read or named.
+        """
+        rules, classes = catseg_eval.Protocol.of(self.model, **protocol), find_names(names)
+        key = tuple(classes.prompts)
+        if self._named[0] != key:
+            self._named = key, catseg_eval.encode(self.model, classes)
+        text = self._named[1].to(self.model.clip.text.logit_scale.device)
+        photo = as_image(image).to(text.device)
+        if not with_scores:
+            found, = catseg_eval.predict(rules, self.model, classes, text, [photo])
+            return Segmentation(found.clone(), None)
+        logits, = catseg_eval.look(rules, self.model, text, [photo])
+        scores = classes.best(catseg_eval.probabilities(rules, logits, photo.shape[-2:]))
+        return Segmentation(scores.argmax(dim=0), scores)
