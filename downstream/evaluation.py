@@ -102,7 +102,7 @@ def score_rules(cfg: SimpleNamespace, kind: type[Detector], dataset: str) -> Nam
 
     Raises UserError on one that is out of its range, or that is of another kind.
     """
-    default = kind.RULES.get(dataset, kind.RULES["ovcoco"])
+    default = rules_of(kind, dataset)
     names = {name.upper() for name in default._fields if name != "masks"}
     settings.refuse_unused(cfg, **{name: f"is of other detectors than {cfg.CKPT}"
                                    for name in {*SCORES} - names if hasattr(cfg, name)})
@@ -111,6 +111,11 @@ def score_rules(cfg: SimpleNamespace, kind: type[Detector], dataset: str) -> Nam
     settings.check(cfg, **{name: (least <= value <= most, words)
                            for name, (value, least, most, words) in ranges.items()})
     return default._replace(**{name.lower(): value for name, value in asked.items()})
+
+
+def rules_of(kind: type[Detector], dataset: str | None) -> NamedTuple:
+    """What a kind's RULES have for a data set."""
+    return kind.RULES.get(dataset, kind.RULES["ovcoco"])
 
 
 # The settings of scores, of all kinds: the least and the largest value.

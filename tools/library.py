@@ -24,7 +24,7 @@ from data import Classes, make_classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, open_catseg
 from downstream.detector import Detector, open_detector
-from downstream.evaluation import KINDS
+from downstream.evaluation import KINDS, detector_settings, rules_of
 from eval_region import open_model
 from eval_seg import Protocol, decide, predict, score_images
 from model import DeCLIP
@@ -69,7 +69,8 @@ def declip(ckpt: str | None = None, model: str | None = None,
 def detector(ckpt: str, backbone: DeCLIP | str | None = None) -> "PhotoDetector":
     """A detector by its file; see downstream.detector.open_detector."""
     with torch.random.fork_rng():
-        return PhotoDetector(open_detector(ckpt, backbone, KINDS))
+        model = open_detector(ckpt, backbone, KINDS)
+    return PhotoDetector(model, rules_of(type(model), detector_settings(ckpt).get("DATASET")))
 
 
 def segmenter(ckpt: str) -> "PhotoSegmenter":
@@ -124,11 +125,11 @@ class SegmentingCLIP(DeCLIP):
 
 
 class PhotoDetector(nn.Module):
-    """A detector that takes photographs. model: the detector itself."""
+    """A detector that takes photographs. model: the detector itself. rules: how it scores."""
 
-    def __init__(self, model: Detector):
+    def __init__(self, model: Detector, rules: NamedTuple):
         super().__init__()
-        self.model, self.names = model, None
+        self.model, self.rules, self.names = model, rules, None
 
     @torch.no_grad()
     def detect(self, image: Photo, names: str | Sequence[str] | None = None, least: float = 0.3,
@@ -143,8 +144,7 @@ class PhotoDetector(nn.Module):
             self.model.set_classes(find_names(names).names)
             self.names = names
         photo = as_image(image).to(self.model.text.device)
-        rules = self.model.RULES["ovcoco"]._replace(least=least, **rules)
-        found, = self.model.detect([photo], rules)
+        found, = self.model.detect([photo], self.rules._replace(least=least, **rules))
         names = [self.model.classes[label] for label in found.labels.tolist()]
         masks = found.masks and [mask.clone() for mask in found.masks]
         return Found(found.boxes.clone(), found.scores.clone(), names, masks)

@@ -149,8 +149,7 @@ def used_record(cfg: SimpleNamespace, path: str | None, attention: str | None,
 
 def is_weights_file(name: str) -> bool:
     """Whether a name is a file of weights, there or not, and no tag."""
-    is_named = Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    return is_named or hub.is_remote(name) or os.path.isfile(name)
+    return Path(name).suffix in (".pt", ".pth", ".bin", ".safetensors") or os.path.isfile(name)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
