@@ -17,7 +17,7 @@ NAME = re.compile(PREFIX + r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?(?:@([\w./-]+))?",
 
 
 class Recorded(str):
-    """A name that only a file gives, so that nothing may be downloaded for it."""
+    """A name that only a file gives, so that nothing may be downloaded for it: the cache serves."""
 
 
 class NotThere(UserError):
@@ -41,14 +41,18 @@ def local(name: str | Path, files: tuple[str, ...] = FILES) -> str | Path:
     """
     if not is_remote(name):
         return name
-    if isinstance(name, Recorded):
-        raise UserError(f"A file says that it needs {name}, and a file downloads nothing; if you "
-                        "trust it, name that yourself.")
-    return fetch(str(name), files)
+    try:
+        return fetch(str(name), files, may_download=not isinstance(name, Recorded))
+    except NotInCache:
+        if not isinstance(name, Recorded):
+            raise
+        raise UserError(f"A file says that it needs {name}, which is not in the cache, and a file "
+                        "downloads nothing; if you trust it, name that yourself, once, as --ckpt "
+                        "of tools.segment.") from None
 
 
 @cache      # a branch may move while a program runs
-def fetch(name: str, files: tuple[str, ...]) -> str:
+def fetch(name: str, files: tuple[str, ...], may_download: bool) -> str:
     """A name on the hub -> the path in the cache; with a progress bar, of the first rank."""
     parts = NAME.fullmatch(name)
     if not parts:
@@ -57,7 +61,7 @@ def fetch(name: str, files: tuple[str, ...]) -> str:
     repo, file, revision = parts.groups()
     if not is_main():
         disable_progress_bars()
-    files, is_offline = (file,) if file else files, False
+    files, is_offline = (file,) if file else files, not may_download
     for file in files:
         try:
             return hf_hub_download(repo, file, revision=revision, local_files_only=is_offline)

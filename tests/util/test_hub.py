@@ -1,6 +1,7 @@
 """util/hub.py: checkpoints by name, from a hub on this machine."""
 
 import json
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 from conftest import options
 
 import eval_seg
+from downstream.catseg.model import CATSeg, Design
 from downstream.detector import open_backbone
+from downstream.fvit.model import Design as FViTDesign
+from downstream.fvit.model import FViT
 from model import DeCLIP
-from tools import segment
+from tools import detect, segment
 from util import UserError, hub
 from util.results import read_results, result_path
 
@@ -35,7 +39,8 @@ class Hub(SimpleHTTPRequestHandler):
                  if revision not in ("main", COMMIT) else "" if path.is_file() else "EntryNotFound")
         self.send_response(404 if error else 200)
         body = b"" if error else path.read_bytes()
-        for name, value in {"X-Error-Code": error, "X-Repo-Commit": COMMIT, "ETag": '"1"',
+        for name, value in {"X-Error-Code": error, "X-Repo-Commit": COMMIT,
+                            "ETag": f'"{zlib.crc32(body):x}"',
                             "Content-Length": str(len(body))}.items():
             self.send_header(name, value) if value else None
         self.end_headers()
@@ -141,6 +146,25 @@ def test_commands_take_a_name(online, voc, tmp_path, monkeypatch):
     assert open_backbone({"BACKBONE": given["ckpt"]}).context == "qk"
 
 
+def test_detectors_and_segmenters_by_name(online, tmp_path, photo):
+    """Their tools find the file that they need, also where others are beside it; the detector's
+    backbone may be on the hub, too."""
+    clip = put(online)
+    small = FViTDesign(image_size=64, channels=16, candidates=100, proposals=20, templates="{}")
+    FViT(clip, ["disc"], [True], small).save(online / "some/body/fvit.safetensors")
+    CATSeg(DeCLIP("tiny-eva"), Design(32, width=16)).save(online / "some/cat/catseg.safetensors")
+    detect.main([photo, *options(ckpt="hf-hub:some/body/fvit.safetensors", cache="none",
+                                 backbone="hf-hub:some/body", out=tmp_path)])
+    assert (tmp_path / "0.detection.png").is_file()
+    segment.main([photo, *options(ckpt="hf-hub:some/cat", classes="disc, box", out=tmp_path)])
+    assert (tmp_path / "0.segmentation.png").is_file()
+
+
+@pytest.fixture
+def photo(images) -> str:
+    return str(images / "more/0.png")
+
+
 def test_a_repository_of_another_kind_is_looked_through(online):
     """Without a file in the name, the first of this project's that is there."""
     put(online, "some/thing", "fvit.safetensors")
@@ -150,7 +174,8 @@ def test_a_repository_of_another_kind_is_looked_through(online):
 
 
 def test_no_file_decides_about_a_download(online, tmp_path):
-    """What a record names is not fetched: neither its weights, nor its backbone."""
+    """What a record names is not fetched, neither weights nor a backbone; once a command has named
+    it, it is there."""
     put(online)
     put(tmp_path, "a", PRETRAINED="hf-hub:some/body", BACKBONE="hf-hub:some/body")
     asked = len(Hub.asked)
@@ -160,6 +185,12 @@ def test_no_file_decides_about_a_download(online, tmp_path):
     record = hub.Recorded("hf-hub:some/body")
     with pytest.raises(UserError, match="a file downloads nothing"):
         open_backbone({"BACKBONE": record})
+    assert len(Hub.asked) == asked
+    DeCLIP("hf-hub:some/body")
+    asked = len(Hub.asked)
+    hub.fetch.cache_clear()
+    assert open_backbone({"BACKBONE": record}).context == "qk"
+    assert segment.open_original(cfg, DeCLIP(pretrained=cfg.CKPT)).context == "qk"
     assert len(Hub.asked) == asked
 
 
