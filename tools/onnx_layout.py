@@ -8,10 +8,6 @@
 import importlib
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +72,8 @@ def check(cfg: SimpleNamespace) -> None:
     settings.refuse_unused(cfg, **dict.fromkeys(
         ("TEMPLATES", "CACHE"), not cfg.CLASSES and "is for --classes, which names none"))
     find_templates(cfg.TEMPLATES)
+    if cfg.CLASSES and not typed_classes(cfg.CLASSES).names:
+        raise UserError('CLASSES names no class; say --classes "cat, grass", or give a class file.')
     for name in PACKAGES:
         try:
             importlib.import_module(name)
@@ -85,11 +83,11 @@ def check(cfg: SimpleNamespace) -> None:
 
 
 def write_onnx(cfg: SimpleNamespace, clip: DeCLIP, path: Path) -> None:
-    """Writes the tower for images of SIZE, and compares what onnxruntime makes of the file with
-    what PyTorch makes of the model.
+    """Writes the tower for images of SIZE, if onnxruntime makes of the file what PyTorch makes of
+    the model.
 
-    Raises UserError, and leaves no file, if they differ; if the patch does not divide the size; and
-    if the tower is too large for one file.
+    Raises UserError, and leaves the path as it is, if not; if the patch does not divide the size;
+    and if the tower is too large for one file.
     """
     size, precision = find_size(cfg, clip), "fp16" if cfg.HALF else "fp32"
     count = sum(weight.numel() for weight in clip.visual.parameters())
@@ -97,83 +95,66 @@ def write_onnx(cfg: SimpleNamespace, clip: DeCLIP, path: Path) -> None:
         raise UserError(f"The tower of {clip.model_name} has {count / 1e6:.0f} million weights, in "
                         f"{precision} more than the 2 GB that an ONNX file holds; "
                         f"{'use a smaller model' if cfg.HALF else 'say --half true'}.")
-    classes = typed_classes(cfg.CLASSES) if cfg.CLASSES else None
-    text = classes and clip.encode_text(classes.prompts, find_templates(cfg.TEMPLATES), cfg.CACHE)
+    about = {"model": last_part(clip.model_name), "context": clip.context, "precision": precision,
+             "scale": f"{clip.visual.attention_scale:.10g}", "patch_size": str(clip.patch_size),
+             **{name: json.dumps(getattr(clip, name)) for name in ("mean", "std")},
+             "size": json.dumps(size), "output": OUTPUTS["logits" if cfg.CLASSES else "content"]}
+    classes, text = None, None
+    if cfg.CLASSES:
+        classes = typed_classes(cfg.CLASSES)
+        text = clip.encode_text(classes.prompts, find_templates(cfg.TEMPLATES), cfg.CACHE)
+        about |= {"classes": json.dumps(classes.names), "templates": cfg.TEMPLATES}
     dense = Dense(clip.visual, classes, text).eval().requires_grad_(False)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     expected = dense(images)        # of the model as it is, before anything is made constant
     dense.fix(size, cfg.HALF)
-    name = "content" if classes is None else "logits"
-    about = describe(clip, size, name) | {"precision": precision}
-    if classes:
-        about |= {"classes": json.dumps(classes.names), "templates": cfg.TEMPLATES}
 
     def write(file: str) -> None:
-        save(dense, images, {"name": name} | about, file)
-        difference = compare(file, images, expected)
-        print(f"largest difference from PyTorch in fp32: {difference:.1e} of the largest value")
-        if not difference <= MAX_DIFFERENCE[precision]:     # also if it is nan
-            raise UserError(f"What onnxruntime makes of the file differs from PyTorch by "
-                            f"{difference:.1e} of the largest value, more than "
-                            f"{MAX_DIFFERENCE[precision]:g}, so nothing was written; "
-                            f"{'leave --half out' if cfg.HALF else 'try other versions of both'}.")
+        save(dense, images, about, file)
+        compare(file, images, expected, MAX_DIFFERENCE[precision])
 
     atomic_write(path, write)
 
 
 def find_size(cfg: SimpleNamespace, clip: DeCLIP) -> tuple[int, int]:
     """Height and width that SIZE says; UserError if the patch does not divide them."""
-    size = cfg.SIZE * 2 if len(cfg.SIZE) == 1 else cfg.SIZE
     nearest = [max(1, round(side / clip.patch_size)) * clip.patch_size for side in cfg.SIZE]
     if [*cfg.SIZE] != nearest:
         raise UserError(f"SIZE is {' '.join(map(str, cfg.SIZE))}, no multiple of "
                         f"{clip.model_name}'s patch size, {clip.patch_size}; the nearest that "
                         f"works is {' '.join(map(str, nearest))}.")
-    return size
-
-
-def describe(clip: DeCLIP, size: tuple[int, int], name: str) -> dict[str, str]:
-    """What the file says of itself; lists as json."""
-    return {"mean": json.dumps(clip.mean), "std": json.dumps(clip.std), "size": json.dumps(size),
-            "patch_size": str(clip.patch_size), "model": last_part(clip.model_name),
-            "context": clip.context, "scale": f"{clip.visual.attention_scale:.10g}",
-            "output": OUTPUTS[name]}
+    return cfg.SIZE[0], cfg.SIZE[-1]
 
 
 def save(dense: Dense, images: Tensor, about: dict[str, str], file: str) -> None:
     """Writes and checks an ONNX file for any number of images of this size."""
     import onnx
-    about = dict(about)
-    with quiet():
+    logging.disable(logging.WARNING)        # of what is not simplified
+    try:
         program = torch.onnx.export(
             dense, (images,), dynamo=True, verbose=False, input_names=["images"],
-            output_names=[about.pop("name")],
+            output_names=["content" if dense.text is None else "logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},))
-    for node in program.model.graph.all_nodes():    # where this machine keeps which source
+    finally:
+        logging.disable(logging.NOTSET)
+    for node in program.model.graph.all_nodes():    # it would say where this machine keeps code
         node.metadata_props.clear()
     program.model.metadata_props.update(about)
     program.save(file, external_data=False)
     onnx.checker.check_model(file, full_check=True)
 
 
-def compare(file: str, images: Tensor, expected: Tensor) -> float:
-    """The largest difference of onnxruntime's outputs for batches of two and of one from those
-    expected, as a share of the largest value."""
+def compare(file: str, images: Tensor, expected: Tensor, bound: float) -> None:
+    """Prints the largest difference of onnxruntime's outputs for batches of two and of one from
+    those expected, as a share of the largest value; UserError if it is more than the bound."""
     import onnxruntime
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    run = partial(session.run, None)
-    found = [torch.from_numpy(run({"images": some.numpy()})[0]) for some in (images, images[:1])]
+    found = [torch.from_numpy(session.run(None, {"images": some.numpy()})[0])
+             for some in (images, images[:1])]
     differences = torch.cat(found) - torch.cat([expected, expected[:1]])
-    return (differences.abs().max() / expected.abs().max()).item()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within it, libraries don't tell what they do."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    difference = (differences.abs().max() / expected.abs().max()).item()
+    if not difference <= bound:     # also if it is nan
+        raise UserError(f"What onnxruntime makes of the file differs from PyTorch by "
+                        f"{difference:.1e} of the largest value, more than {bound:g}, so nothing "
+                        "was written; leave --half out, or try other versions of both.")
+    print(f"onnxruntime differs from PyTorch by {difference:.1e} of the largest value, at most")
