@@ -139,10 +139,10 @@ def write_hub(ckpt: str, record: dict, clip: DeCLIP | None, folder: Path) -> Non
         raise UserError(f"{card} is there and not of this tool; choose another OUT, or move it.")
     if clip is None:
         read_weights(ckpt)      # UserError for a damaged file
-    elif not record["model"].startswith("local-dir:"):      # its parts would not be found elsewhere
-        write_open_clip(clip, folder)
     figures = model_card.figures_of(clip, Path(ckpt).parent) if clip else {}
     text = model_card.card(record, clip, figures)
+    if clip and not record["model"].startswith("local-dir:"):   # parts would not be found elsewhere
+        write_open_clip(clip, folder)
     file = folder / f"{model_card.kind_of(record)}.safetensors"     # what `hf-hub:` names fetch
     atomic_write(file, lambda copy: shutil.copyfile(ckpt, copy))
     atomic_write(card, lambda copy: Path(copy).write_text(text, encoding="utf-8"))

@@ -30,27 +30,24 @@ TRAINING = {"IMAGES": "images", "DATASET": "data set", "PRETRAINED": "CLIP's wei
 CARD = """---
 {front}
 pipeline_tag: {task}
-tags: [declip, open-vocabulary, {tags}]
+tags: [{tags}]
 ---
 {mark}
 
 # {title} of {model}
 
-{what}, by [DeCLIP](https://arxiv.org/abs/2505.04410) (Wang et al., CVPR 2025).
+{what}, as in [DeCLIP](https://arxiv.org/abs/2505.04410) (Wang et al.,
+CVPR 2025).
 
 {about}
 
 ## Training
 
 {training}
-
-## Figures
-
 {figures}
-
 ## Use
 
-By the code that wrote this card. {note}
+{note}
 {use}
 ## Licences
 
@@ -62,6 +59,13 @@ USE = """
 ```
 python -m tools.{tool} photo.jpg --classes "cat, grass" --ckpt hf-hub:you/{kind}
 ```
+"""
+FIGURES = """
+## Figures
+
+Of these weights, in per cent.
+
+{}
 """
 USE_CLIP = """
 ```python
@@ -92,22 +96,24 @@ def card(record: dict, clip: DeCLIP | None, figures: dict[str, str]) -> str:
     scale = "1/√d" if record["scale"] is None else f"{record['scale']:.10g}"
     about = {"CLIP": code(model), "context": code(record["context"]), "scale": scale}
     use, is_folder = USE.format(tool=tool, kind=kind), model.startswith("local-dir:")
-    note = "Its CLIP is described by a folder that is not here; get that, too." if is_folder else ""
+    note = "In a folder with the code that wrote this card:"
     parents = licences(model, made) if clip else {"its CLIP, the teachers, the images": ""}
     if clip:
         about |= {"patch": clip.patch_size, "width of embeddings": clip.visual.embed_dim}
         use = USE_CLIP + use + ("" if is_folder else USE_OPEN_CLIP)
     elif kind != "catseg":
-        note += " Its CLIP is not in the file; if it is not found, name it by `--backbone`."
+        note = f"Its CLIP is not in the file; if it is not found, name it by `--backbone`. {note}"
+    if is_folder:
+        note = f"Its CLIP is described by a folder that is not here; get that, too. {note}"
     training = {words: code(made[name]) for name, words in TRAINING.items()
-                if made.get(name) is not None}
+                if made.get(name) is not None and (name != "VFM_MODEL" or made.get("LAMBDA") != 0)}
     rows = {"the code": "mit"} | {name: of or "see its own" for name, of in parents.items()}
+    tags = dict.fromkeys(["declip", "open-vocabulary", kind, quoted(last_part(model))])
     return CARD.format(
-        front="\n".join(front_matter(model, made, parents, clip)), task=task, what=what,
-        tags=f"{kind}, {quoted(last_part(model))}", mark=MARK, title=title, model=code(model),
-        about=table(about), training=table(training) or "The file does not say how.", use=use,
-        figures=table(figures) or "None of exactly these weights are known.", note=note,
-        licences=table(rows))
+        front="\n".join(front_matter(model, made, parents, clip)), task=task, tags=", ".join(tags),
+        mark=MARK, title=title, model=code(model), what=what, about=table(about),
+        training=table(training) or "The file does not say how.", note=note, use=use,
+        figures=FIGURES.format(table(figures)) if figures else "", licences=table(rows))
 
 
 def front_matter(model: str, made: dict, parents: dict[str, str], clip: DeCLIP | None) -> list[str]:
@@ -142,13 +148,13 @@ def figures_of(clip: DeCLIP, folder: Path) -> dict[str, str]:
     rows, region, seg = {}, folder / "region.json", folder / "seg.json"
     with as_written(region):
         for result in read_results(region, **of) if region.is_file() else ():
-            rows[f"regions at {result['of']['size']:d} px, mAcc in %"] = ", ".join(
+            rows[f"regions at {result['of']['size']:d} px, mAcc"] = ", ".join(
                 f"{code(way)} {means['top1']:.1f}" for way, means in result["mAcc"].items()
                 if means["top1"] is not None)
     with as_written(seg):
         for result in read_results(seg, **of) if seg.is_file() else ():
             pamr = f", PAMR {result['of']['pamr']:d}" if result["of"]["pamr"] else ""
-            rows[f"{code(result['of']['benchmark'])}{pamr}, mIoU in %"] = f"{result['mIoU']:.1f}"
+            rows[f"{code(result['of']['benchmark'])}{pamr}, mIoU"] = f"{result['mIoU']:.1f}"
     return rows
 
 

@@ -135,7 +135,7 @@ def test_a_folder_for_the_hub(tmp_path, capsys):
     assert torch.equal(theirs.logit_scale, clip.text.logit_scale)
     front, text = card_of(tmp_path / "hub")
     assert (front["library_name"], front["pipeline_tag"]) == ("open_clip", "image-segmentation")
-    assert "tiny-eva" in front["tags"]
+    assert front["tags"] == ["declip", "open-vocabulary", "tiny-eva"]
     for row in ("| context | `qk` |", "| scale | 0.5 |", "| patch | 8 |", "| images | `val2017` |",
                 "| steps | `44000` |", "| learning rate | `1e-05` |",
                 "| `vit_base_patch14_dinov2.lvd142m` | apache-2.0 |"):
@@ -161,12 +161,14 @@ def test_a_card_has_the_figures_of_these_weights_alone(trained, tmp_path):
     export.main(options(layout="hub", ckpt=path, out=tmp_path / "hub"))
     _, text = card_of(tmp_path / "hub")
     rows = text.partition("## Figures")[2].partition("##")[0].strip().splitlines()
-    assert rows[2:] == ["| regions at 560 px, mAcc in % | `box thing` 75.0 |",
-                        "| `voc20.json`, mIoU in % | 44.0 |",
-                        "| `voc20.json`, PAMR 10, mIoU in % | 55.0 |"]
+    assert rows[4:] == ["| regions at 560 px, mAcc | `box thing` 75.0 |",
+                        "| `voc20.json`, mIoU | 44.0 |",
+                        "| `voc20.json`, PAMR 10, mIoU | 55.0 |"]
     (tmp_path / "seg.json").write_text(json.dumps({"results": [{"of": of | seg, "mIoU": "best"}]}))
     with pytest.raises(SystemExit, match="seg.json holds no results as evaluations write them"):
         export.main(options(layout="hub", ckpt=path, out=tmp_path / "hub"))
+    assert "## Figures" not in model_card.card({"model": "tiny-eva", "context": "q", "scale": 1.0},
+                                               clip, {})
 
 
 @pytest.mark.parametrize("kind, tool", [("fvit", "detect"), ("ov_dquo", "detect"),
