@@ -190,6 +190,11 @@ def test_detectors_and_segmenters_have_a_card_too(tmp_path, kind, tool):
                          ({"layout": "hub", "model": "tiny-eva"}, "MODEL is for a CLIP")):
         with pytest.raises(SystemExit, match=words):
             export.main(options(ckpt=tmp_path / "x.safetensors", **given))
+    damaged = bytearray((tmp_path / "x.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "x.safetensors").write_bytes(damaged)
+    with pytest.raises(SystemExit, match="is damaged: its content does not have its checksum"):
+        export.main(options(layout="hub", ckpt=tmp_path / "x.safetensors", out=tmp_path / "hub2"))
 
 
 def test_a_model_in_a_folder_leaves_no_path_behind(trained, tmp_path):
