@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from model import DeCLIP
 from tools import model_card, onnx_layout
-from util import UserError, distributed, settings
+from util import UserError, distributed, hub, settings
 from util.backbones import is_eva_clip
 from util.files import atomic_write, write_json
 from util.towers import paths_inside, tokenizer_of
@@ -75,16 +75,17 @@ def run(cfg: SimpleNamespace) -> None:
     settings.refuse_unread(cfg, sys.modules[__name__], [cfg.LAYOUT], {"The ONNX file": "onnx"})
     if cfg.LAYOUT == "onnx":
         onnx_layout.check(cfg)
-    is_hub = cfg.LAYOUT == "hub" and Path(cfg.CKPT).is_file()
-    record = read_record(cfg.CKPT) if is_hub else read_clip_record(cfg.CKPT)
+    ckpt = hub.local(cfg.CKPT)
+    is_hub = cfg.LAYOUT == "hub" and Path(ckpt).is_file()
+    record = read_record(ckpt) if is_hub else read_clip_record(ckpt)
     if not record:
         raise UserError(f"{cfg.CKPT} does not say which model it is; give a declip.safetensors "
                         "that train.py wrote.")
-    path = Path(cfg.OUT or Path(cfg.CKPT).with_name(LAYOUTS[cfg.LAYOUT]))
+    path = Path(cfg.OUT or hub.home(cfg.CKPT) / LAYOUTS[cfg.LAYOUT])
     if "use" in record:
         settings.refuse_unused(cfg, MODEL="is for a CLIP, which is not opened here")
-    clip = None if "use" in record else DeCLIP(cfg.MODEL, cfg.CKPT)
-    {"eva": write_eva, "open_clip": write_open_clip, "hub": partial(write_hub, cfg.CKPT, record),
+    clip = None if "use" in record else DeCLIP(cfg.MODEL, ckpt)
+    {"eva": write_eva, "open_clip": write_open_clip, "hub": partial(write_hub, ckpt, record),
      "onnx": partial(onnx_layout.write_onnx, cfg)}[cfg.LAYOUT](clip, path)
     print(f"written to {path}")
     if clip:
@@ -129,7 +130,7 @@ def copy_into(folder: Path, file: Path) -> str:
     return str(folder / file.name)
 
 
-def write_hub(ckpt: str, record: dict, clip: DeCLIP | None, folder: Path) -> None:
+def write_hub(ckpt: str | Path, record: dict, clip: DeCLIP | None, folder: Path) -> None:
     """The checkpoint, a model card and, of a CLIP, open_clip's files.
 
     Raises UserError if the folder has a README.md that is not this tool's.
