@@ -7,15 +7,14 @@
     torchrun --nproc_per_node 8 -m tools.features photos/ --ckpt ...    # divided among GPUs
 
 A photograph is resized as for segmentation, to SHORT_SIDE but not beyond LONG_SIDE, and has a cell
-for each patch of that size, rounded to whole ones (with --one_pass the size is rounded, too). Where
-windows overlap, a cell is their mean. Arrays are float16 and not normalised. A json beside each
-says what is in it and where pixels lie. What is there whole is left, so a killed run is gone on
-with by the same command. docs/features.md shows what to do with them.
+for each patch of that size, rounded to whole ones (--one_pass rounds the size, too). Where windows
+overlap, a cell is their mean. A json beside each array says what is in it and where pixels lie. The
+same command goes on with a killed run. docs/features.md shows what to do with the arrays.
 """
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +71,7 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
     if ranks.is_main and len(missing) < len(plan):
         print(f"left as they are: {len(plan) - len(missing):,} of {len(plan):,} arrays")
     share = {array: plan[array] for array in missing[ranks.rank::ranks.world_size]}
-    photos = arrays.ImageFiles([paths[image["name"]] for images in share.values() for image in images])
+    photos = arrays.ImageFiles([paths[image["name"]] for array in share for image in plan[array]])
     # A few are sooner read than workers started.
     loader = load_share(photos, ranks._replace(rank=0, world_size=1), 1,
                         min(cfg.NUM_WORKERS, len(photos) // 8))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from util import UserError, printable
+from util import UserError
 from util.distributed import Ranks, gather
 from util.files import atomic_write, is_list, read_json, write_json
 from util.images import read_image
@@ -115,7 +115,8 @@ def to_half(values: Tensor) -> tuple[np.ndarray, int]:
     if beyond:
         tqdm.write(f"{beyond} values are beyond float16 and set to its ±{MAX_HALF:.0f}; the json "
                    "counts them as clamped")
-    return values.clamp(-MAX_HALF, MAX_HALF).half().cpu().numpy(), beyond
+    half = values.clamp(-MAX_HALF, MAX_HALF).half()
+    return half.contiguous().cpu().numpy(), beyond      # safetensors writes no other order
 
 
 def write(array: Path, values: dict[str, np.ndarray], record: dict) -> None:
@@ -128,8 +129,7 @@ def write(array: Path, values: dict[str, np.ndarray], record: dict) -> None:
         np.save(memory, only, allow_pickle=False)
         content = memory.getbuffer()
     else:
-        content = safetensors.numpy.save({printable(name): value
-                                          for name, value in values.items()})
+        content = safetensors.numpy.save(values)
     array.unlink(missing_ok=True)       # a shard that lacked images
     write_json(array.with_suffix(".json"), record)
     # Of a full disk numpy's and safetensors' own files raise errors that don't say so.
