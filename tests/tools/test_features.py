@@ -8,6 +8,8 @@ import runpy
 import shlex
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,8 +218,9 @@ def test_photographs_of_one_name(photos, tmp_path):
     assert found == {"a.npy": "a.png", "photos-a.bmp.npy": "a.bmp", "sub-a.png.npy": "a.png"}
 
 
-def test_shards_hold_what_single_files_do(photos, tmp_path):
-    """The last one is what remains; a broken photograph that was mended is added."""
+def test_shards_hold_what_single_files_do(photos, tmp_path, monkeypatch):
+    """The last one is what remains; a broken photograph that was mended is added, and while it is
+    no array is beside the json of another."""
     run_past_broken(photos, tmp_path / "single")
     run_past_broken(photos, tmp_path / "shards", shard=4)
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
@@ -232,6 +235,9 @@ def test_shards_hold_what_single_files_do(photos, tmp_path):
             np.testing.assert_array_equal(values, np.load(tmp_path / f"single/{name}.npy"))
     second = shards[1].stat()
     write(photos / "c.png", 5)
+    with full_disk(monkeypatch, after=0):
+        run(photos, out=tmp_path / "shards", shard=4)
+    assert not shards[0].exists() and shards[0].with_suffix(".json").exists()
     run(photos, out=tmp_path / "shards", shard=4)
     assert [*load_file(shards[0])] == ["a", "b ä", "c", "d"] and shards[1].stat() == second
 
@@ -310,29 +316,41 @@ def test_nothing_of_other_settings_is_overwritten(clip, tmp_path, given, words):
 
 
 def test_a_full_disk_ends_the_run(photos, tmp_path, monkeypatch):
-    """With one sentence, and no array that is not whole; later the run goes on."""
-    whole, count = Path.write_bytes, iter(range(99))
-
-    def fill(path, content):
-        if next(count) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        whole(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", fill)
-        with pytest.raises(SystemExit, match="No space left on device; make room"):
-            run(photos, out=tmp_path / "out")
-    assert len([*(tmp_path / "out").rglob("*.npy")]) == 2
+    """With one sentence, and no array that is not whole or has no json; later the run goes on."""
+    with full_disk(monkeypatch, after=2):
+        run(photos, out=tmp_path / "out")
+    assert sorted(files(tmp_path / "out")) == ["a.json", "a.npy", "b ä.json", "b ä.npy", "d.json"]
     run_past_broken(photos, tmp_path / "out")
     assert len([*(tmp_path / "out").rglob("*.npy")]) == 5
 
 
+@contextmanager
+def full_disk(monkeypatch, after: int) -> Iterator[None]:
+    """Within it, the disk is full after so many arrays and a half; the run must end by that."""
+    whole, count = Path.write_bytes, iter(range(99))
+
+    def fill(path: Path, content: bytes) -> None:
+        is_full = next(count) == after
+        whole(path, content[:len(content) // 2] if is_full else content)
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left on device; "
+                                                       "make room"):
+        patch.setattr(Path, "write_bytes", fill)
+        yield
+
+
 def test_a_failure_of_one_photograph_is_its_own(photos, tmp_path, monkeypatch):
+    def fail(values: torch.Tensor) -> tuple:
+        if values.shape[1] == 17:       # b ä.jpg, 100 wide
+            raise RuntimeError("of this one")
+        return to_half(values)
+
     (photos / "c.png").unlink()
     to_half = arrays.to_half
-    monkeypatch.setattr(arrays, "to_half", lambda values: to_half(
-        values / 0 if values.shape[1] == 17 else values))
-    with pytest.raises(SystemExit, match=r"b ä.jpg failed \(values are not finite; try another"):
+    monkeypatch.setattr(arrays, "to_half", fail)
+    with pytest.raises(SystemExit, match=r"b ä.jpg failed \(of this one\)"):
         run(photos, out=tmp_path / "out")
     assert len([*(tmp_path / "out").rglob("*.npy")]) == 4
 
