@@ -72,9 +72,8 @@ def run(cfg: SimpleNamespace, ranks: distributed.Ranks) -> None:
         print(f"left as they are: {len(plan) - len(missing):,} of {len(plan):,} arrays")
     share = {array: plan[array] for array in missing[ranks.rank::ranks.world_size]}
     photos = arrays.ImageFiles([paths[image["name"]] for array in share for image in plan[array]])
-    # A few are sooner read than workers started.
     loader = load_share(photos, ranks._replace(rank=0, world_size=1), 1,
-                        min(cfg.NUM_WORKERS, len(photos) // 8))
+                        min(cfg.NUM_WORKERS, len(photos) // 8))     # a few need no workers
     failed = write_share(share, tqdm(loader, unit="photo", disable=not ranks.is_main), view, about)
     failed = sum(distributed.gather(failed), [])
     if failed and not ranks.is_main:
@@ -190,7 +189,8 @@ def write_share(share: arrays.Plan, loader: Iterable, view: View, about: dict) -
                 failed.append(str(error) if error is photo else
                               f"{path} failed ({' '.join(str(error).split())}).")
         if values:
-            arrays.write(array, values, about | {"images": images})
+            left_out = [image for image in identities if image["name"] not in values]
+            arrays.write(array, values, about | {"images": images, "left_out": left_out})
     next(loaded, None)      # so a progress bar is full
     return failed
 

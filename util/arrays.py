@@ -1,6 +1,7 @@
 """Arrays of many images as files, with a json beside each that says what is in it.
 
-    {"checksum": "0123abcd", ..., "images": [{"name": "a", "file": "a.png", "bytes": 1234, ...}]}
+    {"checksum": "0123abcd", ..., "images": [{"name": "a", "file": "a.png", "bytes": 1234, ...}],
+     "left_out": []}
 
 An array is written once: what is there whole is left, what has other settings or images is refused.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from util import UserError
+from util import UserError, printable
 from util.distributed import Ranks, gather
 from util.files import atomic_write, is_list, read_json, write_json
 from util.images import read_image
@@ -66,8 +67,8 @@ def find_missing(plan: Plan, about: dict, folder: Path, ranks: Ranks) -> list[Pa
 
 
 def is_whole(array: Path, wanted: Sequence[dict] | None, about: dict) -> bool:
-    """Whether an array is there with all images that are wanted, None for any; a shard may lack
-    some that failed.
+    """Whether an array is there with all images that are wanted, None for any, but those that
+    failed and are the same files still.
 
     Raises UserError if it is of other settings or images, or, where it is wanted, of other origin.
     """
@@ -87,18 +88,23 @@ def is_whole(array: Path, wanted: Sequence[dict] | None, about: dict) -> bool:
     if stranger:
         raise UserError(f"{array} is of another image, {stranger['file']} of {stranger['bytes']} "
                         "bytes, than it would be now; choose another OUT, or remove it.")
-    return is_there and (wanted is None or len(has) == len(wanted))
+    lacks = [image for image in wanted or () if image not in has]
+    if is_there and lacks and all(image in record["left_out"] for image in lacks):
+        tqdm.write(f"{array} lacks {len(lacks)} images that failed before, such as "
+                   f"{printable(lacks[0]['file'])}; mend them, or remove it to try again")
+        return True
+    return is_there and not lacks
 
 
 def read_record(path: Path, about: dict) -> dict:
     """What a json says that `write` has written; {} for others."""
     try:
-        record = read_json(path, "images", "checksum")
+        record = read_json(path, "images", "left_out", "checksum")
     except UserError:
         return {}
     fits = is_list(record["images"], lambda image: isinstance(image, dict)
                    and {*IDENTITY} <= image.keys())
-    return record if fits else {}
+    return record if fits and isinstance(record["left_out"], list) else {}
 
 
 MAX_HALF = torch.finfo(torch.float16).max

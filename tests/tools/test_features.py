@@ -218,9 +218,9 @@ def test_photographs_of_one_name(photos, tmp_path):
     assert found == {"a.npy": "a.png", "photos-a.bmp.npy": "a.bmp", "sub-a.png.npy": "a.png"}
 
 
-def test_shards_hold_what_single_files_do(photos, tmp_path, monkeypatch):
-    """The last one is what remains; a broken photograph that was mended is added, and while it is
-    no array is beside the json of another."""
+def test_shards_hold_what_single_files_do(photos, tmp_path, monkeypatch, capsys):
+    """The last one is what remains. A broken photograph is tried again when its file is another;
+    while it is added no array is beside the json of another."""
     run_past_broken(photos, tmp_path / "single")
     run_past_broken(photos, tmp_path / "shards", shard=4)
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
@@ -233,7 +233,10 @@ def test_shards_hold_what_single_files_do(photos, tmp_path, monkeypatch):
         assert names == [*load_file(path)]
         for name, values in load_file(path).items():
             np.testing.assert_array_equal(values, np.load(tmp_path / f"single/{name}.npy"))
-    second = shards[1].stat()
+    first, second = (path.stat() for path in shards)
+    run(photos, out=tmp_path / "shards", shard=4)
+    assert "lacks 1 images that failed before, such as c.png" in capsys.readouterr().out
+    assert shards[0].stat() == first
     write(photos / "c.png", 5)
     with full_disk(monkeypatch, after=0):
         run(photos, out=tmp_path / "shards", shard=4)
