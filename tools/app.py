@@ -30,7 +30,7 @@ SHARED = {"eval_region": ["The model", "Names and numbers"], "eval_seg": ["The w
           "tools.segment": ["What is named"]}
 
 # What is shown
-EXAMPLES: str | None = None         # folder of photographs to choose from, the first 12; None: none
+EXAMPLES: str | None = None         # folder of photographs to choose from, the first 8; None: none
 DETECTOR: str | None = None         # a detector's checkpoint, whose boxes are shown; None: none
 LEAST = 0.3                         # score from which a box is shown
 
@@ -64,14 +64,15 @@ def start(cfg: SimpleNamespace, device: torch.device, folder: str) -> object:
         raise UserError("tools.app needs the package gradio, which is missing; install it by "
                         "pip install gradio.") from None
     check(cfg)
-    examples = list_images(cfg.EXAMPLES)[0][:12] if cfg.EXAMPLES else []
+    examples = list_images(cfg.EXAMPLES)[0][:8] if cfg.EXAMPLES else []
     page = build(gr, Answers(cfg, device), examples)
     page.queue(max_size=20)
     theme = gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace")
     try:
         page.launch(server_name=cfg.HOST, server_port=cfg.PORT, prevent_thread_lock=True,
                     quiet=True, max_file_size=cfg.MAX_FILE_MB * 2**20, state_session_capacity=100,
-                    ssr_mode=False, footer_links=[], run_history=False, css=CSS, theme=theme)
+                    ssr_mode=False, footer_links=[], run_history=False, enable_monitoring=False,
+                    css=CSS, theme=theme)
     except OSError as error:
         raise UserError(f"The page can't be served at {cfg.HOST}, port {cfg.PORT} ({error}); "
                         "choose another PORT or HOST.") from None
@@ -102,7 +103,7 @@ CSS = """
 #head h1 { font-size: 30px; margin: 0 } #head p { font-size: 16px; margin: 0 }
 #words textarea { font-size: 17px } #words label > div { color: #555 } #colours { display: none }
 #legend .wrap { gap: 6px } #legend label { font-size: 16px; padding: 3px 9px }
-#examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) }
 """
 
 
@@ -161,6 +162,9 @@ def connect(gr: ModuleType, answers: Answers, examples: list[str], parts: Simple
             gr.Info(note, title="")
         return Scene(photo), shrunk(photo, DRAWN), *empty
 
+    def drop(dropped: dict) -> tuple:
+        return take(dropped["path"])
+
     def choose(event: gr.SelectData) -> tuple:
         return take(examples[event.index])
 
@@ -184,12 +188,14 @@ def connect(gr: ModuleType, answers: Answers, examples: list[str], parts: Simple
     def redraw(scene: Scene, shown: list[str]) -> Image.Image:
         return figures.regions(scene.photo, scene.found, scene.classes, shown, DRAWN)
 
-    def on(listen: Callable, function: Callable, inputs: list, outputs: list) -> object:
+    def on(listen: Callable, function: Callable, inputs: list, outputs: list, **how: bool
+           ) -> object:
         # One request at a time: models and matplotlib are not made for several.
         return listen(in_sentences(gr, function), inputs, outputs, concurrency_id="model",
-                      concurrency_limit=1, api_visibility="private")
+                      concurrency_limit=1, api_visibility="private", **how)
 
-    for event in (on(parts.photo.upload, take, [parts.photo], fresh),
+    # Not preprocessed: gradio would open the file before read_photo, and with any of its decoders.
+    for event in (on(parts.photo.upload, drop, [parts.photo], fresh, preprocess=False),
                   on(parts.examples.select, choose, [], fresh)):
         on(event.success, look_if_named, asked, found)
     on(parts.photo.clear, partial(take, None), [], fresh)

@@ -142,7 +142,7 @@ def regions(photo: Tensor, prediction: Tensor, classes: Classes, shown: Collecti
     # What is hidden is one more class, without name and colour.
     prediction, classes = (drawn[""] + 1).masked_fill(hidden, 0), Classes(["", *classes.names],
                                                                          [], [])
-    (H, W), dpi = photo.shape[-2:], largest / INCHES
+    (H, W), dpi = photo.shape[-2:], largest / 4       # a small one, so that names are large
     figure = plt.figure(figsize=(W / dpi, H / dpi), dpi=dpi)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
