@@ -105,9 +105,8 @@ def typed(words: str, most: int) -> Classes:
     It names no file, because who sees the page may not read the machine's. Raises UserError for
     no name, one twice, or more than `most`.
     """
-    lines = words.splitlines()
-    if "\n" not in words.strip():
-        lines = [entry.replace("|", ",") for entry in words.split(",")]
+    lines = words.splitlines() if "\n" in words.strip() else words.split(",")
+    lines = [line.replace("|", ",") for line in lines]
     classes = make_classes([line for line in lines if line.strip(" ,")])
     if not classes.names:
         raise UserError('No class is named; type words, such as "cat, wooden chair, grass".')
