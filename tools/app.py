@@ -103,7 +103,9 @@ CSS = """
 #head h1 { font-size: 30px; margin: 0 } #head p { font-size: 16px; margin: 0 }
 #words textarea { font-size: 17px } #words label > div { color: #555 } #colours { display: none }
 #legend .wrap { gap: 6px } #legend label { font-size: 16px; padding: 3px 9px }
-#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); padding-top: 24px;
+    grid-template-rows: none; grid-auto-rows: auto }
+#examples button { height: auto; min-height: 0; aspect-ratio: 1 }
 """
 
 
@@ -159,7 +161,7 @@ def connect(gr: ModuleType, answers: Answers, examples: list[str], parts: Simple
             return None, None, *empty
         photo, note = read_photo(path, answers.cfg.MAX_PIXELS)
         if note:
-            gr.Info(note, title="")
+            gr.Info(note, title="Reduced")
         return Scene(photo), shrunk(photo, DRAWN), *empty
 
     def drop(dropped: dict) -> tuple:
@@ -188,15 +190,17 @@ def connect(gr: ModuleType, answers: Answers, examples: list[str], parts: Simple
     def redraw(scene: Scene, shown: list[str]) -> Image.Image:
         return figures.regions(scene.photo, scene.found, scene.classes, shown, DRAWN)
 
-    def on(listen: Callable, function: Callable, inputs: list, outputs: list, **how: bool
+    def on(listen: Callable, function: Callable, inputs: list, outputs: list, **how: object
            ) -> object:
         # One request at a time: models and matplotlib are not made for several.
-        return listen(in_sentences(gr, function), inputs, outputs, concurrency_id="model",
-                      concurrency_limit=1, api_visibility="private", **how)
+        return listen(in_sentences(gr, function, len(outputs), how.pop("failed", None)), inputs,
+                      outputs, concurrency_id="model", concurrency_limit=1,
+                      api_visibility="private", **how)
 
     # Not preprocessed: gradio would open the file before read_photo, and with any of its decoders.
-    for event in (on(parts.photo.upload, drop, [parts.photo], fresh, preprocess=False),
-                  on(parts.examples.select, choose, [], fresh)):
+    for event in (on(parts.photo.upload, drop, [parts.photo], fresh, preprocess=False,
+                     failed=take(None)),
+                  on(parts.examples.select, choose, [], fresh, failed=take(None))):
         on(event.success, look_if_named, asked, found)
     on(parts.photo.clear, partial(take, None), [], fresh)
     on(parts.button.click, look, asked, found)
@@ -219,8 +223,11 @@ def legend_of(gr: ModuleType, scene: Scene) -> tuple:
     return picture, legend, f"<style>{' '.join(rules)}</style>"
 
 
-def in_sentences(gr: ModuleType, function: Callable) -> Callable:
-    """The function, whose errors are sentences in the page."""
+def in_sentences(gr: ModuleType, function: Callable, count: int, failed: tuple | None) -> Callable:
+    """A function of `count` outputs, whose errors are sentences in the page.
+
+    failed: the outputs after an error; None: those that were there.
+    """
     @wraps(function)
     def guarded(*given: object) -> object:
         try:
@@ -229,9 +236,10 @@ def in_sentences(gr: ModuleType, function: Callable) -> Callable:
             sentence = printable(str(error))
         except Exception as error:
             traceback.print_exc()
-            sentence = (f"This did not work ({type(error).__name__}); the terminal of the program "
-                        "says more.")
-        raise gr.Error(sentence, duration=None, title="", print_exception=False)
+            sentence = f"The program failed ({type(error).__name__}); its terminal says more."
+        gr.Warning(sentence, duration=None, title="This did not work")
+        left = tuple(gr.skip() for _ in range(count))
+        return failed or (left if count > 1 else left[0])
     return guarded
 
 

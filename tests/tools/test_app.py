@@ -198,8 +198,11 @@ def test_an_example(visitor):
     ("broken.png", "broken.png can't be read as an image (cannot identify image file 'broken.png'"),
     ("notes.txt", "Only image/* allowed"), ("heavy.png", "exceed the maximum allowed size of 1.0")])
 def test_files_that_are_no_photographs(visitor, folder, name, words):
+    """One says why, and may drop another one at once."""
     visitor.drop(folder / name)
     visitor.says(words)
+    visitor.drop(folder / "a.png")
+    visitor.until(visitor.legend, "a legend")
 
 
 def test_sentences_in_the_page(visitor, folder, page, monkeypatch):
@@ -208,13 +211,15 @@ def test_sentences_in_the_page(visitor, folder, page, monkeypatch):
     visitor.drop(folder / "large.png")
     visitor.says("The photograph has 90,000 pixels, more than 20,000; it was reduced to 100 x 100.")
     visitor.until(visitor.legend, "a legend")
+    before = visitor.picture("regions")
     visitor.name(" , |")
     visitor.one("#segment").click()
     visitor.says("No class is named; type words")
+    assert visitor.picture("regions") == before
     monkeypatch.setattr(answers.figures, "use_fonts", lambda names: 1 / 0)
     visitor.name("star")
     visitor.one("#segment").click()
-    visitor.says("This did not work (ZeroDivisionError); the terminal")
+    visitor.says("The program failed (ZeroDivisionError); its terminal")
 
 
 def test_the_page_asks_no_other_machine(visitor):
