@@ -143,7 +143,7 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> tuple[n
         factor = reduction(file, most)
     if file.width * file.height > MAX_DECODED:
         raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
-                         "are decoded")
+                         "are decoded: cut it into tiles, as docs/recipes.md does")
     if file.format == "PNG":
         file.load()     # its entry may be behind the pixels
     turn = orientation(file)
