@@ -200,6 +200,9 @@ def test_values_are_stretched_alike_in_the_whole_image(ckpt, tmp_path, dtype):
     if dtype == "float32":
         values[1, 50:60, 50:60] = np.nan
     path = write(tmp_path / "scene.tif", values, nodata=0)
+    with rasterio.open(path) as image:
+        ends = segment_geotiff.black_and_white(image, [1, 2, 3])
+    np.testing.assert_allclose(ends, [low, high], rtol=0.02)
     found = labels_of(ckpt, path)
     assert (found[20:30, 20:30] == 255).all()
     assert (found[50:60, 50:60] == 255).all() == (dtype == "float32")
@@ -210,8 +213,9 @@ def test_values_of_one_number_are_black(ckpt, tmp_path):
     """A band of one value, and an image without any data, are no division by zero."""
     flat = np.full((3, 50, 60), 700, np.uint16)
     black = labels_at_once(ckpt, np.zeros((3, 50, 60), np.uint8))
-    assert np.array_equal(labels_of(ckpt, write(tmp_path / "flat.tif", flat)), black)
-    assert (labels_of(ckpt, write(tmp_path / "no.tif", flat, nodata=700)) == 255).all()
+    with np.errstate(divide="raise", invalid="raise"):
+        assert np.array_equal(labels_of(ckpt, write(tmp_path / "flat.tif", flat)), black)
+        assert (labels_of(ckpt, write(tmp_path / "no.tif", flat, nodata=700)) == 255).all()
 
 
 # ---------------------------------------------------------------------------------- bad input
