@@ -309,7 +309,7 @@ def one_step(images, tmp_path, **given) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["EVA02-B-16", "EVA02-L-14", "EVA02-L-14-336", "ViT-B-16",
-                                  "ViT-B-16-quickgelu", "ViT-L-14",
+                                  "ViT-B-16-quickgelu", "ViT-B-32-quickgelu", "ViT-L-14",
                                   "ViT-L-14-336"])
 def test_backbones_of_full_size(images, tmp_path, name):
     """Built with random weights: content and context of an image that is not square, and one step
