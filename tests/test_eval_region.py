@@ -132,8 +132,8 @@ def test_classes_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
                     | {"annotations": tmp_path / "p.json", "classes": tmp_path / "classes.txt",
                                          "out": tmp_path, "attention": "maskclip"})
     seen = []
-    monkeypatch.setattr(DeCLIP, "encode_dense", lambda self, images, attention=None,
-                        own=DeCLIP.encode_dense:
+    monkeypatch.setattr(VisionTower, "encode_dense", lambda self, images, attention=None,
+                        own=VisionTower.encode_dense:
                         (seen.append(attention), own(self, images, attention))[1])
     assert eval_region.main(given)["64"]["mAcc"]["box thing"]["regions"] == 9
     assert set(seen) == {"maskclip"}
