@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import eval_region
 from eval_region import open_model, title
-from model import DeCLIP, region_features
+from model import DeCLIP, VisionTower, region_features
 from util import settings
 from util.results import read_results
 
