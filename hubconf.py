@@ -2,12 +2,15 @@
 
     clip = torch.hub.load("path/to/declip", "declip", source="local", ckpt="declip.safetensors")
     classes, scores = clip.segment("photo.jpg", ["cat", "grass"])
-    found = torch.hub.load(..., "detector", ckpt="fvit.safetensors").detect("photo.jpg")
+
+Save state dicts: a model itself can't be pickled, since its module has no name in your program.
 """
 
 import importlib
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 dependencies = ["torch", "torchvision", "open_clip", "timm", "pycocotools", "scipy", "matplotlib"]
 ROOT, KEPT = Path(__file__).parent, "declip_modules"      # name of what holds ours between calls
@@ -18,13 +21,12 @@ def _library():
     names = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     theirs = {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
     kept = sys.modules.setdefault(KEPT, type(sys)(KEPT)).__dict__.setdefault(str(ROOT), {})
-    path = sys.path.copy()
+    path = [*sys.path]
     try:
         for name in theirs:
             del sys.modules[name]
         sys.modules.update(kept)
         sys.path.insert(0, str(ROOT))
-        importlib.invalidate_caches()
         return importlib.import_module("tools.library")
     finally:
         sys.path[:] = path
@@ -33,5 +35,6 @@ def _library():
         sys.modules.update(theirs)
 
 
-_ours = _library()
+_limit, _ours = Image.MAX_IMAGE_PIXELS, _library()
+Image.MAX_IMAGE_PIXELS = _limit     # what we read has a limit of its own
 declip, detector, segmenter = _ours.declip, _ours.detector, _ours.segmenter

@@ -389,11 +389,10 @@ def load_vfm(name: str = "vit_base_patch14_dinov2.lvd142m", pretrained: bool = T
 class DeCLIP(nn.Module):
     """A CLIP by open_clip name: `visual`, which is trained, and beside it `text`, which is not.
 
-    model_name: a name of open_clip.list_models(), or `local-dir:FOLDER`; None is the file's own,
-        else EVA02-B-16. Also `hf-hub:owner/name@revision`, whose declip.safetensors is the file.
-    pretrained: an open_clip tag; a file (`declip.safetensors`, an EVA-CLIP `.pt` or an open_clip
-        state dict), also of a hub; None for random weights. A `local-dir:` model brings its own for
-        any tag.
+    model_name: a name of open_clip.list_models(), `local-dir:FOLDER`, or alone `hf-hub:owner/name`,
+        whose declip.safetensors is the file; None is the file's own, else EVA02-B-16.
+    pretrained: an open_clip tag; a file, here or of a hub (`declip.safetensors`, an EVA-CLIP `.pt`,
+        open_clip's state dict); None for random weights; any tag is a `local-dir:` model's own.
     context: q, k or qk, the projections that make X_context (Table 7); clip or maskclip for a block
         that is not decoupled (Table 1); values for the sum of three blocks' V (docs/beyond.md);
         None is the file's own, else q.
@@ -436,10 +435,19 @@ class DeCLIP(nn.Module):
     std = property(lambda self: self.visual.std)
     patch_size = property(lambda self: self.visual.patch_size)
     image_size = property(lambda self: self.visual.image_size)
-    # Functions of images; see VisionTower's
-    encode_image = property(lambda self: self.visual.encode_image)
-    encode_dense = property(lambda self: self.visual.encode_dense)
-    encode_layers = property(lambda self: self.visual.encode_layers)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """See VisionTower.encode_image."""
+        return self.visual.encode_image(images)
+
+    def encode_dense(self, images: Tensor, attention: str | None = None) -> tuple[Tensor, Tensor]:
+        """See VisionTower.encode_dense."""
+        return self.visual.encode_dense(images, attention)
+
+    def encode_layers(self, images: Tensor, layers: Sequence[int], attention: str | None = None
+                      ) -> list[Tensor]:
+        """See VisionTower.encode_layers."""
+        return self.visual.encode_layers(images, layers, attention)
 
     @torch.no_grad()
     def encode_text(self, names: Sequence[str], templates: Sequence[Template] = ("{}",),

@@ -37,7 +37,7 @@ from model import (
     context_loss,
     load_vfm,
 )
-from util import UserError, distributed, settings
+from util import UserError, distributed, hub, settings
 from util.run import Run, check_training
 from util.samples import find_images
 from util.sharding import shard
@@ -188,8 +188,9 @@ def check(cfg: SimpleNamespace) -> None:
         cfg, VFM_MODEL=no_vfm, VFM_PRETRAINED=no_vfm, PADDING=no_vfm, IMAGE_ROOT=no_json,
         OUTSIDE_ROOT=no_json)
     used_record(cfg, None, None, DECOUPLED)
-    if cfg.PRETRAINED and read_record(cfg.PRETRAINED):
-        raise UserError(f"{cfg.PRETRAINED} is a model that train.py made, whose [CLS] has changed "
+    file = hub.chosen(cfg.MODEL, cfg.PRETRAINED)[1]
+    if file and read_record(file):
+        raise UserError(f"{file} is a model that train.py made, whose [CLS] has changed "
                         "and can teach no more; give the weights of a CLIP.")
 
 

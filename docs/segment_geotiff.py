@@ -53,10 +53,25 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.session(__file__) as ranks:
         check(cfg)
         clip = open_model(cfg, SegmentingCLIP).to(ranks.device)
-        for path in map(Path, cfg.IMAGES):
-            out = Path(cfg.OUT or path.parent) / f"{path.stem}.labels.tif"
+        for path, out in outputs(cfg).items():
             atomic_write(out, partial(segment, cfg, clip, path))
             print(out)
+
+
+def outputs(cfg: SimpleNamespace) -> dict[Path, Path]:
+    """Images and their labels. UserError if two have one name, or one has labels that are not ours.
+    """
+    found = {path: Path(cfg.OUT or path.parent) / f"{path.stem}.labels.tif"
+             for path in map(Path, cfg.IMAGES)}
+    for path, out in found.items():
+        if [*found.values()].count(out) > 1:
+            raise UserError(f"{path} is not the only image whose labels would be {out}; give "
+                            "images of one name one by one, each with an OUT of its own.")
+        if out.exists():
+            with open_image(out) as labels:
+                if "CLASS_0" not in labels.tags():
+                    raise UserError(f"{out} is there and not of this tool; choose another OUT.")
+    return found
 
 
 def check(cfg: SimpleNamespace) -> None:
@@ -66,12 +81,18 @@ def check(cfg: SimpleNamespace) -> None:
     settings.check_min(cfg, MARGIN=0, TILE=2 * cfg.MARGIN + 1, ZOOM=0.01)
     settings.check(cfg, CLASSES=(len(find_names(cfg.CLASSES)) < 256, "at most 255 classes"))
     settings.refuse_unused(cfg, SHORT_SIDE="follows from ZOOM", LONG_SIDE="follows from ZOOM",
-                           CACHE="keeps names for the next run, and the library has none")
+                           CACHE="keeps names for the next run, and the library has none",
+                           THRESHOLD="is for a background, which the classes have not",
+                           LOGIT_SCALE="is for a THRESHOLD")
+    outputs(cfg)
     Protocol.of(cfg)
     for path in cfg.IMAGES:
         with open_image(path) as image:
             fits = len(cfg.BANDS) == 3 and 0 < min(cfg.BANDS) <= max(cfg.BANDS) <= image.count
             settings.check(cfg, BANDS=(fits or image.count < 3, f"three from 1 to {image.count}"))
+            if image.gcps[0]:
+                raise UserError(f"{path} is placed by ground control points, which labels would "
+                                "lose; warp it first, by gdalwarp.")
 
 
 def open_image(path: str | Path) -> object:

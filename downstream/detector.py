@@ -267,7 +267,7 @@ def recorded_backbone(path: str | Path, settings: dict) -> DeCLIP:
     if (file, model, tag) == (None, None, None):
         raise UserError(f"{path} does not name the backbone that it was trained on; say where that "
                         "is (--backbone).")
-    file = str(find(file)) if file else None
+    file = hub.local(file) if hub.is_remote(file) else str(find(file)) if file else None
     if file and not os.path.isfile(file):
         raise UserError(f"{path} was trained on {file}, which is not there; say where that "
                         "backbone is (--backbone).")

@@ -106,11 +106,22 @@ def score_rules(cfg: SimpleNamespace, kind: type[Detector], dataset: str) -> Nam
     names = {name.upper() for name in default._fields if name != "masks"}
     settings.refuse_unused(cfg, **{name: f"is of other detectors than {cfg.CKPT}"
                                    for name in {*SCORES} - names if hasattr(cfg, name)})
-    asked = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
-    ranges = {name: (value, *SCORES[name]) for name, value in asked.items()}
-    settings.check(cfg, **{name: (least <= value <= most, words)
-                           for name, (value, least, most, words) in ranges.items()})
-    return default._replace(**{name.lower(): value for name, value in asked.items()})
+    return check_rules(default, {name.lower(): getattr(cfg, name) for name in names
+                                 if getattr(cfg, name) is not None})
+
+
+def check_rules(default: NamedTuple, asked: dict[str, object]) -> NamedTuple:
+    """A kind's rules with some others; UserError on one that it has not, or out of its range."""
+    unknown = next((name for name in asked if name not in default._fields), None)
+    if unknown:
+        raise UserError(f"There is no rule {unknown!r}; choose among {', '.join(default._fields)}.")
+    asked = {name: value for name, value in asked.items() if value is not None}
+    ranges = {name.upper(): (value, *SCORES[name.upper()]) for name, value in asked.items()
+              if name.upper() in SCORES}
+    settings.check(SimpleNamespace(**{name: found[0] for name, found in ranges.items()}), **{
+        name: (least <= value <= most, words)
+        for name, (value, least, most, words) in ranges.items()})
+    return default._replace(**asked)
 
 
 def rules_of(kind: type[Detector], dataset: str | None) -> NamedTuple:

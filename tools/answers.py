@@ -24,6 +24,7 @@ from downstream.detector import open_detector
 from downstream.evaluation import KINDS
 from eval_seg import Segmenter
 from tools import detect, figures, segment
+from tools.names import typed_classes
 from tools.visualize import Shown, grid_of, token_of
 from util import UserError
 from util.images import FORMATS, read_image
@@ -45,6 +46,8 @@ class Answers:
     """The models, and what a page asks of them."""
 
     def __init__(self, cfg: SimpleNamespace, device: torch.device):
+        # Anyone may type words, so they leave no files.
+        cfg = SimpleNamespace(**vars(cfg) | {"CACHE": None})
         self.cfg, self.device = cfg, device
         self.catseg = open_catseg(cfg.CKPT).to(device) if is_catseg(cfg.CKPT) else None
         if self.catseg:
@@ -57,6 +60,17 @@ class Answers:
                      Shown(name, self.clip.visual, attention, cfg.PRECISION)]
         self.detector = cfg.DETECTOR and open_detector(cfg.DETECTOR, None, KINDS).to(device)
         self.named = lru_cache(maxsize=8)(self.name)        # a text tower takes long
+
+    @staticmethod
+    def dropped(file: dict | None) -> str:
+        """Where what was dropped lies, by what gradio says of it.
+
+        Raises UserError if not in its own folder: a program may ask for any file of the machine.
+        """
+        path = Path((file or {}).get("path") or "").resolve()
+        if not path.is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
+            raise UserError("There is no photograph of that name here; drop one.")
+        return str(path)
 
     def name(self, words: str) -> tuple[Classes, Segmenter]:
         """The classes that a text names, and what finds them in photographs."""
@@ -136,7 +150,7 @@ def read_photo(path: str, most: int) -> tuple[Tensor, str]:
 
 def as_typed(names: str) -> str:
     """The setting CLASSES as one types it; of a class file, what it names."""
-    classes = segment.typed_classes(names)
+    classes = typed_classes(names)
     synonyms = [[] for _ in classes.names]
     for name, k in zip(classes.prompts, classes.class_of_prompt):
         synonyms[k].append(name)

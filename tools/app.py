@@ -86,6 +86,7 @@ def check(cfg: SimpleNamespace) -> None:
     settings.check(cfg, PORT=(0 < cfg.PORT < 2**16, "from 1 to 65535"))
     settings.refuse_unused(
         cfg, ATTENTION="is of one evaluation, and the page has CLIP's beside the model's",
+        CACHE="keeps names on the disk, and a page's stay in memory",
         LEAST=not cfg.DETECTOR and "is of a DETECTOR, and none is given",
         THRESHOLD=not cfg.BACKGROUND and "is for --background, which was not given",
         LOGIT_SCALE=cfg.THRESHOLD is None and "is for a THRESHOLD, and none is given")
@@ -164,8 +165,8 @@ def connect(gr: ModuleType, answers: Answers, examples: list[str], parts: Simple
             gr.Info(note, title="Reduced")
         return Scene(photo), shrunk(photo, DRAWN), *empty
 
-    def drop(dropped: dict) -> tuple:
-        return take(dropped["path"])
+    def drop(dropped: dict | None) -> tuple:
+        return take(answers.dropped(dropped))
 
     def choose(event: gr.SelectData) -> tuple:
         return take(examples[event.index])

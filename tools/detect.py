@@ -29,6 +29,7 @@ from downstream.detection import Detections, encode_detections, name_results
 from downstream.detector import Detector, kind_of, open_detector
 from downstream.evaluation import KINDS, refuse_unused_rules, score_rules
 from tools import figures, segment
+from tools.names import typed_classes
 from util import UserError, distributed, settings
 from util.coco import Coco, read_coco
 from util.files import atomic_write, write_json
@@ -64,7 +65,7 @@ def run(cfg: SimpleNamespace, device: torch.device) -> None:
     rules = score_rules(cfg, kind, record.get("settings", {}).get("DATASET", ""))
     coco = read_coco(cfg.CLASSES, {"names"}) if cfg.CLASSES.endswith(".json") else None
     categories = ([(category["id"], category["name"]) for category in coco.categories] if coco
-                  else [*enumerate(segment.typed_classes(cfg.CLASSES).names, 1)])
+                  else [*enumerate(typed_classes(cfg.CLASSES).names, 1)])
     outputs = segment.find_photos(cfg.PHOTOS, cfg.OUT, ".detection.png")
     detector = open_detector(cfg.CKPT, cfg.BACKBONE, KINDS).to(device)
     if categories:

@@ -138,14 +138,18 @@ def write_hub(ckpt: str | Path, record: dict, clip: DeCLIP | None, folder: Path)
     card = folder / "README.md"
     if card.exists() and model_card.MARK not in card.read_text(errors="replace"):
         raise UserError(f"{card} is there and not of this tool; choose another OUT, or move it.")
+    name = f"{model_card.kind_of(record)}.safetensors"      # what `hf-hub:` names fetch
+    other = next((file for file in hub.FILES if file != name and (folder / file).exists()), None)
+    if other:
+        raise UserError(f"{folder} has a {other}, and a model of the hub is one; choose another "
+                        "OUT, or move it.")
     if clip is None:
         read_weights(ckpt)      # UserError for a damaged file
     figures = model_card.figures_of(clip, Path(ckpt).parent) if clip else {}
     text = model_card.card(record, clip, figures)
     if clip and not record["model"].startswith("local-dir:"):   # parts would not be found elsewhere
         write_open_clip(clip, folder)
-    file = folder / f"{model_card.kind_of(record)}.safetensors"     # what `hf-hub:` names fetch
-    atomic_write(file, lambda copy: shutil.copyfile(ckpt, copy))
+    atomic_write(folder / name, lambda copy: shutil.copyfile(ckpt, copy))
     atomic_write(card, lambda copy: Path(copy).write_text(text, encoding="utf-8"))
     private = [name for name, value in record.get("settings", {}).items()
                if isinstance(value, str) and value.removeprefix("local-dir:").startswith("/")]

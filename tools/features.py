@@ -154,7 +154,7 @@ def plan_arrays(cfg: SimpleNamespace) -> tuple[arrays.Plan, dict[str, Path]]:
             array = out / f"features-{number // cfg.SHARD:05}.safetensors"
         plan.setdefault(array, []).append({
             "name": name, "file": path.relative_to(root).as_posix(),
-            "bytes": path.stat().st_size if path.is_file() else 0})
+            "bytes": path.stat().st_size if path.is_file() else 0, "crc": arrays.crc_of(path)})
     return plan, paths
 
 

@@ -8,7 +8,7 @@
 A photograph is a path or a PIL image, which are turned upright as their EXIF entry says, or a uint8
 tensor (3, H, W). Names are a list, synonyms of a class with commas between, or one text as
 tools.segment takes it. Models are nn.Modules in eval mode; `.to("cuda")` moves them.
-torch.hub.load calls the same functions (hubconf.py).
+torch.hub.load calls the same functions (hubconf.py). Bad input raises a ValueError.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from data import Classes, make_classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, open_catseg
 from downstream.detector import Detector, open_detector
-from downstream.evaluation import KINDS, detector_settings, rules_of
+from downstream.evaluation import KINDS, check_rules, detector_settings, rules_of
 from eval_region import open_model
 from eval_seg import Protocol, decide, predict, score_images
 from model import DeCLIP
-from tools.segment import check_classes, typed_classes
+from tools.names import check_classes, typed_classes
 from util import UserError
 from util.images import as_image
 from util.pamr import refine
@@ -53,14 +53,15 @@ class Found(NamedTuple):
 
 # --------------------------------------------------------------------------------------- opening
 
-def declip(ckpt: str | None = None, model: str | None = None,
+def declip(ckpt: str | None = None, name: str | None = None,
            pretrained: str | None = "merged2b_s8b_b131k", context: str | None = None,
            scale: float | None = None) -> "SegmentingCLIP":
-    """A DeCLIP, by its file or `hf-hub:owner/name@revision`; without one the CLIP of `model`.
+    """A DeCLIP, by its file or `hf-hub:owner/name@revision`; without one the CLIP `name`, as
+    --model.
 
     The other arguments are those of eval_seg.py. Raises UserError as eval_region.open_model does.
     """
-    cfg = SimpleNamespace(CKPT=ckpt and str(ckpt), MODEL=model, PRETRAINED=pretrained,
+    cfg = SimpleNamespace(CKPT=ckpt and str(ckpt), MODEL=name, PRETRAINED=pretrained,
                           CONTEXT=context, SCALE=scale, ATTENTION=None)
     with torch.random.fork_rng():       # a program's random numbers are its own
         return open_model(cfg, SegmentingCLIP)
@@ -118,10 +119,15 @@ class SegmentingCLIP(DeCLIP):
 
     def text_of(self, classes: Classes, templates: str) -> Tensor:
         """Embeddings of all names (P, C); those of the call before are kept, for videos."""
-        key, device = (tuple(classes.prompts), templates), self.visual.trunk.pos_embed.device
+        key = state_of(self.text), *classes.prompts, templates
         if getattr(self, "_named", (None, None))[0] != key:
             self._named = key, self.encode_text(classes.prompts, find_templates(templates))
-        return self._named[1].to(device)
+        return self._named[1].to(self.visual.trunk.pos_embed.device)
+
+
+def state_of(model: nn.Module | None) -> int:
+    """A number that changes with a model's weights, as long as it lives."""
+    return sum(weight._version for weight in model.parameters()) if model else 0
 
 
 class PhotoDetector(nn.Module):
@@ -129,22 +135,26 @@ class PhotoDetector(nn.Module):
 
     def __init__(self, model: Detector, rules: NamedTuple):
         super().__init__()
-        self.model, self.rules, self.names = model, rules, None
+        self.model, self.rules = model, rules
 
     @torch.no_grad()
     def detect(self, image: Photo, names: str | Sequence[str] | None = None, least: float = 0.3,
                **rules: object) -> Found:
         """A photograph -> the objects on it that have one of the names.
 
-        names: None for those of the call before, at first the detector's own. least: the score from
-        which an object is given. rules: fields of the detector's ScoreRules, such as nms=0.5.
-        Raises UserError for what can't be read or named.
+        names: one a class; None for those of the call before, at first the detector's own. least:
+        the score from which an object is given. rules: fields of the detector's ScoreRules, such as
+        nms=0.5.
+        Raises UserError for what can't be read or named, and for rules that are out of range.
         """
-        if names is not None and names != self.names:
-            self.model.set_classes(find_names(names).names)
-            self.names = names
+        rules = check_rules(self.rules, {"least": least} | rules)
+        wanted = find_names(names).prompts if names is not None else self.model.classes
+        if names is not None and len(wanted) > len(find_names(names)):
+            raise UserError("A detector takes one name a class; leave the synonyms out.")
         photo = as_image(image).to(self.model.text.device)
-        found, = self.model.detect([photo], self.rules._replace(least=least, **rules))
+        if wanted != self.model.classes:
+            self.model.set_classes(wanted)
+        found, = self.model.detect([photo], rules)
         names = [self.model.classes[label] for label in found.labels.tolist()]
         masks = found.masks and [mask.clone() for mask in found.masks]
         return Found(found.boxes.clone(), found.scores.clone(), names, masks)
@@ -167,7 +177,7 @@ class PhotoSegmenter(nn.Module):
         Raises UserError for what can't be read or named.
         """
         rules, classes = catseg_eval.Protocol.of(self.model, **protocol), find_names(names)
-        key = tuple(classes.prompts)
+        key = state_of(self.model.clip.text), *classes.prompts
         if self._named[0] != key:
             self._named = key, catseg_eval.encode(self.model, classes)
         text = self._named[1].to(self.model.clip.text.logit_scale.device)

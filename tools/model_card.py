@@ -6,6 +6,7 @@ from pathlib import Path
 import open_clip
 import timm
 
+import eval_region
 from model import DeCLIP
 from util import printable
 from util.files import last_part
@@ -148,7 +149,9 @@ def figures_of(clip: DeCLIP, folder: Path) -> dict[str, str]:
     rows, region, seg = {}, folder / "region.json", folder / "seg.json"
     with as_written(region):
         for result in read_results(region, **of) if region.is_file() else ():
-            rows[f"regions at {result['of']['size']:d} px, mAcc"] = ", ".join(
+            data = result["of"]["annotations"]
+            data = "COCO panoptic" if data == eval_region.ANNOTATIONS else code(data)
+            rows[f"regions of {data} at {result['of']['size']:d} px, mAcc"] = ", ".join(
                 f"{code(way)} {means['top1']:.1f}" for way, means in result["mAcc"].items()
                 if means["top1"] is not None)
     with as_written(seg):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data import Classes
 from model import DeCLIP, VisionTower
-from tools.segment import typed_classes
+from tools.names import typed_classes
 from util import UserError, settings
 from util.files import atomic_write, last_part
 from util.text import find_templates
@@ -135,6 +135,10 @@ def save(dense: Dense, images: Tensor, about: dict[str, str], file: str) -> None
             dense, (images,), dynamo=True, verbose=False, input_names=["images"],
             output_names=["content" if dense.text is None else "logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:      # of whatever these versions can't do
+        raise UserError(f"The exporter of torch {torch.__version__} fails at this model "
+                        f"({' '.join(str(error).split())[:200]}); try other versions of torch and "
+                        "onnxscript.") from None
     finally:
         logging.disable(logging.NOTSET)
     for node in program.model.graph.all_nodes():    # it would say where this machine keeps code

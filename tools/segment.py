@@ -34,13 +34,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Classes, first_twice, make_classes, read_classes
+from data import Classes, read_classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, is_catseg, open_catseg
 from eval_region import open_model
 from eval_seg import Protocol, Segmenter, predict
 from model import DECOUPLED, DeCLIP
 from tools import figures
+from tools.names import check_classes, typed_classes
 from util import UserError, distributed, printable, settings
 from util.files import MAX_NAME, atomic_write, write_json
 from util.images import OWN_ENDINGS, counted, list_images, read_image
@@ -198,29 +199,6 @@ def find_classes(cfg: SimpleNamespace) -> Classes:
         LOGIT_SCALE=cfg.THRESHOLD is None and "makes the probability that --background gets its "
         "pixels by (give --background and --threshold too)")
     return with_background(classes) if cfg.BACKGROUND else classes
-
-
-def typed_classes(text: str) -> Classes:
-    """Names with commas between, their synonyms with |, or those of a .txt file.
-
-    Raises UserError for a name twice, in capitals or not.
-    """
-    if text.endswith(".txt"):
-        return read_classes(text)
-    classes = make_classes([entry.replace("|", ",") for entry in text.split(",")
-                            if entry.replace("|", " ").strip()])
-    return check_classes(classes) if classes.names else classes
-
-
-def check_classes(classes: Classes) -> Classes:
-    """The same; UserError if it names none, or one twice, in capitals or not."""
-    if not classes.names:
-        raise UserError('CLASSES names no class; say what to look for, such as --classes "cat, '
-                        'wooden chair, grass", or give a class file.')
-    twice = first_twice(classes.prompts)
-    if twice:
-        raise UserError(f"CLASSES names {twice!r} twice; remove one.")
-    return classes
 
 
 def with_background(classes: Classes) -> Classes:

@@ -7,6 +7,8 @@ An array is written once: what is there whole is left, what has other settings o
 """
 
 import io
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from util.files import atomic_write, is_list, read_json, write_json
 from util.images import read_image
 
 SUFFIXES = (".npy", ".safetensors")
-IDENTITY = ("name", "file", "bytes")        # of an image: no two have one name; bytes of its file
+# Of an image: no two have one name; the length of its file, and the checksum of its ends.
+IDENTITY = ("name", "file", "bytes", "crc")
 Plan = dict[Path, list[dict]]               # arrays, and the identities of the images in each
 
 
@@ -42,6 +45,17 @@ class ImageFiles(Dataset):
             return self.paths[index], read_image(self.paths[index], upright=True)
         except UserError as error:
             return self.paths[index], error
+
+
+def crc_of(path: Path, most: int = 2**16) -> int:
+    """CRC-32 of a file's first and last `most` bytes, which tells it from others; 0 of none."""
+    try:
+        with open(path, "rb") as file:
+            first = file.read(most)
+            file.seek(max(len(first), os.fstat(file.fileno()).st_size - most))
+            return zlib.crc32(file.read(), zlib.crc32(first))
+    except OSError:
+        return 0
 
 
 def find_missing(plan: Plan, about: dict, folder: Path, ranks: Ranks) -> list[Path]:

@@ -4,7 +4,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import errors, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import disable_progress_bars
 
 from util import UserError
@@ -67,18 +67,21 @@ def fetch(name: str, files: tuple[str, ...], may_download: bool) -> str:
     repo, file, revision = parts.groups()
     if not is_main():
         disable_progress_bars()
-    files, is_offline = (file,) if file else files, not may_download
+    files = (file,) if file else files
+    is_offline, is_unknown = not may_download, False
     for file in files:
         try:
             return hf_hub_download(repo, file, revision=revision, local_files_only=is_offline)
         except errors.LocalEntryNotFoundError:
+            found = try_to_load_from_cache(repo, file, revision=revision)
+            is_unknown |= found is not _CACHED_NO_EXIST
             is_offline = True       # another file may be in the cache
         except errors.EntryNotFoundError:
             continue
         except Exception as error:      # of the repository, the revision, the network, the disk
             raise UserError(f"{name} can't be had ({reason_of(error)}); check the name and the "
                             "network.") from None
-    if is_offline:
+    if is_unknown:
         raise NotInCache(f"{name} is not in the cache, and the Hugging Face hub can't be reached; "
                          "check the network, or give a file.")
     raise NotThere(f"{name} has no {' or '.join(files)}; name the file that you mean, "
@@ -99,17 +102,18 @@ def reason_of(error: Exception) -> str:
 def chosen(model: str | None, pretrained: str | None) -> tuple[str | None, str | None]:
     """What DeCLIP is asked for -> the same with a file in place of what is on the hub.
 
-    A model there that has a declip.safetensors is that, whatever tag goes with it: what else it
-    has, for other code, does not say with which attention it was trained.
+    A model there that has a declip.safetensors is that. UserError if weights are named beside it:
+    what else it has, for other code, does not say with which attention it was trained.
     """
     if is_remote(pretrained):
         return model, str(local(pretrained))
     if is_remote(model) and not (pretrained and Path(pretrained).is_file()):
         try:
-            return None, str(local(model, FILES[:1]))
+            file = str(local(model, FILES[:1]))
         except NotThere:        # it is open_clip's
-            pass
-        except NotInCache:
-            if not pretrained:
-                raise
+            return model, pretrained
+        if pretrained:
+            raise UserError(f"{model} is a DeCLIP, so it is no model for the weights {pretrained}; "
+                            "name it as --ckpt.")
+        return None, file
     return model, pretrained

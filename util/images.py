@@ -76,6 +76,7 @@ def as_image(photo: str | Path | Image.Image | Tensor) -> Tensor:
         return read_image(photo, upright=True)
     if isinstance(photo, Image.Image):
         with unreadable(repr(photo), "an image"):
+            check_size(photo)       # before it is decoded
             return torch.from_numpy(decode(photo.copy(), upright=True)[0]).permute(2, 0, 1)
     shape = tuple(getattr(photo, "shape", ()))
     if not isinstance(photo, Tensor) or photo.dtype != torch.uint8 or shape[:1] != (3,) or (
@@ -141,9 +142,7 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> tuple[n
     if factor > 1:      # a JPEG can be decoded at a half, a quarter or an eighth
         file.draft(None, (max(1, file.width // factor), max(1, file.height // factor)))
         factor = reduction(file, most)
-    if file.width * file.height > MAX_DECODED:
-        raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
-                         "are decoded: cut it into tiles, as docs/recipes.md does")
+    check_size(file)
     if file.format == "PNG":
         file.load()     # its entry may be behind the pixels
     turn = orientation(file)
@@ -160,6 +159,13 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> tuple[n
               for top in range(0, file.height, step)]
     return np.concatenate([np.array(Image.fromarray(to_rgb(strip, shift)).reduce(factor))
                            for strip in strips]), turn > 1
+
+
+def check_size(file: Image.Image) -> None:
+    """Raises ValueError for an image that is too large to be decoded."""
+    if file.width * file.height > MAX_DECODED:
+        raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
+                         "are decoded: cut it into tiles, as docs/recipes.md does")
 
 
 def reduction(file: Image.Image, most: int | None) -> int:

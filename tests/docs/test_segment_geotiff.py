@@ -239,6 +239,23 @@ def test_wrong_settings_are_a_sentence(ckpt, tmp_path, given, words):
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_no_labels_replace_others(ckpt, tmp_path):
+    """Not those of an image of the same name, nor a file of the user's own; its own are made anew.
+    """
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.tif", scene(32, 40))
+    both = [str(tmp_path / name / "a.tif") for name in ("one", "two")]
+    more = options(ckpt=ckpt, classes=NAMES, templates="{}", **TILES)
+    with pytest.raises(SystemExit, match="is not the only image whose labels would be"):
+        segment_geotiff.main([*both, *more, "--out", str(tmp_path / "out")])
+    write(tmp_path / "one/a.labels.tif", scene(32, 40))
+    with pytest.raises(SystemExit, match="a.labels.tif is there and not of this tool"):
+        segment_geotiff.main([both[0], *more])
+    for _ in range(2):
+        segment_geotiff.main([both[1], *more])
+
+
 def test_other_files_are_a_sentence(tmp_path):
     """GDAL would open a list of files, too, and an address."""
     Image.fromarray(scene().transpose(1, 2, 0)).save(tmp_path / "png.tif", "PNG")

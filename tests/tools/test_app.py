@@ -246,17 +246,19 @@ def ask(page, data: list, number: int) -> str:
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "README.md", str(ROOT / "README.md"),
                                   "../README.md", "toy/clip/../../README.md",
-                                  "EXAMPLES/b.png"])
+                                  str(ROOT / "toy/app.png"), "EXAMPLES/b.png"])
 def test_no_file_of_the_machine_is_served(page, folder, path):
     """By its address, and as a photograph that a program says it has dropped."""
     path = path.replace("EXAMPLES", str(folder / "examples"))
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{page.local_url}gradio_api/file={path}")
     assert refused.value.code in (403, 404)
-    dropped = {"path": path, "meta": {"_type": "gradio.FileData"}}
     upload = next(number for number, event in page.fns.items() if event.name == "drop")
-    events = ask(page, [dropped], upload)
-    assert '"success":false' in events and '"success":true' not in events
+    # Gradio itself looks only at what says that it is a file.
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {"meta": {}}, {}):
+        events = ask(page, [{"path": path} | meta], upload)
+        assert '"process_completed"' in events and '"url"' not in events
+    assert '"url"' not in ask(page, [None], upload)
 
 
 def test_words_name_no_file(page):

@@ -11,6 +11,7 @@ from conftest import options
 from test_model import randomize
 from tiny import ROOT, undrawn, write_siglip
 
+import eval_region
 from model import DeCLIP
 from tools import export, model_card
 from util.files import last_part
@@ -157,11 +158,13 @@ def test_a_card_has_the_figures_of_these_weights_alone(trained, tmp_path):
         {"of": of | seg | other, "mIoU": figure} for other, figure in results]}))
     means = {"box thing": {"top1": 75.0}, "box stuff": {"top1": None}}
     (tmp_path / "region.json").write_text(json.dumps({"results": [
-        {"of": of | {"size": 560}, "mAcc": means}]}))
+        {"of": of | {"size": 560, "annotations": eval_region.ANNOTATIONS}, "mAcc": means},
+        {"of": of | {"size": 560, "annotations": "my/own.json"}, "mAcc": means}]}))
     export.main(options(layout="hub", ckpt=path, out=tmp_path / "hub"))
     _, text = card_of(tmp_path / "hub")
     rows = text.partition("## Figures")[2].partition("##")[0].strip().splitlines()
-    assert rows[4:] == ["| regions at 560 px, mAcc | `box thing` 75.0 |",
+    assert rows[4:] == ["| regions of COCO panoptic at 560 px, mAcc | `box thing` 75.0 |",
+                        "| regions of `own.json` at 560 px, mAcc | `box thing` 75.0 |",
                         "| `voc20.json`, mIoU | 44.0 |",
                         "| `voc20.json`, PAMR 10, mIoU | 55.0 |"]
     (tmp_path / "seg.json").write_text(json.dumps({"results": [{"of": of | seg, "mIoU": "best"}]}))
@@ -182,6 +185,11 @@ def test_detectors_and_segmenters_have_a_card_too(tmp_path, kind, tool):
     export.main(options(layout="hub", ckpt=tmp_path / "x.safetensors", out=tmp_path / "hub"))
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {
         "README.md", f"{kind}.safetensors"}
+    # A folder is one model's: of two files, `hf-hub:` would take the first.
+    DeCLIP("tiny-eva").save(tmp_path / "declip.safetensors")
+    with pytest.raises(SystemExit, match=f"has a {kind}.safetensors, and a model of the hub is"):
+        export.main(options(layout="hub", ckpt=tmp_path / "declip.safetensors",
+                            out=tmp_path / "hub"))
     front, text = card_of(tmp_path / "hub")
     assert f"python -m tools.{tool} photo.jpg" in text and f"--ckpt hf-hub:you/{kind}" in text
     assert ("--backbone" in text) == (kind != "catseg") and "/home/me" not in text

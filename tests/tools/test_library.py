@@ -23,7 +23,7 @@ from tools import library
 from toy.world import NAMES, draw_scene
 from util import UserError
 
-TOY = {"model": f"local-dir:{ROOT / 'toy/clip'}", "pretrained": "own"}
+TOY = {"name": f"local-dir:{ROOT / 'toy/clip'}", "pretrained": "own"}
 ONE = "a photo of a {}."
 
 
@@ -45,13 +45,13 @@ def folder(tmp_path_factory) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(draw_scene(1, 128).image[:, :96]).save(folder / "photo.png", exif=exif)
-    clip = DeCLIP(TOY["model"], "own", context="qk")
+    clip = DeCLIP(TOY["name"], "own", context="qk")
     clip.save(folder / "declip.safetensors")
     design = FViTDesign(image_size=64, channels=16, candidates=100, proposals=20, templates="{}")
     FViT(clip, ["star", "dots"], [True, True], design).save(
         folder / "fvit.safetensors", {"BACKBONE": str(folder / "declip.safetensors"),
                                       "DATASET": "ovlvis"})
-    CATSeg(DeCLIP(TOY["model"], "own"), Design(32, width=16)).save(folder / "catseg.safetensors")
+    CATSeg(DeCLIP(TOY["name"], "own"), Design(32, width=16)).save(folder / "catseg.safetensors")
     return folder
 
 
@@ -162,6 +162,45 @@ def test_a_detector_in_one_call(folder):
     detector.detect(photo, ["waves"])
     assert detector.model.text is text
     assert not len(detector.detect(photo, least=1.0).boxes)
+
+
+def test_a_detector_finds_what_is_asked_now(folder):
+    """Also if the caller's own list has grown, or if its model was given other names meanwhile."""
+    detector, names = library.detector(folder / "fvit.safetensors"), ["waves"]
+    photo = folder / "photo.png"
+    detector.detect(photo, names)
+    names.append("ring")
+    detector.detect(photo, names)
+    assert detector.model.classes == ["waves", "ring"]
+    detector.model.set_classes(["noise"])
+    detector.detect(photo, names)
+    assert detector.model.classes == ["waves", "ring"]
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"names": ["star, dots"]}, "one name a class; leave the synonyms out"),
+    ({"least": 30}, "LEAST is 30; it must be from 0 to 1"), ({"nms": -7}, "NMS is -7"),
+    ({"nsm": 0.5}, "There is no rule 'nsm'; choose among a, b, temperature")])
+def test_a_detector_refuses_what_it_can_not_do(folder, given, words):
+    with pytest.raises(UserError, match=words):
+        library.detector(folder / "fvit.safetensors").detect(folder / "photo.png", **given)
+
+
+def test_other_weights_are_other_names(folder):
+    """Kept embeddings are of the weights that the model has now."""
+    clip, photo = library.declip(**TOY), folder / "photo.png"
+    before = clip.segment(photo, ["star", "noise"], ONE).scores
+    clip.text.load_state_dict({name: value + 0.1 * value.std() if value.ndim else value
+                               for name, value in clip.text.state_dict().items()})
+    assert (clip.segment(photo, ["star", "noise"], ONE).scores != before).any()
+
+
+def test_too_large_a_photograph_is_not_decoded(clip, monkeypatch):
+    monkeypatch.setattr("util.images.MAX_DECODED", 100)
+    photo = Image.new("RGB", (20, 20))
+    monkeypatch.setattr(Image.Image, "copy", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="it is 20 x 20, and at most 100 pixels are decoded"):
+        clip.segment(photo, ["star"], ONE)
 
 
 def test_a_segmenter_in_one_call(folder):

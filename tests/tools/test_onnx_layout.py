@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from model import DeCLIP
 from tools import export, onnx_layout
-from tools.segment import typed_classes
+from tools.names import typed_classes
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

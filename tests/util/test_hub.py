@@ -15,6 +15,7 @@ import torch
 from conftest import options
 
 import eval_seg
+import train
 from downstream.catseg.model import CATSeg, Design
 from downstream.detector import open_backbone
 from downstream.fvit.model import Design as FViTDesign
@@ -98,10 +99,28 @@ def test_a_model_by_name(online, name):
     assert not [path for path in Hub.asked if "catseg" in path]
 
 
-def test_a_tag_changes_nothing(online):
-    """`--model hf-hub:some/body` with the default weights would else forget the attention."""
+def test_a_declip_is_no_model_for_other_weights(online, tmp_path, monkeypatch):
+    """`--model hf-hub:some/body` with the default weights would else forget the attention, take the
+    trained model for the CLIP that it was made from, or teach by it."""
     put(online)
-    assert DeCLIP("hf-hub:some/body", "merged2b_s8b_b131k").context == "qk"
+    with pytest.raises(UserError, match="hf-hub:some/body is a DeCLIP, so it is no model for"):
+        DeCLIP("hf-hub:some/body", "merged2b_s8b_b131k")
+    with pytest.raises(SystemExit, match="whose .CLS. has changed"):
+        train.main(options(model="hf-hub:some/body", pretrained="none", images=tmp_path))
+    # Without a network it may be one, too.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="hf-hub:some/other is not in the cache"):
+        DeCLIP("hf-hub:some/other", "merged2b_s8b_b131k")
+
+
+def test_what_the_hub_lacked_is_remembered(online, monkeypatch):
+    """A model of open_clip's that is in the cache can be used without a network."""
+    (online / "some/clip").mkdir(parents=True)
+    (online / "some/clip/open_clip_config.json").write_text("{}")
+    assert hub.chosen("hf-hub:some/clip", "own") == ("hf-hub:some/clip", "own")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.fetch.cache_clear()
+    assert hub.chosen("hf-hub:some/clip", "own") == ("hf-hub:some/clip", "own")
 
 
 def test_it_is_downloaded_once_and_used_without_a_network(online, monkeypatch):

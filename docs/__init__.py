@@ -1,0 +1,1 @@
+"""Examples that run, beside what one looks up."""
