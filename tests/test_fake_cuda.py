@@ -54,13 +54,11 @@ class Waits(TorchDispatchMode):
         kwargs = kwargs or {}
         if operation is torch.ops.prim.device.default:
             return operation(*args)
-        with self:      # in inference mode, operations made of others arrive whole
-            whole = operation.decompose(*args, **kwargs)
-        if whole is not NotImplemented:
-            return whole
+        if operation._can_decompose():      # in inference mode those made of others arrive whole
+            with self:
+                return operation.decompose(*args, **kwargs)
         name = operation._schema.name.split("::")[1]
-        if any(is_on_gpu(leaf) for leaf in tree_leaves((args, kwargs))) and waits(name, args,
-                                                                                 kwargs):
+        if waits(name, args, kwargs) and any(map(is_on_gpu, tree_leaves((args, kwargs)))):
             self.found.add((caller(), name))
         answer = getattr(self, f"answer_{name}", None)
         return answer(*args) if answer else operation(*numbered(name, args), **kwargs)
