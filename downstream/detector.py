@@ -177,13 +177,15 @@ def make_generator(key: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
 
 
-def mean_over_ranks(count: int, device: torch.device) -> Tensor:
+def mean_over_ranks(count: int | Tensor, device: torch.device) -> Tensor:
     """A count's mean over ranks, where that of all is at least 1.
 
     DDP averages gradients, so what ranks divide by must be this for their gradient to be that of
     one process with all images.
     """
-    total, ranks = distributed.sum_over_ranks(torch.tensor([count, 1.0], device=device))
+    both = torch.ones(2, device=device)
+    both[:1] = count        # fills it in; both[0] = count, or a tensor made of it, is waited for
+    total, ranks = distributed.sum_over_ranks(both)
     return total.clamp(min=1) / ranks
 
 

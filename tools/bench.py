@@ -3,6 +3,7 @@
     python -m tools.bench                                       # the defaults of train.py
     python -m tools.bench --baseline                            # beside the plain forms
     python -m tools.bench --image_size 1024 --micro_batch 4 --compile --parts train
+    python -m tools.bench --image_size 1024 --gpu_gb 24 --parts fits    # before a GPU is rented
 
 --baseline measures the plain forms (tools/reference.py and others) by turns; a ratio above 1 is in
 favour of this code. Nothing is downloaded: images are made up, weights random. A figure is the
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -40,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import eval_region
 import eval_seg
 import train
-from data import Grid, make_classes, num_workers, to_device
+from data import Grid, constant, make_classes, num_workers, to_device
 from downstream.catseg import train as catseg_train
 from downstream.catseg.model import CATSeg, Design
 from downstream.detection import Objects
@@ -50,12 +52,13 @@ from tools import reference
 from util import UserError, distributed, settings
 from util.precision import DTYPES, autocast, find_precision
 from util.samples import ImageFiles, ImageShards
+from util.windows import side_weights
 
 SHARED = {"train": ["The model"], "eval_seg": ["The windows"],
           "downstream.fvit.train": ["The detector", "What it is trained with"]}
 
 # What is measured, and how
-PARTS = ("input", "operations", "train", "segment")     # also: fvit, catseg, shards
+PARTS = ("input", "operations", "train", "segment")     # also: fits, fvit, catseg, shards
 BASELINE = False                    # the plain forms too
 REPEATS: int | None = None          # measurements of a figure; None: 10 on a GPU, 3 on a CPU
 IMAGES: str | None = None           # folder of photographs to read; None: made-up ones of 640x480
@@ -65,6 +68,8 @@ VFM_PRETRAINED = False              # False: random weights of the VFM, too
 PRECISION = "auto"                  # bf16, fp16, fp32; auto: bf16 or fp16 on a GPU, fp32 on a CPU
 COMPILE = False                     # torch.compile of every block in train.py's step
 CHECKPOINTING = False               # compute blocks again in backward: less memory, 1/3 more time
+
+GPU_GB: float | None = None         # memory of the GPU for `fits`; None: this one's, else 24
 
 # Sizes
 IMAGE_SIZE: int | None = None       # of the student; None: train.py's on a GPU, 448 on a CPU
@@ -109,7 +114,7 @@ SIZES = {"IMAGE_SIZE": (train.IMAGE_SIZE, 448), "MICRO_BATCH": (train.MICRO_BATC
 
 # Which parts read a setting, or a block of them; others are read by all.
 READ_BY = {"WORKER_COUNTS": "input shards", "COMPILE": "train fvit catseg",
-           "CHECKPOINTING": "train catseg",
+           "CHECKPOINTING": "train catseg", "MICRO_BATCH": "train", "GPU_GB": "fits",
            **dict.fromkeys(("The windows", "PROMPTS", "SEGMENT_BATCH"), "segment"),
            **dict.fromkeys(("The detector", "What it is trained with", "FVIT_SIZE", "FVIT_BATCH"),
                            "fvit"), "CATSEG_SIZE": "catseg", "CATSEG_CLASSES": "catseg"}
@@ -154,20 +159,23 @@ class Bench:
     def __init__(self, cfg: SimpleNamespace, ranks: distributed.Ranks, dataset: ImageFiles):
         settings.check_min(cfg, PROMPTS=1, CROPS=1, **dict.fromkeys(SIZES, 1))
         settings.check(cfg, PARTS=({*cfg.PARTS} <= {*MEASURES}, f"some of {', '.join(MEASURES)}"),
-                       WORKER_COUNTS=(min(cfg.WORKER_COUNTS) >= 1, "from 1"))
+                       WORKER_COUNTS=(min(cfg.WORKER_COUNTS) >= 1, "from 1"),
+                       GPU_GB=(cfg.GPU_GB is None or cfg.GPU_GB > 0, "more than 0"))
         settings.refuse_unread(cfg, sys.modules[__name__], cfg.PARTS, READ_BY)
-        self.device, self.dataset = ranks.device, dataset
+        self.given, self.device, self.dataset = cfg, ranks.device, dataset
         sizes = {name: of_devices[self.device.type == "cpu"] for name, of_devices in SIZES.items()
                  if getattr(cfg, name) is None}
         precision = find_precision(cfg.PRECISION, self.device)
         self.cfg = SimpleNamespace(**vars(cfg) | sizes | {"PRECISION": precision})
         self.training = settings_of(train, self.cfg)
         train.check(self.training)
+        rows = max(n for n in range(1, isqrt(cfg.CROPS) + 1) if cfg.CROPS % n == 0)
+        self.grid = Grid(rows, cfg.CROPS // rows, list(range(cfg.CROPS)))
+        if {*cfg.PARTS} == {"fits"}:        # it takes no memory, and has models of its own
+            return
         self.clip, teacher, vfm = train.build(self.training, ranks)
         self.models = self.clip.visual, teacher, vfm
         self.protocol = eval_seg.Protocol.of(settings_of(eval_seg, self.cfg)).fit(self.clip)
-        rows = max(n for n in range(1, isqrt(cfg.CROPS) + 1) if cfg.CROPS % n == 0)
-        self.grid = Grid(rows, cfg.CROPS // rows, list(range(cfg.CROPS)))
 
     def photos(self, count: int) -> list[Tensor]:
         """So many images on the device, uint8 (3, H, W) each; few ones in turn."""
@@ -344,11 +352,16 @@ def training_rows(bench: Bench, losses: dict[str, Callable], optimizer: torch.op
         return clock.ms
 
     speed, peak = bench.costs(losses, step, images)
-    held = sum(weight.nbytes * (3 if weight.requires_grad else 1)
-               for module in modules for weight in module.parameters()) / 1e6
+    held = held_bytes(modules) / 1e6
     yield from (speed, *bench.rows(losses, times), peak)
     yield Row("weights and moments, MB", {"this code": held})
     yield Row("peak memory with these, MB", {form: held + x for form, x in peak.values.items()})
+
+
+def held_bytes(modules: Sequence[nn.Module]) -> int:
+    """Of weights and of AdamW's two moments of those that are trained."""
+    return sum(weight.nbytes * (3 if weight.requires_grad else 1)
+               for module in modules for weight in module.parameters())
 
 
 def measure_training(bench: Bench) -> Iterator[Row]:
@@ -399,6 +412,79 @@ def counted(work: Callable, *inputs: Tensor) -> tuple[int, object]:
     with FlopCounterMode(display=False) as counter:
         found = work(*inputs)
     return counter.get_total_flops(), found
+
+
+# ------------------------------------------------------------------------ memory, without a GPU
+
+MAX_SHARE = 0.9     # of a GPU: CUDA's context, libraries' workspaces and fragments take the rest
+MAX_DOUBLINGS = 11  # of the micro batches that are tried
+
+
+def measure_fits(bench: Bench) -> Iterator[Row]:
+    """Memory of a GPU for a training step, all included"""
+    given, gpu_gb = bench.given, bench.given.GPU_GB or 24
+    if given.GPU_GB is None and bench.device.type == "cuda":
+        gpu_gb = torch.cuda.get_device_properties(bench.device).total_memory / 1e9
+    limit = MAX_SHARE * gpu_gb * 1e9
+    cfg = settings_of(train, given, PRETRAINED=None, VFM_PRETRAINED=False, COMPILE=False,
+                      IMAGE_SIZE=given.IMAGE_SIZE or train.IMAGE_SIZE,
+                      PRECISION="bf16" if given.PRECISION == "auto" else given.PRECISION)
+    yield Row(f"of a GPU of {gpu_gb:.4g} GB, a tenth left, MB", {"this code": limit / 1e6})
+    for cfg.CHECKPOINTING in (False, True):
+        form, most, used = "--checkpointing: " * cfg.CHECKPOINTING, 0, 0    # images that fit
+        for count in (2**power for power in range(MAX_DOUBLINGS)):
+            needed = step_bytes(cfg, [bench.grid] * count)
+            fits = needed <= limit
+            yield Row(f"{form}micro_batch {count}{'' if fits else ', does not fit'}, MB",
+                      {"this code": needed / 1e6})
+            if not fits:    # memory is convex in the number of images: between two, below a line
+                most += int((limit - used) / (needed - used) * (count - most)) if most else 0
+                break
+            most, used = count, needed
+        yield Row(f"{form}largest micro_batch", {"this code": most})
+
+
+def step_bytes(cfg: SimpleNamespace, grids: list[Grid]) -> int:
+    """The most bytes that a GPU holds in a step of train.py, weights and moments included, with
+    images of these grids."""
+    device = torch.device("cpu")        # CUDA's backward asks for a GPU
+    with torch.device("meta"), patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        clip, *teachers = train.build(cfg, distributed.Ranks(0, 1, device))
+    with without_numbers(), patch.object(F, "layer_norm", partial(fp32_norm, F.layer_norm)):
+        models = [hollow(model, device) for model in (clip.visual, *teachers)]
+        photos = [torch.empty(3, 480, 640, dtype=torch.uint8) for _ in grids]
+        with TensorMemory() as memory:
+            with autocast(cfg.PRECISION, device):
+                loss = sum(train.distill(cfg, *models, photos, grids).values())
+            loss.backward()
+        return memory.peak + held_bytes(models)
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Within it, tensors have shapes alone: nothing is allocated or computed."""
+    with FakeTensorMode(), ExitStack() as stack:
+        for cache in (constant, side_weights):      # which keep tensors for later
+            cache.cache_clear()
+            stack.callback(cache.cache_clear)
+        yield
+
+
+def hollow(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself, with new weights and buffers, empty ones on a device."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, value in own.items():
+                if value is not None:
+                    empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                    is_weight = isinstance(value, nn.Parameter)
+                    own[name] = nn.Parameter(empty, value.requires_grad) if is_weight else empty
+    return module
+
+
+def fp32_norm(own: Callable, x: Tensor, shape: Sequence[int], *weights: object) -> Tensor:
+    """F.layer_norm (`own`) in fp32, as CUDA's autocast has it, not the CPU's."""
+    return own(x.float(), shape, *weights)
 
 
 def measure_fvit(bench: Bench) -> Iterator[Row]:
@@ -457,7 +543,7 @@ def measure_segmentation(bench: Bench) -> Iterator[Row]:
 
 MEASURES = {"input": measure_input, "operations": measure_operations, "train": measure_training,
             "segment": measure_segmentation, "shards": measure_shards, "catseg": measure_catseg,
-            "fvit": measure_fvit}
+            "fvit": measure_fvit, "fits": measure_fits}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision import ops
 
+from data import constant
 from downstream.detection import Detections
 from downstream.detector import (
     Detector,
@@ -167,7 +168,7 @@ class DeformableAttention(nn.Module):
         shares = levels.shares.repeat(1, 1, places.shape[-1] // 2)
         places = places[:, :, None].float() * shares[:, None]
         if places.shape[-1] == 2:
-            sides = offsets.new_tensor([(w, h) for h, w in levels.shapes])
+            sides = constant(tuple((w, h) for h, w in levels.shapes), torch.float, offsets.device)
             offsets = offsets / sides[:, None]
         else:
             offsets = offsets / self.points * places[:, :, None, :, None, 2:] / 2
@@ -306,7 +307,8 @@ class OVDQUO(Detector):
     def make_levels(self, maps: list[Tensor], sizes: list[tuple[int, int]]) -> Levels:
         """Maps (B, d, h, w) of images with these heights and widths without padding."""
         parts, side, width = [], self.design.image_size, self.design.width
-        wide = torch.tensor([size[::-1] for size in sizes], device=maps[0].device)    # (B, 2), x y
+        wide = torch.tensor([size[::-1] for size in sizes])             # (B, 2), x y
+        wide = wide.to(maps[0].device, non_blocking=True)
         for features, embedding in zip(maps, self.level_embedding):
             h, w = features.shape[-2:]
             counts = (wide * w / side).ceil()       # cells that the image touches
@@ -316,8 +318,9 @@ class OVDQUO(Detector):
             is_valid = (cells < counts[:, None]).all(-1)
             reached = torch.minimum(cells + 1, counts[:, None]) / (counts[:, None] + 1e-6)
             positions = sine(reached.flip(-1), width // 2, 20) + embedding
+            whole = constant((w, h), torch.float, counts.device)
             parts.append((features.flatten(2).mT, positions, (cells + 0.5) / counts[:, None],
-                          is_valid, (counts / counts.new_tensor([w, h]))[:, None]))
+                          is_valid, (counts / whole)[:, None]))
         return Levels(*(torch.cat(part, dim=1) for part in zip(*parts)),
                       [tuple(features.shape[-2:]) for features in maps])
 
@@ -347,8 +350,8 @@ class OVDQUO(Detector):
         found, start = [], boxes
         for layer, head in zip(self.decoder, self.box_heads):
             place = start.detach()
-            positions = self.position(sine(place[..., [1, 0, 2, 3]], self.design.width // 2,
-                                           10_000))
+            y_first = torch.cat([place[..., :2].flip(-1), place[..., 2:]], dim=-1)
+            positions = self.position(sine(y_first, self.design.width // 2, 10_000))
             content = layer(content, positions, place, memory, levels, hidden)
             shown = self.norm(content)
             found.append(Found(self.objectness(shown).float()[..., 0],
@@ -461,11 +464,11 @@ class OVDQUO(Detector):
         """The classes (K + 1,) that an image is trained with: those of its objects, and random
         others up to `text_queries`; of more, random ones. "object" is always among them."""
         most = self.design.text_queries
-        if most is None or most >= int(self.is_seen[:-1].sum()):
+        if most is None or most >= sum(self.seen):
             return self.is_seen
         rank = torch.rand(len(self.text), generator=generator, device=self.text.device)
         rank[target.labels] += 1
-        rank[-1] = 3
+        rank[-1:] = 3       # rank[-1] = 3 would be a copy that a GPU waits for
         rank[~self.is_seen] = -1
         chosen = torch.zeros_like(self.is_seen)
         chosen[rank.topk(most + 1).indices] = True
@@ -529,7 +532,7 @@ class OVDQUO(Detector):
         weights = torch.where(is_near > 0, target.weights[chosen].sqrt(), 1.0)
         boxes = ops.box_convert(edges.flatten(0, 2), "xyxy", "cxcywh")
         return Noise(labels.flatten(), texts.flatten(), boxes, is_near.flatten(), weights.flatten(),
-                     group.flatten(), torch.tensor(groups if count else 0, device=device))
+                     group.flatten(), torch.full((), groups if count else 0, device=device))
 
     # ------------------------------------------------------------------------------ the average
 
@@ -576,15 +579,21 @@ def take(values: Tensor, places: Tensor) -> Tensor:
 def in_shares(target: Target, size: tuple[int, int], is_kept: Tensor) -> Target:
     """The objects that are kept, their boxes as cx cy w h in shares of an image of `size`."""
     boxes = ops.box_convert(target.boxes[is_kept].float(), "xyxy", "cxcywh")
-    boxes = boxes / boxes.new_tensor(size[::-1]).repeat(2)
+    boxes = scale_boxes(boxes, 1 / size[1], 1 / size[0])
     return target._replace(boxes=boxes, labels=target.labels[is_kept],
                            weights=target.weights[is_kept].float())
 
 
 def in_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (n, 4) -> x0 y0 x1 y1 in the pixels of an image of `size`, and inside it."""
-    boxes = boxes * boxes.new_tensor(size[::-1]).repeat(2)
+    boxes = scale_boxes(boxes, size[1], size[0])
     return ops.clip_boxes_to_image(ops.box_convert(boxes, "cxcywh", "xyxy"), size)
+
+
+def scale_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
+    """Boxes (n, 4), x y x y or x y w h, times two numbers; a GPU would wait for a tensor of them.
+    """
+    return torch.stack([boxes[:, 0::2] * width, boxes[:, 1::2] * height], dim=-1).flatten(1)
 
 
 def overlaps(boxes: Tensor, others: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from conftest import options, preset
 from PIL import Image
 
+import train
+from data import Grid
 from tools import bench, reference
 from util import settings
 from util.distributed import Ranks
@@ -126,6 +128,64 @@ def test_memory_counts_what_is_alive_at_once():
     assert bench.peak_bytes(lambda: before.add_(1), CPU) == 0
 
 
+@pytest.mark.parametrize("model, checkpointing", [("tiny-eva", False), ("tiny-eva", True),
+                                                  ("tiny-pool", False)])
+def test_memory_without_numbers_is_that_of_a_real_step(model, checkpointing, monkeypatch):
+    backward, ran = torch.Tensor.backward, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: ran.append(1) or backward(loss))
+    cfg = settings.parse(options(model=model, pretrained="none", vfm_model="tiny_vfm",
+                                 vfm_pretrained="false", image_size=128, crop_size=32,
+                                 precision="fp32"), train)
+    cfg.CHECKPOINTING, grids = checkpointing, [Grid(2, 3, list(range(6)))] * 4
+    found = bench.step_bytes(cfg, grids)
+    assert ran      # though in models so tiny the peak comes before
+    clip, *teachers = train.build(cfg, Ranks(0, 1, CPU))
+    photos = torch.zeros(4, 3, 480, 640, dtype=torch.uint8)
+
+    def step():
+        losses = train.distill(cfg, clip.visual, *teachers, list(photos), grids)
+        sum(losses.values()).backward()
+
+    real = bench.peak_bytes(step, CPU) + bench.held_bytes([clip.visual, *teachers])
+    print(f"{model}: {found / 1e6:.2f} MB, real {real / 1e6:.2f}")
+    assert found == pytest.approx(real, rel=0.15)
+
+
+def test_what_fits_a_gpu_is_told_without_one():
+    rows = measured(parts="fits", gpu_gb=0.03, image_size=256, crops=1)["fits"]
+    found = {name: row.values["this code"] for name, row in rows.items()}
+    limit = found.pop("of a GPU of 0.03 GB, a tenth left, MB")
+    assert limit == pytest.approx(27) and list(found) == [*rows][1:]
+    for form in ("", "--checkpointing: "):
+        megabytes = {int(name.split("micro_batch ")[1].split(",")[0]): value
+                     for name, value in found.items()
+                     if name.startswith(f"{form}micro_batch") and name.endswith("MB")}
+        assert [*megabytes] == [2**power for power in range(len(megabytes))]
+        *fitting, last = megabytes.values()
+        assert sorted(fitting) == fitting and fitting[-1] <= limit < last
+        largest = found[f"{form}largest micro_batch"]
+        assert 2 ** (len(fitting) - 1) <= largest < 2 ** len(fitting)
+        assert f"{form}micro_batch {2 ** len(fitting)}, does not fit, MB" in found
+    assert found["--checkpointing: largest micro_batch"] > found["largest micro_batch"] > 1
+
+
+def test_a_gpu_may_be_too_small_for_one_image():
+    rows = measured(parts="fits", gpu_gb=0.001)["fits"]
+    assert len(rows) == 5 and rows["largest micro_batch"].values == {"this code": 0}
+
+
+def test_autocast_is_that_of_a_gpu(monkeypatch):
+    """Norms in fp32, which a CPU's autocast leaves in bf16; products in bf16."""
+    seen, own = set(), torch.nn.functional.layer_norm
+    monkeypatch.setattr(torch.nn.functional, "layer_norm",
+                        lambda x, *more: seen.add(x.dtype) or own(x, *more))
+    cfg = settings.parse(options(model="tiny-vit", pretrained="none", vfm_model="tiny_vfm",
+                                 vfm_pretrained="false", image_size=64, crop_size=32,
+                                 precision="bf16"), train)
+    bench.step_bytes(cfg, [Grid(1, 2, [0, 1])])
+    assert seen == {torch.float32}
+
+
 @pytest.mark.parametrize("wrong, sentence", [
     ({"parts": "speed"}, "PARTS is ('speed',); it must be some of input, operations, train, seg"),
     ({"crops": 0}, "CROPS is 0; it must be at least 1"),
@@ -135,6 +195,9 @@ def test_memory_counts_what_is_alive_at_once():
     ({"images": "nowhere"}, "nowhere does not exist"),
     ({"parts": "train", "window": 32}, "WINDOW is for segment, so it has no effect"),
     ({"parts": "segment", "scales": (1, 2)}, "SCALES is for fvit, so it has no effect"),
+    ({"parts": "fits", "micro_batch": 2}, "MICRO_BATCH is for train, so it has no effect"),
+    ({"parts": "train", "gpu_gb": 24}, "GPU_GB is for fits, so it has no effect"),
+    ({"parts": "fits", "gpu_gb": 0}, "GPU_GB is 0.0; it must be more than 0"),
     ({"worker_counts": 0}, "WORKER_COUNTS is (0,); it must be from 1"),
 ])
 def test_refusals_say_what_to_do(wrong, sentence):
