@@ -360,7 +360,8 @@ def carry_out(plan: Plan) -> dict[Path, str]:
         if before or lacking and not benchmarks:
             continue
         command, since = command_of(job, plan.gpus, benchmarks), time.monotonic()
-        print(f"\n{number} of {len(plan.jobs)}: {shlex.join(["python", *command[1:]])}", flush=True)
+        line = shlex.join(["python", *command[1:]])
+        print(f"\n{number} of {len(plan.jobs)}: {line}", flush=True)
         status, last = execute(command, job.folder)
         print(f"status {status} after {(time.monotonic() - since) / 60:.1f} min", flush=True)
         if status:
