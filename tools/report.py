@@ -238,7 +238,7 @@ def fill(text: str, world: SimpleNamespace) -> str:
         if place[1] not in tables:
             raise UserError(f"{world.doc} has a place for the table {place[1]!r}, but there are "
                             f"only {', '.join(tables)}; correct it.")
-        return f"<!-- table: {place[1]} -->\n\n{rendered(tables[place[1]])}\n\n<!-- end -->"
+        return f"<!-- table: {place[1]} -->\n{rendered(tables[place[1]])}\n<!-- end -->"
     return re.sub("<!-- table: (.*?) -->.*?<!-- end -->", made, text, flags=re.DOTALL)
 
 
