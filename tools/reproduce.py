@@ -127,39 +127,33 @@ class Job:
 
     def results(self, benchmark: str | None = None) -> list[dict]:
         """What an evaluation has found so far, the newest last."""
-        wanted, found = {"benchmark": benchmark} if benchmark else {}, []
+        found = []
         for path in sorted(self.folder.glob("*.json")):
             with suppress(UserError):       # one that holds none was put aside
-                found += read_results(path, **wanted)
+                found += read_results(path, **{"benchmark": benchmark} if benchmark else {})
         return found
 
     def steps(self) -> tuple[int, int | None]:
         """The step that a training has reached and its last one, None as long as it is unknown."""
-        step, output, total = 0, self.folder / "output.txt", getattr(self.cfg, "ITERATIONS", None)
+        step = max([int(path.stem[7:]) for path in resume_files(self.folder)], default=0)
         with suppress(UserError):
-            step = read_record(self.product).get("settings", {}).get("step", 0)
-        if not step and resume_files(self.folder):
-            step = int(resume_files(self.folder)[0].stem.split("-")[1])
-        text = output.read_text(errors="replace") if output.exists() else ""
-        in_epoch = re.findall(r"images: ([\d,]+) steps an epoch", text)
-        if total is None and in_epoch:
-            total = self.cfg.EPOCHS * int(in_epoch[-1].replace(",", ""))
+            step = read_record(self.product).get("settings", {}).get("step", step)
+        output, total = self.folder / "output.txt", getattr(self.cfg, "ITERATIONS", None)
+        text = output.read_text(errors="replace") if total is None and output.exists() else ""
+        for in_epoch in re.findall(r"images: ([\d,]+) steps an epoch", text)[-1:]:
+            total = self.cfg.EPOCHS * int(in_epoch.replace(",", ""))
         return step, total and min(total, self.cfg.STEPS or total)
 
-    def is_done(self) -> bool:
-        """Whether nothing of it is left to run."""
-        if self.is_training:
-            step, total = self.steps()
-            return self.product.exists() and step == total
-        if self.script in PRODUCTS:
-            return self.product.exists()
-        return all(map(self.results, self.benchmarks or [None]))
-
     def state(self) -> str:
-        """Done, how far a training was when it was interrupted, or none."""
-        step, total = self.steps() if self.is_training else (0, None)
-        begun = f"at step {step:,} of {total:,}" if total else f"at step {step:,}"
-        return "done" if self.is_done() else begun if step else "none"
+        """done, none, or how far a training was when it was interrupted."""
+        step, total = self.steps() if self.is_training else (0, 0)
+        is_done = (self.product.exists() and step == total if self.script in PRODUCTS
+                   else all(map(self.results, self.benchmarks or [None])))
+        begun = f"at step {step:,}" + (f" of {total:,}" if total else "")
+        return "done" if is_done else begun if step else "none"
+
+    def is_done(self) -> bool:
+        return self.state() == "done"
 
     def left(self) -> tuple[list[str], list[str]]:
         """Of an evaluation's benchmarks those to run, and of all data what is missing, a sentence
@@ -189,10 +183,8 @@ def data_of(job: Job) -> list[str | Path]:
         return [cfg.ANNOTATIONS, cfg.PNGS, cfg.IMAGES]
     if not re.search(r"(fvit|ov_dquo)\.(train|eval)", job.script):
         return []
-    split, dataset = "train", cfg.DATASET
-    if not job.is_training:
-        split, dataset = "val", dataset or job.needs[-1].cfg.DATASET
-    _, path, images = find_files(dataset, split, cfg.DATA)
+    _, path, images = find_files(cfg.DATASET or job.needs[-1].cfg.DATASET,
+                                 "train" if job.is_training else "val", cfg.DATA)
     return [cfg.ANNOTATIONS or path, cfg.IMAGES or images]
 
 
@@ -268,11 +260,14 @@ class Plan:
                                                 shlex.join([first, *typed])))
 
 
+constants = cache(settings.constants)
+
+
 def name_of(script: str, cfg: SimpleNamespace, out: Path) -> str:
     """The folder of a command: equal for equal options, wherever OUT is, and readable."""
     own = {name: value for name, value in vars(cfg).items() if name not in FREE}
     text = json.dumps([script, own]).replace(f"{json.dumps(str(out))[:-1]}/", '"')
-    defaults = settings.constants(importlib.import_module(script))
+    defaults = constants(importlib.import_module(script))
     changed = [f"{name.lower()}-{value}" for name, value in own.items()
                if value != defaults[name].default and "/" not in str(value)]
     readable = "-".join([script.removeprefix("downstream."), *changed])
@@ -283,26 +278,25 @@ def name_of(script: str, cfg: SimpleNamespace, out: Path) -> str:
 
 def overview(plan: Plan) -> str:
     """What there is and what would run, in its order; time, disk; and what is missing."""
-    lines, hours, disk, lacking = [], 0.0, 0.0, {}
+    lines, lacking, efforts = [], {}, []
     place = {folder: number for number, folder in enumerate(plan.jobs, 1)}
     left = [job for job in plan.jobs.values() if not job.is_done()]
     for job in plan.jobs.values():
-        effort = effort_of(plan.world, job)
-        hours, disk = hours + effort[0], disk + effort[1]
-        about = f"about {shown(effort[0])}, {effort[1]:g} GB" if effort[0] else ""
+        hours, disk = effort_of(plan.world, job) if job in left else (0, 0)
+        efforts.append((hours, disk))
+        about = f"about {shown(hours)}, {disk:g} GB" if hours else ""
         after = " ".join(str(place[need.folder]) for need in job.needs)
         lines.append(f"{place[job.folder]:4}  {job.state():24}{about:24}{job.typed}"
                      + (f"  (after {after})" if after else ""))
         for sentence in job.left()[1] if job in left else ():
-            lacking.setdefault(source(plan.world, sentence), {}).setdefault(sentence, []).append(
-                place[job.folder])
+            of_source = lacking.setdefault(source(plan.world, sentence), ({}, {}))
+            of_source[0][sentence] = of_source[1][str(place[job.folder])] = True
+    hours, disk = map(sum, zip(*efforts))
     lines += ["", f"{len(left)} of {len(plan.jobs)} commands are left. Their trainings take about "
-              f"{shown(hours)} and {disk:.2g} GB in {plan.out}; evaluations, minutes "
-              f"each, are not counted. {plan.world.effort}"]
-    for how, sentences in lacking.items():
-        numbers = sorted({number for places in sentences.values() for number in places})
-        lines.append(f"\n{'. '.join(sentences)}.\n    for: {' '.join(map(str, numbers))}\n"
-                     f"    get: {how}")
+              f"{shown(hours)} and {disk:.2g} GB in {plan.out}; evaluations, minutes each, are not "
+              f"counted. {plan.world.effort}"]
+    lines += [f"\n{'. '.join(sentences)}.\n    for: {' '.join(numbers)}\n    get: {how}"
+              for how, (sentences, numbers) in lacking.items()]
     weights = sorted({weight for job in left for weight in downloads(job)})
     if weights:
         lines.append("\nopen_clip and timm download at the first use, unless they are in their "
@@ -317,14 +311,13 @@ def shown(hours: float) -> str:
 
 def effort_of(world: SimpleNamespace, job: Job) -> tuple[float, float]:
     """Hours that a training still takes, and gigabytes; none of other commands."""
-    cost = next((cost for cost in world.costs if cost.script == job.script
-                 and cost.where in job.typed), None)
-    if cost is None or job.is_done():
-        return 0.0, 0.0
-    step, total = job.steps()
-    images = (job.cfg.ITERATIONS * job.cfg.BATCH_SIZE if hasattr(job.cfg, "ITERATIONS")
-              else job.cfg.EPOCHS * cost.images)
-    return (1 - step / total if total else 1) * images / cost.rate / 3600, cost.gb
+    for cost in world.costs:
+        if cost.script == job.script and cost.where in job.typed:
+            step, total = job.steps()
+            images = (job.cfg.ITERATIONS * job.cfg.BATCH_SIZE if hasattr(job.cfg, "ITERATIONS")
+                      else job.cfg.EPOCHS * cost.images)
+            return (1 - step / total if total else 1) * images / cost.rate / 3600, cost.gb
+    return 0, 0
 
 
 def source(world: SimpleNamespace, sentence: str) -> str:
@@ -353,11 +346,11 @@ def carry_out(plan: Plan) -> dict[Path, str]:
         if job.is_done():
             continue
         benchmarks, lacking = job.left()
-        before = [need.folder for need in job.needs if need.folder in failed]
-        if before or lacking:
-            failed[job.folder] = (f"needs {before[0]}" if before else
-                                  f"{lacking[0]}; get it: {source(plan.world, lacking[0])}")
-        if before or lacking and not benchmarks:
+        before = [f"needs {need.folder}" for need in job.needs if need.folder in failed]
+        missing = [f"{lack}; get it: {source(plan.world, lack)}" for lack in lacking]
+        for reason in (before + missing)[:1]:
+            failed[job.folder] = reason
+        if before or missing and not benchmarks:
             continue
         command, since = command_of(job, plan.gpus, benchmarks), time.monotonic()
         line = shlex.join(["python", *command[1:]])
@@ -447,8 +440,10 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
     for table, number, evaluations in plan.rows:
         jobs = {before.folder: before for job in evaluations[0].values()
                 for before in (*job.needs, job)}
-        found.append(Found(table, table.rows[number], figures_of(table, evaluations),
-                           [shlex.join(command_of(job, 1)[2:]) for job in jobs.values()]))
+        found.append(Found(table, table.rows[number], figures_of(table, evaluations), [
+            shlex.join(["python", *command_of(job, 1)[1:]])
+            + (f" ({job.steps()[0]:,} steps)" if job.is_training else "")
+            for job in jobs.values()]))
     report.write(plan.world, plan.out, found, [
         *versions(), *(f"{folder}: {reason}" for folder, reason in failed.items())])
     return plan.out / "report.md"
@@ -457,12 +452,11 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
 @cache
 def versions() -> list[str]:
     """What the figures are made with."""
-    commit = ""
-    with suppress(OSError):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
-                                capture_output=True).stdout.strip()
-    count = torch.cuda.device_count()
-    return [f"commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}",
+    commit, count = "unknown", torch.cuda.device_count()
+    with suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                                         text=True, stderr=subprocess.DEVNULL).strip()
+    return [f"commit {commit}, {time.strftime('%Y-%m-%d')}",
             f"{count} x {torch.cuda.get_device_name()}" if count else "a CPU",
             ", ".join(f"{name} {metadata.version(name)}"
                       for name in ("torch", "open_clip_torch", "timm"))]
