@@ -293,7 +293,8 @@ def plot(world: SimpleNamespace, found: Sequence[Found]) -> plt.Figure | None:
     tables = by_table([line for line in found if any(line.figures)])
     if not tables:
         return None
-    heights = [sum(0.17 * len(line.figures) + 0.16 for line in lines) + 1.2 for lines in tables]
+    heights = [sum(0.17 * len(pairs(world, line)) + 0.16 for line in lines) + 1.2
+               for lines in tables]
     figure, axes = plt.subplots(len(tables), 1, figsize=(10, sum(heights) + 0.5), squeeze=False,
                                 height_ratios=heights, layout="constrained")
     figure.suptitle(world.title, fontsize=14)
@@ -302,14 +303,20 @@ def plot(world: SimpleNamespace, found: Sequence[Found]) -> plt.Figure | None:
     return figure
 
 
+def pairs(world: SimpleNamespace, line: Found) -> list[tuple[str, Figure | None, Figure | None]]:
+    """Of a row's figures colour, what they are compared with, and ours, if there is one of both."""
+    (_, theirs, _), (_, ours, _), _ = compared(world, line)
+    return [(PALETTE[place % len(PALETTE)], *pair) for place, pair in enumerate(zip(theirs, ours))
+            if any(pair)]
+
+
 def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -> None:
     """A table: its rows downwards, in each a line and a colour for each column."""
     table, ticks, y = lines[0].table, [], 0.0
-    colours = [PALETTE[place % len(PALETTE)] for place in range(len(table.columns))]
     for line in lines:
-        ticks.append(y + 0.17 * (len(colours) - 1) / 2)
-        (_, theirs, _), (_, ours, _), _ = compared(world, line)
-        for colour, their, our in zip(colours, theirs, ours):
+        shown = pairs(world, line)
+        ticks.append(y + 0.17 * (len(shown) - 1) / 2)
+        for colour, their, our in shown:
             if their and our:
                 axis.plot([their[0], our[0]], [y, y], color=colour, linewidth=2, alpha=0.5)
             if their:
@@ -320,15 +327,16 @@ def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -
             y += 0.17
         y += 0.16
         axis.axhline(y - 0.165, color="0.88", linewidth=0.8)
-    labels = [textwrap.fill(label_of(table, line.row).replace("`", ""), 38) for line in lines]
+    labels = [textwrap.fill(label_of(table, line.row).replace("`", ""), 40, break_on_hyphens=False)
+              for line in lines]
     axis.set_yticks(ticks, labels, fontsize=9)
     axis.set_title(f"{table.title}: {world.against[1]} hollow, ours filled", fontsize=11)
     axis.set(ylim=(y - 0.1, -0.2))
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    handles = [plt.Line2D([], [], color=colour, marker="o", linestyle="", label=column.name)
-               for colour, column in zip(colours, table.columns)]
+    handles = [plt.Line2D([], [], color=PALETTE[place % len(PALETTE)], marker="o", linestyle="",
+                          label=column.name) for place, column in enumerate(table.columns)]
     axis.legend(handles=handles, loc="upper center", ncols=balanced(len(handles), 8),
                 **LEGEND | {"bbox_to_anchor": (0.5, -0.3 / y), "borderaxespad": 0})
 

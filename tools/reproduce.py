@@ -81,7 +81,8 @@ def run(cfg: SimpleNamespace) -> None:
     if cfg.LIST:
         return
     for number in SIGNALS:      # they end the present command like Ctrl-C: it saves, and we leave
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     failed = carry_out(plan)
     print(f"\n{write_report(plan, failed)} has the figures as a page for an issue")
     if failed:

@@ -28,9 +28,13 @@ WORLDS = ["docs", "toy"]
 
 @pytest.fixture(autouse=True)
 def at_home(monkeypatch):
-    """Paths are those of the repository, whatever data it has."""
+    """Paths are those of the repository, whatever data it has; signals are pytest's again."""
     monkeypatch.chdir(ROOT)
     reproduce.lack_of.cache_clear()
+    handlers = {number: signal.getsignal(number) for number in reproduce.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def plan_of(world: str, *words: str, out: object = "out") -> reproduce.Plan:
