@@ -56,8 +56,8 @@ PRODUCTS = {"train": "declip.safetensors", "downstream.fvit.train": "fvit.safete
             "downstream.ov_dquo.train": "ov_dquo.safetensors",
             "downstream.catseg.train": "catseg.safetensors",
             "downstream.ov_dquo.unknown": "unknown.json"}
-EVALUATIONS = ("eval_region", "eval_seg", "downstream.fvit.eval", "downstream.ov_dquo.eval",
-               "downstream.catseg.eval")
+EVALUATIONS = dict.fromkeys(["eval_region", "eval_seg", "downstream.fvit.eval",
+                             "downstream.ov_dquo.eval", "downstream.catseg.eval"])
 # Settings that make no other run of a command.
 FREE = {*MAY_CHANGE_ON_RESUME, "CACHE", "BENCHMARKS"} - {"STEPS"}
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)       # of a scheduler, of a terminal that is closed
