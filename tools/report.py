@@ -249,7 +249,7 @@ class Found(NamedTuple):
     table: SimpleNamespace
     row: SimpleNamespace
     figures: list[Figure | None]        # a column each
-    commands: list[str]                 # that made them
+    commands: list[str]                 # that made them, with the first seed
 
 
 def by_table(found: Sequence[Found]) -> list[list[Found]]:
@@ -272,8 +272,7 @@ def page(world: SimpleNamespace, found: Sequence[Found], notes: Sequence[str]) -
                     label = ""
         head = ["", "", *(column.name for column in table.columns)]
         parts += [f"## {table.title}", markdown(head, body), *filter(None, [table.reading])]
-    settings = [f"- {label_of(line.table, line.row)}: "
-                + "; ".join(f"`{command}`" for command in line.commands)
+    settings = [f"- {label_of(line.table, line.row)}: {'; '.join(line.commands)}"
                 for line in found if any(line.figures)]
     parts += ["## Settings", "\n".join(dict.fromkeys(settings))] if settings else []
     return "\n\n".join([*parts, "## Made with", "\n".join(f"- {note}" for note in notes)]) + "\n"

@@ -126,6 +126,10 @@ class Job:
     def is_training(self) -> bool:
         return hasattr(self.cfg, "RESUME")
 
+    def chain(self) -> list["Job"]:
+        """What it needs, in order, and itself."""
+        return [*(job for need in self.needs for job in need.chain()), self]
+
     def results(self, benchmark: str | None = None) -> list[dict]:
         """What an evaluation has found so far, the newest last."""
         found = []
@@ -208,12 +212,13 @@ class Plan:
         self.jobs: dict[Path, Job] = {}
         # Of each row: its table, its number, and its evaluations by name for each seed
         self.rows: list[tuple[SimpleNamespace, int, list[dict[str, Job]]]] = []
-        wants_all = {*cfg.TABLES} <= {"all"}
+        wants_all = not cfg.TABLES or "all" in cfg.TABLES
         for table in world.tables:
             seeds = [seed for seed in table.seeds
                      if not cfg.SEEDS or seed in cfg.SEEDS or len(table.seeds) == 1]
             for number, row in enumerate(table.rows):
-                if wants_all or {*(row.tables or table.tables).split()} & {*cfg.TABLES}:
+                numbers = {*(row.tables or table.tables).split()}
+                if seeds and (wants_all or numbers & {*cfg.TABLES}):
                     self.rows.append((table, number, [self.evaluations(table, row, seed)
                                                       for seed in seeds]))
 
@@ -292,7 +297,7 @@ def overview(plan: Plan) -> str:
         for sentence in job.left()[1] if job in left else ():
             of_source = lacking.setdefault(source(plan.world, sentence), ({}, {}))
             of_source[0][sentence] = of_source[1][str(place[job.folder])] = True
-    hours, disk = map(sum, zip(*efforts))
+    hours, disk = map(sum, zip(*efforts, (0, 0)))
     lines += ["", f"{len(left)} of {len(plan.jobs)} commands are left. Their trainings take about "
               f"{shown(hours)} and {disk:.2g} GB in {plan.out}; evaluations, minutes each, are not "
               f"counted. {plan.world.effort}"]
@@ -439,12 +444,10 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
     """Writes what was found by now -> the report's path."""
     found = []
     for table, number, evaluations in plan.rows:
-        jobs = {before.folder: before for job in evaluations[0].values()
-                for before in (*job.needs, job)}
-        found.append(Found(table, table.rows[number], figures_of(table, evaluations), [
-            shlex.join(["python", *command_of(job, 1)[1:]])
-            + (f" ({job.steps()[0]:,} steps)" if job.is_training else "")
-            for job in jobs.values()]))
+        commands = [f"`{job.typed}`" + (f" ({job.steps()[0]:,} steps)" if job.is_training else "")
+                    for last in evaluations[0].values() for job in last.chain()]
+        found.append(Found(table, table.rows[number], figures_of(table, evaluations),
+                           [*dict.fromkeys(commands)]))
     report.write(plan.world, plan.out, found, [
         *versions(), *(f"{folder}: {reason}" for folder, reason in failed.items())])
     return plan.out / "report.md"

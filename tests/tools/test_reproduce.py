@@ -67,7 +67,7 @@ def test_documents_have_the_tables_of_the_json(name):
 @pytest.mark.parametrize("name", WORLDS)
 def test_rows_are_commands_with_options_that_exist(name):
     """Each is parsed by its script; those of evaluations are of what the row trains."""
-    plan = plan_of(name)
+    plan = plan_of(name, "--seeds", "0")
     assert len(plan.rows) == sum(len(table.rows) for table in plan.world.tables)
     for job in plan.jobs.values():
         parsed = settings.parse(reproduce.command_of(job, 1, job.benchmarks)[3:],
@@ -369,6 +369,7 @@ def test_it_runs_goes_on_and_reports(tiny_world, monkeypatch, capsys):
     assert lines["", "ours"][1] == f"{mean:.1f} ± {deviation:.1f}"
     assert lines["", "difference"][1] == f"{mean - 40:+.1f}"
     assert "±" in lines["self again", "ours"][0] and "timm" in text and "CROP_SIZE 7" in text
+    assert "--seed 0 --context clip --lambda 0` (4 steps); `eval_region.py" in text
     assert (out / "report.png").stat().st_size > 10_000
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")
@@ -424,7 +425,7 @@ def test_figures_are_means_of_what_is_there(tmp_path):
 def found(world: SimpleNamespace, number: int, *figures: object) -> report.Found:
     table = world.tables[2]
     return report.Found(table, table.rows[number], [*figures, *[None] * (6 - len(figures))],
-                        ["python -m train"])
+                        ["`train.py` (12 steps)"])
 
 
 def test_a_page_has_paper_ours_and_difference():
@@ -435,7 +436,7 @@ def test_a_page_has_paper_ours_and_difference():
     assert f"| {name} | paper | 69.5 | 44.6 | 29.4 | | 25.6 | |" in text
     assert "| | ours | 70.0 ± 0.5 | | 29.0 | | | |\n| | difference | +0.5 | | -0.4 | | | |" in text
     assert "| | ours | | | | | | |" in text and text.count("difference") == 1
-    assert f"- {name}: `python -m train`" in text and text.count("python -m") == 1
+    assert f"- {name}: `train.py` (12 steps)\n" in text and text.count("12 steps") == 1
     assert "2 of 12 figures" in text and "What the paper leaves open" in text
     assert text.endswith("- commit abc\n")
 
