@@ -43,6 +43,11 @@ def is_step(value: object) -> bool:
     return is_text(value) or is_list(value, is_text) and len(value) > 0
 
 
+def is_reference(value: object) -> bool:
+    """Whether a value names a field of figures, and what it is called."""
+    return is_list(value, is_text, 2) and value[0] in ("paper", "ours")
+
+
 def is_a(kind: type, value: object) -> bool:
     """Whether a value is a text, perhaps empty, or a dict of such texts."""
     parts = value.values() if kind is dict and isinstance(value, dict) else [value]
@@ -57,7 +62,8 @@ def is_dict(value: object) -> bool:
     return isinstance(value, dict)
 
 
-is_string, is_texts, is_seed = partial(is_a, str), partial(is_a, dict), partial(is_of, int)
+is_string, is_texts = partial(is_a, str), partial(is_a, dict)
+is_seed, is_rate = partial(is_of, int), partial(is_number, least=1e-3)
 NEEDED = object()
 # The fields of a world's json: what fits, and the value where there is none.
 COLUMN = {"name": (is_text, NEEDED),    # of a figure
@@ -84,12 +90,12 @@ TABLE = {"id": (is_text, NEEDED),       # of its place in the document
          "reading": (is_text, "")}      # what the paper leaves open, and how we take it
 # What a training costs whose command has the text `where`: images a second of one GPU, images of an
 # epoch, and gigabytes that its folder takes.
-COST = {"script": (is_name, NEEDED), "where": (is_string, NEEDED), "rate": (is_number, NEEDED),
+COST = {"script": (is_name, NEEDED), "where": (is_string, NEEDED), "rate": (is_rate, NEEDED),
         "images": (is_number, NEEDED), "gb": (is_number, NEEDED)}
 WORLD = {"out": (is_name, NEEDED),      # folder of the runs
          "doc": (is_name, NEEDED),      # document that has the tables
          "title": (is_text, NEEDED),
-         "against": (list_of(is_text, 2), NEEDED),      # with what a report compares: field, name
+         "against": (is_reference, NEEDED),     # what a report compares with: field, its name
          "tables": (list_of(is_dict), NEEDED),
          "models": (is_texts, {}),      # commands whose products {NAME} stands for
          "costs": (list_of(is_dict), ()), "effort": (is_text, ""),      # how they were found

@@ -117,6 +117,19 @@ def test_wrong_jsons_are_one_sentence(tmp_path, of_table, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("of_world, words", [
+    ({"against": ["theirs", "x"]}, r"\(the whole: its 'against' is \['theirs', 'x'\]\)"),
+    ({"models": {"CKPT": 1}}, "its 'models' is"), ({"table": []}, "its 'table' is"),
+    ({"costs": [{"script": "train", "where": "", "rate": 0, "images": 1, "gb": 1}]},
+     r"\(costs: its 'rate' is 0\)")])
+def test_wrong_worlds_are_one_sentence(tmp_path, of_world, words):
+    content = {"out": "o", "doc": "d", "title": "t", "against": ["paper", "paper"],
+               "tables": [TABLE]}
+    (tmp_path / "x.json").write_text(json.dumps(content | of_world))
+    with pytest.raises(SystemExit, match=words):
+        reproduce.main(["--world", str(tmp_path / "x.json"), "--list"])
+
+
 @pytest.mark.parametrize("words, sentence", [
     ("--tables 15 --list", r"TABLES is \('15',\); it must be some of 5, 10, 4, 9"),
     ("", r"TABLES is \(\); it must be some of"), ("--world toy --tables 1 --seeds 3", "0, 1, 2"),
