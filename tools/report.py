@@ -210,7 +210,8 @@ def show(figure: Figure | None, sign: str = "") -> str:
     """A figure with one decimal; "" for none."""
     if figure is None:
         return ""
-    return f"{figure[0]:{sign}.1f}" + ("" if figure[1] is None else f" ± {figure[1]:.1f}")
+    value = round(figure[0], 1) + 0.0       # not -0.0
+    return f"{value:{sign}.1f}" + ("" if figure[1] is None else f" ± {figure[1]:.1f}")
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -325,8 +326,8 @@ def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -
             if their and our:
                 axis.plot([their[0], our[0]], [y, y], color=colour, linewidth=2, alpha=0.5)
             if their:
-                axis.plot(their[0], y, "o", markersize=7, markeredgewidth=1.5,
-                          markerfacecolor="white", markeredgecolor=colour)
+                axis.errorbar(their[0], y, xerr=their[1], fmt="o", color=colour, markersize=7,
+                              markerfacecolor="white", elinewidth=0.8)
             if our:
                 axis.errorbar(our[0], y, xerr=our[1], fmt="o", color=colour, markersize=5)
             y += 0.17
