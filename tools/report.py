@@ -299,7 +299,7 @@ def plot(world: SimpleNamespace, found: Sequence[Found]) -> plt.Figure | None:
     tables = by_table([line for line in found if any(line.figures)])
     if not tables:
         return None
-    heights = [sum(0.17 * len(pairs(world, line)) + 0.16 for line in lines) + 1.2
+    heights = [max(0.8, sum(0.17 * len(pairs(world, line)) + 0.16 for line in lines)) + 1.2
                for lines in tables]
     figure, axes = plt.subplots(len(tables), 1, figsize=(10, sum(heights) + 0.5), squeeze=False,
                                 height_ratios=heights, layout="constrained")
@@ -344,7 +344,7 @@ def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -
     handles = [plt.Line2D([], [], color=PALETTE[place % len(PALETTE)], marker="o", linestyle="",
                           label=column.name) for place, column in enumerate(table.columns)]
     axis.legend(handles=handles, loc="upper center", ncols=balanced(len(handles), 8),
-                **LEGEND | {"bbox_to_anchor": (0.5, -0.3 / y), "borderaxespad": 0})
+                **LEGEND | {"bbox_to_anchor": (0.5, 0), "borderaxespad": 2.6})
 
 
 def write(world: SimpleNamespace, out: Path, found: Sequence[Found], notes: Sequence[str]) -> None:
