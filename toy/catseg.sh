@@ -26,7 +26,7 @@ run -m downstream.catseg.train @presets/catseg_toy.txt --out out/toy/catseg/decl
 run -m downstream.catseg.eval @presets/catseg_toy_eval.txt \
     --ckpt out/toy/catseg/declip-0/catseg.safetensors
 
-# 4. Both in one table, beside CLIP and DeCLIP without CAT-Seg; and a picture.
-run -m toy.tables catseg --seeds 0
+# 4. A picture. Seen and unseen classes in one table, beside CLIP and DeCLIP without CAT-Seg:
+#    python -m tools.reproduce --world toy --tables catseg
 run -m tools.segment data/toy/val/images/00005.png --out out/toy \
     --classes "arrow, triangle, checker, noise, grid" --ckpt out/toy/catseg/declip-0/catseg.safetensors

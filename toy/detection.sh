@@ -25,7 +25,7 @@ run -m downstream.fvit.train @presets/toy_fvit_train.txt --novel "$novel" \
 run -m downstream.fvit.eval @presets/toy_fvit_eval.txt \
     --ckpt out/toy/detection/declip-0/fvit.safetensors
 
-# 4. Both in one table, and a picture; novel classes have an asterisk.
-run -m toy.tables detection --seeds 0
+# 4. A picture; novel classes have an asterisk. Three splits in one table:
+#    python -m tools.reproduce --world toy --tables detection
 run -m tools.detect data/toy/val/images/00003.png --temperature 15 --nms 0.3 --out out/toy \
     --ckpt out/toy/detection/declip-0/fvit.safetensors

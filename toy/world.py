@@ -67,9 +67,6 @@ THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "cre
           "bowtie")
 STUFF = ("stripes", "checker", "dots", "noise", "plain", "bricks", "waves", "grid")
 NAMES = THINGS + STUFF
-# Of toy/labelled.json: classes that segmenters are trained with, two of each three, and the others.
-SEEN = [number for number in range(len(NAMES)) if number % 3 < 2]
-UNSEEN = [number for number in range(len(NAMES)) if number % 3 == 2]
 FIRST_SCENE = {"train": 0, "dev": 10_000_000, "val": 20_000_000, "clip": 30_000_000,
                "siglip": 30_000_000, "vfm": 40_000_000, "labelled": 50_000_000}
 MAX_SCENES = 10_000_000

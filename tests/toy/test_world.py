@@ -1,5 +1,6 @@
 """toy/world.py: scenes and their labels agree, in both layouts."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,15 @@ from PIL import Image
 from tiny import ROOT
 
 from data import read_classes
+from downstream.catseg import train as catseg_train
+from downstream.detection import find_annotations
+from downstream.fvit import eval as fvit_eval
+from downstream.fvit import train as fvit_train
 from eval_region import PanopticRegions
 from eval_seg import find_benchmark
 from toy import world
 from toy.world import FIRST_SCENE, MAX_SCENES, NAMES, STUFF, THINGS, draw_scene
+from util import settings
 from util.labels import SegmentationImages
 
 
@@ -111,3 +117,40 @@ def test_drawing_again_leaves_no_old_scenes(drawn, tmp_path):
 def test_bad_settings_are_one_sentence(tmp_path, given, words):
     with pytest.raises(SystemExit, match=words):
         world.main(options(**{"out": tmp_path} | given))
+
+
+# ----------------------------------------------------------------- what trainings see of the scenes
+
+def test_scenes_are_split_by_things(toy_home):
+    """No novel thing is in what a detector is trained with; all ten are evaluated."""
+    world.main(options(train=6, dev=1, val=4, size=64))
+    given = options(novel="circle, square, triangle")
+    found = []
+    for preset, script, split in (("toy_fvit_train.txt", fvit_train, "train"),
+                                  ("toy_fvit_eval.txt", fvit_eval, "val")):
+        cfg = settings.parse([f"@presets/{preset}", *given], script)
+        found.append(find_annotations(cfg.DATASET, split, images=cfg.IMAGES, novel=cfg.NOVEL))
+    seen, everything = found
+    assert seen.classes == everything.classes == list(THINGS)
+    assert seen.seen == [False] * 3 + [True] * 7
+    assert {thing["category_id"] for thing in seen.objects} <= set(range(4, 11))
+    assert len(everything.files) == 4
+
+
+def test_scenes_are_labelled_with_classes_that_are_seen():
+    """Two of each three, the others are void."""
+    content = json.loads((ROOT / "toy/labelled.json").read_text())
+    assert content["void"] == [number for number in range(18) if number % 3 == 2]
+    assert sorted(content["values"] + content["void"]) == [*range(len(NAMES))]
+
+
+def test_a_segmenter_learns_from_seen_classes_alone(toy_home, monkeypatch):
+    """Two steps of the training itself."""
+    world.main(options(train=0, dev=0, val=0, labelled=4, size=64))
+    labels, augment = [], catseg_train.augment
+    monkeypatch.setattr(catseg_train, "augment", lambda sample, *rest: labels.extend(
+        sample.label.unique().tolist()) or augment(sample, *rest))
+    catseg_train.main(["@presets/catseg_toy.txt", *options(
+        model="local-dir:toy/clip", pretrained="own", attention="catseg", iterations=2,
+        image_size=32, num_workers=0)])
+    assert -1 in labels and 0 <= max(labels) < 12       # the twelve, and void

@@ -241,10 +241,8 @@ def test_settings_of_a_model_in_vain_are_refused_by_every_script(tmp_path, monke
     ("downstream.catseg.train --images my.json --data x", "DATA holds the known data sets"),
     ("eval_seg --benchmarks toy --data x", "DATA holds the known data sets"),
     ("eval_seg --benchmarks toy --threshold 0.5", "THRESHOLD is for background, which gets"),
-    ("toy.tables table1 --ckpt x", "CKPT is for detection, ov_dquo, catseg, so it has no effect"),
-    ("toy.tables detection --lrs 1", "LRS is for --search, so it has no effect"),
-    ("toy.tables detection --search", "SEARCH is for --search, table1, siglip, so it has no"),
-    ("toy.tables table1 --search --seeds 1", "SEEDS is for table1, siglip, detection, ov_dquo")])
+    ("tools.reproduce --list --gpus 2", "GPUS is for runs, but --list makes none, so it has no"),
+    ("tools.reproduce --render --seeds 0", "SEEDS is for runs, but --render takes all that there")])
 def test_an_option_that_a_script_does_not_use_is_refused(monkeypatch, command, words):
     monkeypatch.chdir(ROOT)
     name, *options = command.split()
@@ -263,10 +261,11 @@ def test_values_out_of_range_are_one_sentence():
 
 
 SCRIPTS = ["train", "eval_region", "eval_seg", "tools.segment", "tools.visualize", "tools.export",
-           "tools.bench", "tools.detect", "downstream.fvit.train", "downstream.fvit.eval",
+           "tools.bench", "tools.detect", "tools.reproduce", "downstream.fvit.train",
+           "downstream.fvit.eval",
            "downstream.ov_dquo.train", "downstream.ov_dquo.eval", "downstream.ov_dquo.unknown",
            "downstream.catseg.train", "downstream.catseg.eval", "toy.world", "toy.pretrain",
-           "toy.demo", "toy.tables"]
+           "toy.demo"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
