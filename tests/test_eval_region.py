@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import eval_region
 from eval_region import open_model, title
-from model import DeCLIP, region_features
+from model import DeCLIP, VisionTower, region_features
 from util import settings
 from util.results import read_results
 
@@ -132,8 +132,8 @@ def test_classes_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
                     | {"annotations": tmp_path / "p.json", "classes": tmp_path / "classes.txt",
                                          "out": tmp_path, "attention": "maskclip"})
     seen = []
-    monkeypatch.setattr(DeCLIP, "encode_dense", lambda self, images, attention=None,
-                        own=DeCLIP.encode_dense:
+    monkeypatch.setattr(VisionTower, "encode_dense", lambda self, images, attention=None,
+                        own=VisionTower.encode_dense:
                         (seen.append(attention), own(self, images, attention))[1])
     assert eval_region.main(given)["64"]["mAcc"]["box thing"]["regions"] == 9
     assert set(seen) == {"maskclip"}

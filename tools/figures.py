@@ -4,7 +4,7 @@ import math
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import font_manager, ft2font, patches, patheffects
 from matplotlib import pyplot as plt
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -120,7 +121,7 @@ def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes,
     """
     palette = np.array([matplotlib.colors.to_rgb(colour_of.get(name, NEUTRAL))
                         for name in classes.names])
-    opacity = np.array([0 if name == "background" else OPACITY for name in classes.names])
+    opacity = np.array([0 if name in ("", "background") else OPACITY for name in classes.names])
     grey = photo.float().mean(dim=0, keepdim=True).permute(1, 2, 0).numpy() / 255
     over = opacity[prediction.numpy()][..., None]
     axis.imshow(((1 - over) * grey + over * palette[prediction.numpy()]).clip(0, 1), aspect="auto")
@@ -130,6 +131,47 @@ def paint(axis: plt.Axes, photo: Tensor, prediction: Tensor, classes: Classes,
     thick = F.max_pool2d(border[None].float(), 3, 1, 1)[0].numpy()
     axis.imshow(np.zeros((*thick.shape, 4)) + thick[..., None] * [0, 0, 0, 0.55], aspect="auto")
     write_names(axis, prediction, classes, letter=9 / 72 / inches * prediction.shape[1])
+
+
+def regions(photo: Tensor, prediction: Tensor, classes: Classes, shown: Collection[str],
+            largest: int) -> Image.Image:
+    """A photograph in grey under the colours and names of some of its classes, as draw's panels."""
+    colour_of = colours({"": prediction}, classes)
+    photo, drawn = resized(photo, {"": prediction}, largest)
+    hidden = torch.tensor([name not in shown for name in classes.names])[drawn[""]]
+    # What is hidden is one more class, without name and colour.
+    prediction, classes = (drawn[""] + 1).masked_fill(hidden, 0), Classes(["", *classes.names],
+                                                                         [], [])
+    (H, W), dpi = photo.shape[-2:], largest / 4       # a small one, so that names are large
+    figure = plt.figure(figsize=(W / dpi, H / dpi), dpi=dpi)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    paint(axis, photo, prediction, classes, colour_of, W / dpi)
+    figure.canvas.draw()
+    out = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    plt.close(figure)
+    return out
+
+
+def heat(photo: Tensor, values: Tensor, brightest: float) -> Image.Image:
+    """A photograph (3, H, W) in grey under values of its patches (h, w)."""
+    # The root, so that small values are seen, too.
+    shown = F.interpolate((values / brightest).sqrt()[None, None], photo.shape[-2:],
+                          mode="nearest-exact")[0, 0].clamp(max=1)
+    grey = photo.float().mean(dim=0).numpy()[..., None] / 255
+    colour = matplotlib.colormaps["inferno"](shown.numpy())[..., :3]
+    return Image.fromarray(((0.3 * grey + 0.7 * colour) * 255).round().astype(np.uint8))
+
+
+def mark(picture: Image.Image, place: tuple[float, float]) -> Image.Image:
+    """The same with a red cross at (x, y), each from 0 to 1, that has a white rim."""
+    x, y = (at * side for at, side in zip(place, picture.size))
+    arm, pen = max(picture.size) / 40, ImageDraw.Draw(picture)
+    for rim, colour in ((0.25, "white"), (0, "red")):
+        long, wide = arm * (1 + rim), arm * (0.3 + rim)
+        pen.rectangle((x - long, y - wide, x + long, y + wide), fill=colour)
+        pen.rectangle((x - wide, y - long, x + wide, y + long), fill=colour)
+    return picture
 
 
 def write_names(axis: plt.Axes, prediction: Tensor, classes: Classes, letter: float) -> None:

@@ -52,23 +52,28 @@ class Backbone:
         self.blocks = [*trunk.blocks]       # attention blocks, of which the last is decoupled
 
     def embed(self, images: Tensor) -> tuple[Tensor, dict, tuple[int, int]]:
-        """(B, 3, H, W) -> tokens (B, T, D); the blocks' keyword arguments; (h, w).
-
-        The position embedding is resampled bicubically without antialiasing, like the published
-        code does.
-        """
+        """(B, 3, H, W) -> tokens (B, T, D); the blocks' keyword arguments; (h, w)."""
         trunk = self.trunk
         # Patches behind [CLS], if there is one, and where each of them is
         x = trunk.patch_embed.proj(images)
         grid = x.shape[-2:]
         x = trunk.patch_embed.norm(x.flatten(2).mT)
-        if self.prefix:
-            x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.prefix:     # not len(x), which an exported program would keep as a number
+            x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        position, extra = self.positions(grid)
+        return trunk.norm_pre(x + position), extra, tuple(grid)
+
+    def positions(self, grid: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What tells tokens of a grid (h, w) where they are: (1, T, D) to be added, and the blocks'
+        keyword arguments.
+
+        The position embedding is resampled bicubically without antialiasing, like the published
+        code does.
+        """
+        trunk, rope = self.trunk, getattr(self.trunk, "rope", None)
         position = resample_abs_pos_embed(trunk.pos_embed, grid, trunk.patch_embed.grid_size,
                                           num_prefix_tokens=self.prefix, antialias=False)
-        rope = getattr(trunk, "rope", None)
-        extra = {"rope": rope.get_embed(grid)} if rope is not None else {}
-        return trunk.norm_pre(x + position), extra, tuple(grid)
+        return position, {"rope": rope.get_embed(grid)} if rope is not None else {}
 
     def heads(self, names: Iterable[str], x: Tensor) -> dict[str, Tensor]:
         """Tokens before the last block -> their projections, (B, heads, T, d) by name."""

@@ -66,6 +66,12 @@ def find(path: str | Path) -> Path:
     return in_repository if is_there else Path(path)
 
 
+def last_part(text: str) -> str:
+    """The name of a file or folder, `local-dir:` too, without where it is; `hf-hub:` names stay."""
+    is_remote = ":" in text and not text.startswith("local-dir:")
+    return text if is_remote else text.removeprefix("local-dir:").rstrip("/").rsplit("/", 1)[-1]
+
+
 def write_json(path: str | Path, content: dict) -> None:
     """Writes `content` as indented json."""
     text = json.dumps(content, indent=2)

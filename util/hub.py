@@ -33,6 +33,12 @@ def is_remote(name: object) -> bool:
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
+def home(name: str | Path | None) -> Path:
+    """The folder of a checkpoint, where what is made of it goes; out/ without one on this machine.
+    """
+    return Path("out") if not name or is_remote(name) else Path(name).parent
+
+
 def local(name: str | Path, files: tuple[str, ...] = FILES) -> str | Path:
     """A checkpoint's path: that of a file as it is; one on the hub is downloaded, or in the cache.
 

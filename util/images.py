@@ -32,7 +32,7 @@ OTHER_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".p
 # How names end that our tools give: what they draw may lie beside photographs, and no lister takes
 # it for one. A file that is named one by one, by a user, a json or a list, is read all the same.
 OWN_ENDINGS = (".segmentation.png", ".labels.png", ".detection.png", "/attention.png", "/cls.png",
-               "/correlation.png", "/segmentation.png", "/sizes.png", "/curves.png")
+               "/correlation.png", "/segmentation.png", "/sizes.png", "/curves.png", ".labels.tif")
 # PIL chooses a decoder by a file's content, and some decoders start other programs (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 # How an image that was turned as its EXIF entry says becomes the stored one.
@@ -143,7 +143,7 @@ def decode(file: Image.Image, upright: bool, most: int | None = None) -> tuple[n
         factor = reduction(file, most)
     if file.width * file.height > MAX_DECODED:
         raise ValueError(f"it is {file.width} x {file.height}, and at most {MAX_DECODED:,} pixels "
-                         "are decoded")
+                         "are decoded: cut it into tiles, as docs/recipes.md does")
     if file.format == "PNG":
         file.load()     # its entry may be behind the pixels
     turn = orientation(file)

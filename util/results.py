@@ -22,7 +22,7 @@ from torch import nn
 
 from util import UserError
 from util.files import write_json
-from util.hub import is_remote
+from util.hub import home
 from util.precision import find_precision
 from util.run import MAY_CHANGE_ON_RESUME
 from util.weights import state_checksum
@@ -55,8 +55,7 @@ def identity(cfg: SimpleNamespace, model: nn.Module, data: object, /, **found: o
 
 def result_path(cfg: SimpleNamespace, name: str) -> Path:
     """NAME.json in OUT, else beside the checkpoint, else, as for one of the hub, in out/."""
-    is_here = cfg.CKPT and not is_remote(cfg.CKPT)
-    return Path(cfg.OUT or (Path(cfg.CKPT).parent if is_here else "out")) / f"{name}.json"
+    return Path(cfg.OUT or home(cfg.CKPT)) / f"{name}.json"
 
 
 def told_apart(names: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,18 @@ def resized_size(image: Tensor, short_side: int, long_side: int) -> tuple[int, i
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along a side: every `stride`, the last one so that it ends with it."""
     return [min(start, length - window) for start in range(0, length - window + stride, stride)]
+
+
+def tile_sections(length: int, tile: int, margin: int) -> list[tuple[int, int, int]]:
+    """Tiles along a side: where each begins, and the section (from, to) of the side that is its.
+
+    The last tile ends with the side. Two that overlap, by twice the margin or more, meet in the
+    middle. A side shorter than a tile is one.
+    """
+    tile = min(tile, length)
+    starts = window_starts(length, tile, max(1, tile - 2 * margin))
+    meet = [(before + tile + after) // 2 for before, after in pairwise(starts)]
+    return [*zip(starts, [0, *meet], [*meet, length])]
 
 
 class Maps(NamedTuple):

@@ -20,7 +20,7 @@ from downstream.detector import open_backbone
 from downstream.fvit.model import Design as FViTDesign
 from downstream.fvit.model import FViT
 from model import DeCLIP
-from tools import detect, segment
+from tools import detect, export, segment
 from util import UserError, hub
 from util.results import read_results, result_path
 
@@ -144,6 +144,9 @@ def test_commands_take_a_name(online, voc, tmp_path, monkeypatch):
     segment.main([str(photo), *options(**given, classes="bird, bus", out="figures")])
     assert Path("figures/s_0.segmentation.png").is_file()
     assert open_backbone({"BACKBONE": given["ckpt"]}).context == "qk"
+    for layout in ("eva", "hub"):
+        export.main(options(ckpt=given["ckpt"], layout=layout))
+    assert Path("out/declip_eva.pt").is_file() and Path("out/hub/declip.safetensors").is_file()
 
 
 def test_detectors_and_segmenters_by_name(online, tmp_path, photo):
