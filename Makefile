@@ -2,7 +2,7 @@
 # Both set up .venv first; nothing else is needed but Python 3.10 or newer.
 PYTHON ?= python3
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow gpu clean
 
 # Idle threads of one process leave the cores to another.
 export OMP_WAIT_POLICY = PASSIVE
@@ -13,6 +13,9 @@ demo: .venv/installed
 test: .venv/tested
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest -n auto
+
+gpu: .venv/tested
+	.venv/bin/python -m tools.gpu
 
 slow: .venv/tested
 	.venv/bin/python -m pytest -m slow
