@@ -237,8 +237,8 @@ def check_memory() -> dict[str, str]:
     for size in (560, 1024):
         images, fitting = 1, None
         while images <= (512 if torch.cuda.is_available() else 2):
-            words = small_or(f"--image_size {size} --micro_batch {images} --repeats 1 --parts train",
-                             f"{SMALL} --micro_batch {images} --parts train")
+            words = small_or(f"--image_size {size} --repeats 1", SMALL)
+            words += ["--micro_batch", str(images), "--parts", "train"]
             try:
                 rows = {row.name: row for row in bench.main(words)["train"]}
             except SystemExit as error:
@@ -266,7 +266,8 @@ DETECTOR = "--steps 4 --num_workers 0 --cache none --out {out}/"
 def checks() -> dict[str, Check]:
     """The checks by name, in the order in which they run."""
     found = {
-        "suite": Check("pytest -q -p no:cacheprovider", small="tests/util/test_order.py", limit=480),
+        "suite": Check("pytest -q -p no:cacheprovider", "", small="tests/util/test_order.py",
+                       limit=480),
         "losses 560": Check(function=partial(check_losses, 560)),
         "losses 1024": Check(function=partial(check_losses, 1024), limit=180),
         "segmentation": Check(function=check_segmentation),
