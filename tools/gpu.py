@@ -256,7 +256,7 @@ def check_memory() -> dict[str, str]:
 # ------------------------------------------------------------------------------------ the checks
 
 SMALL = ("--model local-dir:toy/clip --vfm_model local-dir:toy/vfm --crop_size 64 --repeats 1 "
-         "--image_size 128")
+         "--image_size 128 --precision fp32")       # CPUs are far too slow in fp16
 NANO = "--model local-dir:toy/clip --repeats 1 "
 TORCHRUN = "torch.distributed.run --nproc_per_node {n} "
 TOY = TORCHRUN + "train.py @presets/toy.txt --steps 6 --log_every 3 --num_workers 0 --out {out}/"
@@ -266,13 +266,15 @@ DETECTOR = "--steps 4 --num_workers 0 --cache none --out {out}/"
 def checks() -> dict[str, Check]:
     """The checks by name, in the order in which they run."""
     found = {
-        "suite": Check("pytest -q -p no:cacheprovider", "", small="tests/util/test_order.py",
+        "suite": Check("pytest -q -p no:cacheprovider", small="tests/util/test_order.py",
                        limit=480),
         "losses 560": Check(function=partial(check_losses, 560)),
         "losses 1024": Check(function=partial(check_losses, 1024), limit=180),
         "segmentation": Check(function=check_segmentation),
         "memory": Check(function=check_memory, limit=240),
-        "scenes": Check("toy.world --dev 0 --labelled 64"),
+        "scenes": Check("toy.world --dev 0" + "".join(      # those that are there stay
+            f" --{kind} {count * (not (ROOT / 'data/toy' / kind).is_dir())}"
+            for kind, count in {"train": 1024, "val": 200, "labelled": 64}.items())),
     }
     at_560 = "--repeats 5 --image_size 560"
     at_1024 = "--repeats 3 --image_size 1024 --micro_batch 2"
@@ -284,7 +286,7 @@ def checks() -> dict[str, Check]:
             "compile 560": f"{at_560} --compile --parts train",
             "compile 1024": f"{at_1024} --compile --parts train",
             "checkpointing": f"{at_1024} --checkpointing --parts train"}.items():
-        found[name] = Check(bench=words, small=SMALL)
+        found[name] = Check(bench=words, small=SMALL, limit=240 if "compile" in name else 120)
     found["input"] = Check(bench="--repeats 3 --parts input --baseline", small=SMALL)
     found["F-ViT and CAT-Seg"] = Check(bench="--repeats 5 --parts fvit catseg", small=(
         f"{NANO} --fvit_size 64 --catseg_size 64 --catseg_classes 3"))

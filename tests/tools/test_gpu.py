@@ -1,0 +1,91 @@
+"""gpu.py: checks go on after one that fails, the report says so, and all of their options exist."""
+
+import importlib
+import json
+import re
+
+import pytest
+from tiny import ROOT
+
+from tools import bench, gpu
+from tools.gpu import Check
+from util import settings
+
+
+def test_checks_go_on_after_a_failure(tmp_path, monkeypatch):
+    """One that fails, one that takes too long, with processes of its own, and one that is well."""
+    (tmp_path / "late.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; "
+        "time.sleep(60)'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "checks", lambda: {
+        "wrong": Check("no_such_module"), "late": Check("late", limit=2),
+        "right": Check("json.tool --help")})
+    with pytest.raises(SystemExit, match="2 of 3 checks failed, wrong, late; read .*log.txt"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [result["state"] for result in results.values()] == [
+        "failed (1)", "not done in 2 s", "ok"]
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| wrong | failed (1) |" in report and "| right | ok |" in report
+    assert "No module named no_such_module" in (tmp_path / "out/log.txt").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "log.txt", "results.json", "report.md"}
+
+
+def test_figures_of_a_check_are_in_the_report(tmp_path, monkeypatch):
+    """Those that a process prints last, as a line of json."""
+    (tmp_path / "found.py").write_text("print('...')\nprint('{\"images/s\": \"7\"}')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "checks", lambda: {
+        "bench": Check("found"), "other": Check("no_such_module")})
+    gpu.main(["--out", str(tmp_path / "out"), "--checks", "bench"])
+    report = (tmp_path / "out/report.md").read_text()
+    assert "## bench\n\n| | |\n|---|---|\n| images/s | 7 |" in report
+    assert "no GPU: toy models and small sizes" in report and "torch 2" in report
+
+
+def test_unknown_checks_are_a_sentence():
+    with pytest.raises(SystemExit, match="CHECKS is .* it must be some of suite, losses 560"):
+        gpu.main(["--checks", "speed"])
+
+
+def test_every_option_exists():
+    """Of the scripts that are run, and of the bench, with those for a machine without a GPU."""
+    parsed = 0
+    for check in gpu.checks().values():
+        if check.bench:
+            settings.parse(f"{check.bench} {check.small}".split(), bench)
+            parsed += 1
+        script = re.search(r"(?:-m )?((?:downstream|toy)\.\S+|train\.py) (.*)", check.words)
+        if script:
+            module = importlib.import_module(script[1].removesuffix(".py"))
+            settings.parse(script[2].split(), module)
+            parsed += 1
+    assert parsed == 19
+
+
+def test_losses_and_classes_are_held_to_the_plain_forms(monkeypatch):
+    """In this process, with the toy models: fp32 equals itself, bf16 is near; a model that changes
+    between the devices is noticed."""
+    monkeypatch.chdir(ROOT)
+    found = gpu.check_losses(560)
+    assert found["fp32: largest relative error of a loss, of the gradient"] == "0e+00, 0e+00"
+    build = gpu.build
+
+    def changed(*given) -> tuple:
+        cfg, clip, models = build(*given)
+        to = models[1].to
+        monkeypatch.setattr(models[1], "to", lambda device: to(device).float().apply(
+            lambda part: part.weight.data.mul_(1.1) if hasattr(part, "weight") else None))
+        return cfg, clip, models
+
+    monkeypatch.setattr(gpu, "build", changed)
+    with pytest.raises(AssertionError, match="fp32"):
+        gpu.check_losses(560)
+
+
+@pytest.mark.slow
+def test_all_checks_without_a_gpu(tmp_path):
+    """What `make gpu` does on such a machine, in minutes."""
+    gpu.main(["--out", str(tmp_path)])
