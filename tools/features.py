@@ -85,6 +85,7 @@ def check_settings(cfg: SimpleNamespace) -> None:
     """Raises UserError on settings out of their range or in vain."""
     Protocol.of(cfg)
     settings.check_min(cfg, SHARD=1, NUM_WORKERS=0)
+    settings.check(cfg, LAYERS=(len({*cfg.LAYERS}) == len(cfg.LAYERS), "different numbers"))
     of_scores = "is for classes' scores, and features have none"
     of_windows = cfg.ONE_PASS and "is of windows, and ONE_PASS has none"
     settings.refuse_unused(cfg, PAMR=of_scores, THRESHOLD=of_scores, LOGIT_SCALE=of_scores,

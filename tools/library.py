@@ -11,7 +11,7 @@ tools.segment takes it. Models are nn.Modules in eval mode; `.to("cuda")` moves 
 torch.hub.load calls the same functions (hubconf.py). Bad input raises a ValueError.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -84,10 +84,13 @@ def find_names(names: str | Sequence[str]) -> Classes:
     """The classes that a caller names; UserError if there is none, or one twice."""
     if isinstance(names, str):
         return check_classes(typed_classes(names))
-    wrong = [name for name in names if not (isinstance(name, str) and name.strip(", "))]
+    if not isinstance(names, Iterable):
+        raise UserError(f"The names are {names!r:.60}; give a list of texts, a class each.")
+    names = [*names]
+    wrong = [name for name in names if not (isinstance(name, str) and name.strip(",| "))]
     if wrong:
         raise UserError(f"The names have {wrong[0]!r:.60} among them; give texts, a class each.")
-    return check_classes(make_classes(list(names)))
+    return check_classes(make_classes([name.replace("|", ",") for name in names]))
 
 
 # ---------------------------------------------------------------------------------------- asking
@@ -96,13 +99,15 @@ class SegmentingCLIP(DeCLIP):
     """A DeCLIP that segments a photograph by the paper's windows (section 9.2)."""
 
     @torch.no_grad()
-    def segment(self, image: Photo, names: str | Sequence[str], templates: str = "imagenet",
-                with_scores: bool = True, **protocol: object) -> Segmentation:
+    def segment(self, image: Photo, names: str | Sequence[str],
+                templates: str | Sequence[str] = "imagenet", with_scores: bool = True,
+                **protocol: object) -> Segmentation:
         """A photograph and names of K classes -> the class of each pixel, and each class's cosines.
 
-        templates: as of eval_seg.py. with_scores: False spares the memory of K x H x W numbers.
-        protocol: fields of eval_seg.Protocol, such as short_side=896, attention="clip" or, with a
-        first class that gets what no other is sure of, threshold=0.4.
+        templates: as of eval_seg.py, or several with {}. with_scores: False spares the memory of
+        K x H x W numbers, twice over. protocol: fields of eval_seg.Protocol, such as
+        short_side=896, attention="clip", precision="bf16" or, with a first class that gets what no
+        other is sure of, threshold=0.4.
         Raises UserError for what can't be read or named, and for a field out of its range.
         """
         rules, classes = Protocol(**protocol).fit(self), find_names(names)
@@ -117,11 +122,12 @@ class SegmentingCLIP(DeCLIP):
         found = decide([scores], classes, rules.logit_scale, rules.threshold)
         return Segmentation(found, classes.best(scores))
 
-    def text_of(self, classes: Classes, templates: str) -> Tensor:
+    def text_of(self, classes: Classes, templates: str | Sequence[str]) -> Tensor:
         """Embeddings of all names (P, C); those of the call before are kept, for videos."""
-        key = state_of(self.text), *classes.prompts, templates
+        templates = find_templates(templates) if isinstance(templates, str) else [*templates]
+        key = state_of(self.text), classes.prompts, templates
         if getattr(self, "_named", (None, None))[0] != key:
-            self._named = key, self.encode_text(classes.prompts, find_templates(templates))
+            self._named = key, self.encode_text(classes.prompts, templates)
         return self._named[1].to(self.visual.trunk.pos_embed.device)
 
 
@@ -170,7 +176,8 @@ class PhotoSegmenter(nn.Module):
     @torch.no_grad()
     def segment(self, image: Photo, names: str | Sequence[str], with_scores: bool = True,
                 **protocol: object) -> Segmentation:
-        """A photograph and names of K classes -> the class of each pixel, each class's probability.
+        """A photograph and names of K classes -> the class of each pixel, each one's probability by
+        itself.
 
         with_scores: False spares the memory of K x H x W numbers. protocol: what
         downstream.catseg.eval.Protocol.of takes, such as size=384 for one window.

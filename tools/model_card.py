@@ -8,7 +8,7 @@ import timm
 
 import eval_region
 from model import DeCLIP
-from util import printable
+from util import UserError, printable
 from util.files import last_part
 from util.results import as_written, read_results
 from util.weights import state_checksum
@@ -107,7 +107,8 @@ def card(record: dict, clip: DeCLIP | None, figures: dict[str, str]) -> str:
     if is_folder:
         note = f"Its CLIP is described by a folder that is not here; get that, too. {note}"
     training = {words: code(made[name]) for name, words in TRAINING.items()
-                if made.get(name) is not None and (name != "VFM_MODEL" or made.get("LAMBDA") != 0)}
+                if made.get(name) is not None and (name != "VFM_MODEL" or made.get("LAMBDA") != 0)
+                and not (name == "PRETRAINED" and is_folder)}      # a folder has weights of its own
     rows = {"the code": "mit"} | {name: of or "see its own" for name, of in parents.items()}
     tags = dict.fromkeys(["declip", "open-vocabulary", kind, quoted(last_part(model))])
     return CARD.format(
@@ -144,18 +145,28 @@ def licences(model: str, made: dict) -> dict[str, str]:
 
 def figures_of(clip: DeCLIP, folder: Path) -> dict[str, str]:
     """What the newest results in a folder say of exactly these weights and their attention."""
-    of = {"checksum": state_checksum(clip.state_dict(), ""), "attention": clip.context,
-          "scale": clip.scale}
-    rows, region, seg = {}, folder / "region.json", folder / "seg.json"
+    wanted = {"checksum": state_checksum(clip.state_dict(), ""), "attention": clip.context,
+              "scale": clip.scale}
+    region, seg = folder / "region.json", folder / "seg.json"
+    try:
+        return rows_of(region, seg, wanted)
+    except UserError as error:
+        print(f"the card has no figures: {error}")
+        return {}
+
+
+def rows_of(region: Path, seg: Path, wanted: dict) -> dict[str, str]:
+    """The rows of the figures. UserError for a file that is not as evaluations write it."""
+    rows = {}
     with as_written(region):
-        for result in read_results(region, **of) if region.is_file() else ():
+        for result in read_results(region, **wanted) if region.is_file() else ():
             data = result["of"]["annotations"]
             data = "COCO panoptic" if data == eval_region.ANNOTATIONS else code(data)
             rows[f"regions of {data} at {result['of']['size']:d} px, mAcc"] = ", ".join(
                 f"{code(way)} {means['top1']:.1f}" for way, means in result["mAcc"].items()
                 if means["top1"] is not None)
     with as_written(seg):
-        for result in read_results(seg, **of) if seg.is_file() else ():
+        for result in read_results(seg, **wanted) if seg.is_file() else ():
             pamr = f", PAMR {result['of']['pamr']:d}" if result["of"]["pamr"] else ""
             rows[f"{code(result['of']['benchmark'])}{pamr}, mIoU"] = f"{result['mIoU']:.1f}"
     return rows

@@ -96,7 +96,8 @@ def write_onnx(cfg: SimpleNamespace, clip: DeCLIP, path: Path) -> None:
                         f"{precision} more than the 2 GB that an ONNX file holds; "
                         f"{'use a smaller model' if cfg.HALF else 'say --half true'}.")
     about = {"model": last_part(clip.model_name), "context": clip.context, "precision": precision,
-             "scale": f"{clip.visual.attention_scale:.10g}", "patch_size": str(clip.patch_size),
+             "attention_scale": f"{clip.visual.attention_scale:.10g}",
+             "input": "RGB from 0 to 1, less mean, by std", "patch_size": str(clip.patch_size),
              **{name: json.dumps(getattr(clip, name)) for name in ("mean", "std")},
              "size": json.dumps(size), "output": OUTPUTS["logits" if cfg.CLASSES else "content"]}
     classes, text = None, None

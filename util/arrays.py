@@ -104,8 +104,8 @@ def is_whole(array: Path, wanted: Sequence[dict] | None, about: dict) -> bool:
                         "bytes, than it would be now; choose another OUT, or remove it.")
     lacks = [image for image in wanted or () if image not in has]
     if is_there and lacks and all(image in record["left_out"] for image in lacks):
-        tqdm.write(f"{array} lacks {len(lacks)} images that failed before, such as "
-                   f"{printable(lacks[0]['file'])}; mend them, or remove it to try again")
+        tqdm.write(f"{array} lacks what failed before, such as {printable(lacks[0]['file'])} "
+                   f"({len(lacks)} in all); replace that file, or remove the array to try again")
         return True
     return is_there and not lacks
 

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and json files that say what is wrong with them."""
 
+import errno
 import json
 import os
 import re
@@ -40,6 +41,8 @@ def atomic_write(path: str | Path, write: Callable[[str], None]) -> None:
         sync_folder(path.parent)
     except (SafetensorError, RuntimeError) as error:
         # A full disk raises these in safetensors and torch.save.
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise OSError(f"{path} could not be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -235,7 +235,7 @@ def test_shards_hold_what_single_files_do(photos, tmp_path, monkeypatch, capsys)
             np.testing.assert_array_equal(values, np.load(tmp_path / f"single/{name}.npy"))
     first, second = (path.stat() for path in shards)
     run(photos, out=tmp_path / "shards", shard=4)
-    assert "lacks 1 images that failed before, such as c.png" in capsys.readouterr().out
+    assert "lacks what failed before, such as c.png (1 in all)" in capsys.readouterr().out
     assert shards[0].stat() == first
     write(photos / "c.png", 5)
     with full_disk(monkeypatch, after=0):

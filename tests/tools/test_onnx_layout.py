@@ -48,7 +48,8 @@ def test_content_of_any_number_of_images(tmp_path):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert [output.name for output in session.get_outputs()] == ["content"]
     assert about(session) == {
-        "model": "tiny-eva", "context": "qk", "scale": "0.5", "patch_size": "8",
+        "model": "tiny-eva", "context": "qk", "attention_scale": "0.5", "patch_size": "8",
+        "input": "RGB from 0 to 1, less mean, by std",
         "precision": "fp32", "size": "[48, 32]", "mean": json.dumps(clip.mean),
         "std": json.dumps(clip.std), "output": onnx_layout.OUTPUTS["content"]}
     # Where this machine keeps code is not said
