@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import tiny  # noqa: F401
 import torch
 from conftest import draw_scene, options
 from PIL import Image
-from rasterio.transform import from_origin
 
 from docs import segment_geotiff
 from model import DeCLIP
@@ -23,6 +21,8 @@ from tools.library import declip
 from util.images import list_images
 from util.windows import tile_sections
 
+rasterio = pytest.importorskip("rasterio")
+from_origin = rasterio.transform.from_origin
 NAMES = "a, b, c, d, e, f, g, h"
 PLACE = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_400_000, 0.3, 0.3)}
 # tiny-eva's windows are 48 px wide, every 16. So these tiles' windows are some of the whole

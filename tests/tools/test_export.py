@@ -6,7 +6,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import yaml
 from conftest import options
 from test_model import randomize
 from tiny import ROOT, undrawn, write_siglip
@@ -17,6 +16,8 @@ from tools import export, model_card
 from util.files import last_part
 from util.towers import tokenizer_of
 from util.weights import eva_layout, state_checksum, write_checkpoint
+
+yaml = pytest.importorskip("yaml")
 
 GOLDEN = ROOT / "tests/golden_b16.pt"
 

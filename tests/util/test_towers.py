@@ -10,7 +10,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import transformers
 from tiny import ROOT, siglip_config, write_siglip
 
 from model import DeCLIP, load_vfm
@@ -116,6 +115,7 @@ def test_a_package_that_is_missing_is_named(use, tmp_path, monkeypatch):
 def asked(monkeypatch):
     """What transformers is asked for, (name, options) each; what would be downloaded is not there,
     and a use of the network fails."""
+    transformers = pytest.importorskip("transformers")
     calls, load = [], transformers.AutoTokenizer.from_pretrained
 
     def ask(name, **options):
@@ -174,6 +174,7 @@ def test_a_cache_without_the_tokenizer(source, sentence, siglip, monkeypatch):
     def fails(*_, **__):
         raise ValueError("Couldn't instantiate: you need to have sentencepiece installed")
 
+    transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
     with pytest.raises(UserError, match=sentence):
         tokenizer_of(source)
