@@ -101,8 +101,8 @@ def write_siglip(folder: Path, model: str = "tiny-eva", padding: str = "</s>",
     model, text: as siglip_config. padding: what texts are filled up with, SigLIP's `</s>`, which
         also ends them, or SigLIP 2's `<pad>`. words: what the tokenizer learns from.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     PreTrainedTokenizerFast = pytest.importorskip("transformers").PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     folder.mkdir(parents=True, exist_ok=True)
     config = siglip_config(model, **text)
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}

@@ -81,7 +81,7 @@ def chromium() -> Iterator:
     if not driver or not browser:
         assert os.environ.get("CI") != "true", "chromium and chromedriver are missing"
         pytest.skip("chromium and chromedriver are missing; apt-get install chromium-driver")
-    from selenium import webdriver
+    webdriver = pytest.importorskip("selenium.webdriver")
     chosen = webdriver.ChromeOptions()
     chosen.binary_location = browser
     for word in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1280,900"):
