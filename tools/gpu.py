@@ -274,7 +274,7 @@ def checks() -> dict[str, Check]:
         "memory": Check(function=check_memory, limit=240),
         "scenes": Check("toy.world --dev 0" + "".join(      # those that are there stay
             f" --{kind} {count * (not (ROOT / 'data/toy' / kind).is_dir())}"
-            for kind, count in {"train": 1024, "val": 200, "labelled": 64}.items())),
+            for kind, count in {"train": 1024, "val": 200, "labelled": 512}.items())),
     }
     at_560 = "--repeats 5 --image_size 560"
     at_1024 = "--repeats 3 --image_size 1024 --micro_batch 2"
