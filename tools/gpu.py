@@ -266,7 +266,7 @@ DETECTOR = "--steps 4 --num_workers 0 --cache none --out {out}/"
 def checks() -> dict[str, Check]:
     """The checks by name, in the order in which they run."""
     found = {
-        "suite": Check("pytest -q -p no:cacheprovider", small="tests/util/test_order.py",
+        "suite": Check("pytest -q -p no:cacheprovider -n 8", small="tests/util/test_order.py -n 0",
                        limit=480),
         "losses 560": Check(function=partial(check_losses, 560)),
         "losses 1024": Check(function=partial(check_losses, 1024), limit=180),
