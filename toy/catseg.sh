@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trained open-vocabulary segmentation in the toy world, without a network: CAT-Seg learns from the
 # labels of twelve classes and names eighteen. These are the commands that you would type; with real
-# data they are the same, without the @presets. Ten minutes on two cores after `make demo`.
+# data they are the same, without the @presets. Four minutes on two cores after `make demo`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
