@@ -393,16 +393,15 @@ class DeCLIP(nn.Module):
         whose declip.safetensors is the file; None is the file's own, else EVA02-B-16.
     pretrained: an open_clip tag; a file, here or of a hub (`declip.safetensors`, an EVA-CLIP `.pt`,
         open_clip's state dict); None for random weights; any tag is a `local-dir:` model's own.
-    context: q, k or qk, the projections that make X_context (Table 7); clip or maskclip for a block
-        that is not decoupled (Table 1); values for the sum of three blocks' V (docs/beyond.md);
-        None is the file's own, else q.
+    context: q, k or qk, which make X_context (Table 7); clip or maskclip for a block that is not
+        decoupled (Table 1); values for three blocks' V (docs/beyond.md); None: the file's, else q.
     scale: factor of the decoupled block's logits (baselines always have 1/√d); None is the file's
         own, else the paper's 1/√d. The checkpoints that the authors released need 1.
 
     `text` is open_clip's model without its vision tower, None if the file has no text tower.
-    Raises UserError for an unknown name, tag or context, for a vision tower that is of no family in
-    util/backbones.py, for a file of another model, and for a context or scale other than the one
-    that a `declip.safetensors` was trained with.
+    Raises UserError for an unknown name, tag or context, a vision tower of no family in
+    util/backbones.py, a file of another model, and a context or scale that a `declip.safetensors`
+    was not trained with.
     """
 
     def __init__(self, model_name: str | None = None, pretrained: str | None = None,

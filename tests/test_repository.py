@@ -88,8 +88,8 @@ def count_lines(*paths: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in paths)
 
 
-MAX_LINES = {"train": 265, "model": 530, "data": 280, "eval_region": 360, "eval_seg": 435}
-MAX_FRONT, MAX_ALL, MAX_TASK = 1870, 16500, 120
+MAX_LINES = {"train": 265, "model": 530, "data": 280, "eval_region": 360, "eval_seg": 385}
+MAX_FRONT, MAX_ALL, MAX_TASK = 1815, 16500, 120
 
 
 def test_the_front_is_short():
