@@ -1,5 +1,6 @@
-# make demo: the whole method in a world of drawn scenes, two minutes on two cores.   make test: lints and tests.
-# Both set up .venv first; nothing else is needed but Python 3.10 or newer.
+# make demo: the whole method in a world of drawn scenes, two minutes on two cores.
+# make test: lints and tests.   make gpu: what a GPU makes of it.
+# All set up .venv first; nothing else is needed but Python 3.10 or newer.
 PYTHON ?= python3
 
 .PHONY: demo test slow gpu clean

@@ -106,12 +106,12 @@ def score_rules(cfg: SimpleNamespace, kind: type[Detector], dataset: str) -> Nam
     names = {name.upper() for name in default._fields if name != "masks"}
     settings.refuse_unused(cfg, **{name: f"is of other detectors than {cfg.CKPT}"
                                    for name in {*SCORES} - names if hasattr(cfg, name)})
-    return check_rules(default, {name.lower(): getattr(cfg, name) for name in names
-                                 if getattr(cfg, name) is not None})
+    return check_rules(default, {name.lower(): getattr(cfg, name) for name in names})
 
 
 def check_rules(default: NamedTuple, asked: dict[str, object]) -> NamedTuple:
-    """A kind's rules with some others; UserError on one that it has not, or out of its range."""
+    """A kind's rules with some others, None for its own; UserError on one that it has not, or out
+    of its range."""
     unknown = next((name for name in asked if name not in default._fields), None)
     if unknown:
         raise UserError(f"There is no rule {unknown!r}; choose among {', '.join(default._fields)}.")

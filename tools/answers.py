@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import Classes, first_twice, make_classes
+from data import Classes, first_twice
 from downstream.catseg.model import is_catseg, open_catseg
 from downstream.detector import open_detector
 from downstream.evaluation import KINDS
 from eval_seg import Segmenter
 from tools import detect, figures, segment
-from tools.names import typed_classes
+from tools.names import classes_of, typed_classes
 from tools.visualize import Shown, grid_of, token_of
 from util import UserError
 from util.images import FORMATS, read_image
@@ -119,9 +119,7 @@ def typed(words: str, most: int) -> Classes:
     It names no file, because who sees the page may not read the machine's. Raises UserError for
     no name, one twice, or more than `most`.
     """
-    lines = words.splitlines() if "\n" in words.strip() else words.split(",")
-    lines = [line.replace("|", ",") for line in lines]
-    classes = make_classes([line for line in lines if line.strip(" ,")])
+    classes = classes_of(words.splitlines() if "\n" in words.strip() else words.split(","))
     if not classes.names:
         raise UserError('No class is named; type words, such as "cat, wooden chair, grass".')
     twice, count = first_twice(classes.prompts), len(classes.prompts)

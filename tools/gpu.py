@@ -151,14 +151,13 @@ def small_or(words: str, small: str) -> list[str]:
     return (words if torch.cuda.is_available() else small).split()
 
 
-SMALL_MODELS = ("--model local-dir:toy/clip --pretrained own --vfm_model local-dir:toy/vfm "
-                "--crop_size 64")
+SMALL_MODELS = "--model local-dir:toy/clip --vfm_model local-dir:toy/vfm --crop_size 64"
 
 
 def build(words: str, small: str, device: torch.device) -> tuple:
     """Settings of train.py, and its three models on a device, with random weights."""
     cfg = settings.parse(small_or(f"--pretrained none --vfm_pretrained false {words}",
-                                  f"{SMALL_MODELS} {small}"), train)
+                                  f"{SMALL_MODELS} --pretrained own {small}"), train)
     clip, teacher, vfm = train.build(cfg, distributed.Ranks(0, 1, device))
     return cfg, clip, (clip.visual, teacher, vfm)
 
@@ -255,8 +254,7 @@ def check_memory() -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------ the checks
 
-SMALL = ("--model local-dir:toy/clip --vfm_model local-dir:toy/vfm --crop_size 64 --repeats 1 "
-         "--image_size 128 --precision fp32")       # CPUs are far too slow in fp16
+SMALL = f"{SMALL_MODELS} --repeats 1 --image_size 128 --precision fp32"     # fp16 takes CPUs long
 NANO = "--model local-dir:toy/clip --repeats 1 "
 TORCHRUN = "torch.distributed.run --nproc_per_node {n} "
 TOY = TORCHRUN + "train.py @presets/toy.txt --steps 6 --log_every 3 --num_workers 0 --out {out}/"

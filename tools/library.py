@@ -11,7 +11,7 @@ tools.segment takes it. Models are nn.Modules in eval mode; `.to("cuda")` moves 
 torch.hub.load calls the same functions (hubconf.py). Bad input raises a ValueError.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data import Classes, make_classes
+from data import Classes
 from downstream.catseg import eval as catseg_eval
 from downstream.catseg.model import CATSeg, open_catseg
 from downstream.detector import Detector, open_detector
@@ -28,7 +28,7 @@ from downstream.evaluation import KINDS, check_rules, detector_settings, rules_o
 from eval_region import open_model
 from eval_seg import Protocol, decide, predict, score_images
 from model import DeCLIP
-from tools.names import check_classes, typed_classes
+from tools.names import check_classes, classes_of, names_any, typed_classes
 from util import UserError
 from util.images import as_image
 from util.pamr import refine
@@ -87,10 +87,10 @@ def find_names(names: str | Sequence[str]) -> Classes:
     if not isinstance(names, Iterable):
         raise UserError(f"The names are {names!r:.60}; give a list of texts, a class each.")
     names = [*names]
-    wrong = [name for name in names if not (isinstance(name, str) and name.strip(",| "))]
+    wrong = [name for name in names if not (isinstance(name, str) and names_any(name))]
     if wrong:
         raise UserError(f"The names have {wrong[0]!r:.60} among them; give texts, a class each.")
-    return check_classes(make_classes([name.replace("|", ",") for name in names]))
+    return check_classes(classes_of(names))
 
 
 # ---------------------------------------------------------------------------------------- asking
@@ -123,17 +123,22 @@ class SegmentingCLIP(DeCLIP):
         return Segmentation(found, classes.best(scores))
 
     def text_of(self, classes: Classes, templates: str | Sequence[str]) -> Tensor:
-        """Embeddings of all names (P, C); those of the call before are kept, for videos."""
+        """Embeddings of all names (P, C)."""
         templates = find_templates(templates) if isinstance(templates, str) else [*templates]
-        key = state_of(self.text), classes.prompts, templates
-        if getattr(self, "_named", (None, None))[0] != key:
-            self._named = key, self.encode_text(classes.prompts, templates)
-        return self._named[1].to(self.visual.trunk.pos_embed.device)
+        text = kept(self, self.text, (classes.prompts, templates),
+                    lambda: self.encode_text(classes.prompts, templates))
+        return text.to(self.visual.trunk.pos_embed.device)
 
 
-def state_of(model: nn.Module | None) -> int:
-    """A number that changes with a model's weights, as long as it lives."""
-    return sum(weight._version for weight in model.parameters()) if model else 0
+def kept(owner: nn.Module, tower: nn.Module | None, key: object, encode: Callable[[], Tensor]
+         ) -> Tensor:
+    """encode(), or what it gave at the call before, for videos: `owner` keeps the last one as long
+    as the key and the text tower's weights are the same."""
+    # A weight's version grows with each change in place, such as load_state_dict's.
+    key = key, sum(weight._version for weight in tower.parameters()) if tower else 0
+    if getattr(owner, "_kept", (None,))[0] != key:
+        owner._kept = key, encode()
+    return owner._kept[1]
 
 
 class PhotoDetector(nn.Module):
@@ -154,12 +159,12 @@ class PhotoDetector(nn.Module):
         Raises UserError for what can't be read or named, and for rules that are out of range.
         """
         rules = check_rules(self.rules, {"least": least} | rules)
-        wanted = find_names(names).prompts if names is not None else self.model.classes
-        if names is not None and len(wanted) > len(find_names(names)):
+        classes = None if names is None else find_names(names)
+        if classes and len(classes.prompts) > len(classes):
             raise UserError("A detector takes one name a class; leave the synonyms out.")
         photo = as_image(image).to(self.model.text.device)
-        if wanted != self.model.classes:
-            self.model.set_classes(wanted)
+        if classes and classes.names != self.model.classes:
+            self.model.set_classes(classes.names)
         found, = self.model.detect([photo], rules)
         names = [self.model.classes[label] for label in found.labels.tolist()]
         masks = found.masks and [mask.clone() for mask in found.masks]
@@ -171,7 +176,7 @@ class PhotoSegmenter(nn.Module):
 
     def __init__(self, model: CATSeg):
         super().__init__()
-        self.model, self._named = model, (None, None)
+        self.model = model
 
     @torch.no_grad()
     def segment(self, image: Photo, names: str | Sequence[str], with_scores: bool = True,
@@ -184,10 +189,9 @@ class PhotoSegmenter(nn.Module):
         Raises UserError for what can't be read or named.
         """
         rules, classes = catseg_eval.Protocol.of(self.model, **protocol), find_names(names)
-        key = state_of(self.model.clip.text), *classes.prompts
-        if self._named[0] != key:
-            self._named = key, catseg_eval.encode(self.model, classes)
-        text = self._named[1].to(self.model.clip.text.logit_scale.device)
+        tower = self.model.clip.text
+        text = kept(self, tower, classes.prompts, lambda: catseg_eval.encode(self.model, classes))
+        text = text.to(tower.logit_scale.device)
         photo = as_image(image).to(text.device)
         if not with_scores:
             found, = catseg_eval.predict(rules, self.model, classes, text, [photo])

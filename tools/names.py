@@ -1,7 +1,20 @@
 """Class names as a person types them, on a command line, in a page or in a program."""
 
+import re
+from collections.abc import Iterable
+
 from data import Classes, first_twice, make_classes, read_classes
 from util import UserError
+
+
+def names_any(entry: str) -> bool:
+    """Whether a text has a name among its commas and |."""
+    return re.search(r"[^\s,|]", entry) is not None
+
+
+def classes_of(entries: Iterable[str]) -> Classes:
+    """A class for each text that has a name, its synonyms with commas or | between."""
+    return make_classes([entry.replace("|", ",") for entry in entries if names_any(entry)])
 
 
 def typed_classes(text: str) -> Classes:
@@ -11,8 +24,7 @@ def typed_classes(text: str) -> Classes:
     """
     if text.endswith(".txt"):
         return read_classes(text)
-    classes = make_classes([entry.replace("|", ",") for entry in text.split(",")
-                            if entry.replace("|", " ").strip()])
+    classes = classes_of(text.split(","))
     return check_classes(classes) if classes.names else classes
 
 
