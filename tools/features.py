@@ -33,7 +33,7 @@ from tools.segment import find_photos, say_failed
 from util import UserError, arrays, distributed, printable, settings
 from util.precision import autocast, find_precision
 from util.weights import state_checksum
-from util.windows import resized_size, side_weights
+from util.windows import resized_size
 
 SHARED = {"eval_region": ["The model"], "eval_seg": ["The windows"]}
 
@@ -111,11 +111,8 @@ class View(NamedTuple):
             image = normalize(resize(photo, *size), self.clip.mean, self.clip.std)
             return self.stack(image[None])[0].permute(1, 2, 0), size
         maps, = map_images(protocol, self.clip, [photo], self.stack)
-        # Its own weights are of the photograph's pixels; those of fewer are of the cells' centres.
-        down, across = (side_weights(cells, side, protocol.window, protocol.stride,
-                                     protocol.window // patch, photo.device)
-                        for cells, side in zip(grid, size))
-        return (down @ maps.patches @ across.T).permute(1, 2, 0), size
+        maps = maps._replace(size=grid)     # a pixel a cell, whose values are of its centre
+        return (maps.down @ maps.patches @ maps.across.T).permute(1, 2, 0), size
 
     def stack(self, images: Tensor) -> Tensor:
         """Normalised (n, 3, H, W) -> float32 (n, P, H/patch, W/patch), the channels of all."""

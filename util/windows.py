@@ -42,8 +42,10 @@ class Maps(NamedTuple):
     for each. Values of pixels, many times as many numbers, exist for some rows at a time only.
     """
     patches: Tensor     # (P, p, q): p rows and q columns of patches, window by window
-    down: Tensor        # (H, p)
-    across: Tensor      # (W, q)
+    resized: tuple[int, int]    # the image as the model sees it, in windows every `stride`
+    window: int
+    stride: int
+    size: tuple[int, int]       # of the pixels (H, W): the image's, or any other
 
     @classmethod
     def of(cls, values: Tensor, resized: tuple[int, int], window: int, stride: int,
@@ -52,9 +54,17 @@ class Maps(NamedTuple):
         windows (n, P, h, w), row by row -> of pixels of the image at `size`."""
         ys, xs = (window_starts(max(side, window), window, stride) for side in resized)
         values = values.unflatten(0, (len(ys), len(xs))).permute(2, 0, 3, 1, 4)
-        return cls(values.flatten(3).flatten(1, 2), *(
-            side_weights(out, side, window, stride, count, values.device)
-            for out, side, count in zip(size, resized, values.shape[2::2])))
+        return cls(values.flatten(3).flatten(1, 2), resized, window, stride, size)
+
+    down = property(lambda self: self.weights(0))       # (H, p)
+    across = property(lambda self: self.weights(1))     # (W, q)
+
+    def weights(self, side: int) -> Tensor:
+        """What patches add to pixels along a side, 0 for rows and 1 for columns."""
+        length, patches = self.resized[side], self.patches.shape[1 + side]
+        starts = window_starts(max(length, self.window), self.window, self.stride)
+        return side_weights(self.size[side], length, self.window, self.stride,
+                            patches // len(starts), self.patches.device)
 
     def of_pixels(self, most: int = 2**24) -> Iterator[Tensor]:
         """Values of the pixels, (P, rows, W), about `most` numbers at a time."""
