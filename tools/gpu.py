@@ -71,7 +71,7 @@ def run(wanted: dict[str, Check], out: Path) -> None:
     """Every check in a process of its own, then the report. UserError if one has failed."""
     results: dict[str, dict] = {}
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "w") as log, tempfile.TemporaryDirectory() as folder:
+    with open(out / "log.txt", "w+", errors="replace") as log, tempfile.TemporaryDirectory() as folder:
         for name, check in tqdm(wanted.items(), desc="checks", unit="check"):
             results[name] = result = run_check(command_of(name, check, folder), check.limit, log)
             tqdm.write(f"{name}: {result['state']}, {result['seconds']:.0f} s")
@@ -96,23 +96,26 @@ def command_of(name: str, check: Check, folder: str) -> list[str]:
 def run_check(command: list[str], limit: int, log: TextIO) -> dict:
     """Runs a command -> its state, seconds, and figures, or its last line; `log` gets what it
     prints."""
-    log.write(f"\n##### python {' '.join(command[1:])}\n")
-    log.flush()
+    print(f"\n##### python {' '.join(command[1:])}", file=log, flush=True)
+    begin = log.tell()
     start, env = time.perf_counter(), os.environ | {"HF_HUB_OFFLINE": "1"}
-    if torch.cuda.is_available():       # the suite would hide it
+    if "pytest" in command and torch.cuda.is_available():       # the suite would hide it
         env.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log,
-                               text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT,
+                               start_new_session=True)
     try:
-        printed, _ = process.communicate(timeout=limit)
-        state = f"failed ({process.returncode})" if process.returncode else "ok"
+        state = f"failed ({process.wait(limit)})"
     except subprocess.TimeoutExpired:
+        state = f"not done in {limit} s"
         os.killpg(process.pid, signal.SIGKILL)      # the processes that it started, too
-        printed, state = process.communicate()[0], f"not done in {limit} s"
-    log.write(printed)
-    last = (printed.strip().splitlines() or [""])[-1]
-    figures = json.loads(last) if state == "ok" and last.startswith("{") else {"": last[:100]}
-    return {"state": state, "seconds": time.perf_counter() - start, "figures": figures}
+        process.wait()
+    state = "ok" if process.returncode == 0 else state
+    seconds = time.perf_counter() - start
+    log.seek(begin)
+    printed = log.read().strip().splitlines() or [""]       # to its end, where the next one writes
+    found = [json.loads(line) for line in printed if line.startswith('{"')]
+    figures = found[-1] if state == "ok" and found else {"": printed[-1][:100]}
+    return {"state": state, "seconds": seconds, "figures": figures}
 
 
 def figures_of(check: Check) -> dict[str, str]:
@@ -121,9 +124,9 @@ def figures_of(check: Check) -> dict[str, str]:
         return check.function()
     small = "" if torch.cuda.is_available() else check.small
     rows = bench.main(f"{check.bench} {small}".split())
-    return {row.name: f"{[*row.values.values()][0]:,.4g}"
+    return {f"{part}: {row.name}": f"{[*row.values.values()][0]:,.4g}"
             + (f" ({row.ratio:.3g} times as good as plain)" if row.ratio else "")
-            for part in rows.values() for row in part}
+            for part, found in rows.items() for row in found}
 
 
 def report(results: dict[str, dict]) -> str:
@@ -256,7 +259,7 @@ def check_memory() -> dict[str, str]:
 
 SMALL = f"{SMALL_MODELS} --repeats 1 --image_size 128 --precision fp32"     # fp16 takes CPUs long
 NANO = "--model local-dir:toy/clip --repeats 1 "
-TORCHRUN = "torch.distributed.run --nproc_per_node {n} "
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node {n} "
 TOY = TORCHRUN + "train.py @presets/toy.txt --steps 6 --log_every 3 --num_workers 0 --out {out}/"
 DETECTOR = "--steps 4 --num_workers 0 --cache none --out {out}/"
 
@@ -292,6 +295,8 @@ def checks() -> dict[str, Check]:
                          ", FSDP": "--fsdp", ", compiled": "--compile",
                          ", checkpointing": "--checkpointing"}.items():
         found[f"ranks{way}"] = Check(f"{TOY}ranks{way.strip(', ')} {options}")
+    if torch.cuda.device_count() > 1:
+        found["one rank"] = Check(TOY.replace("{n}", "1") + "one_rank")
     novel = "circle,square,triangle"
     found["F-ViT's ranks, with their shared norms"] = Check(
         f"{TORCHRUN} -m downstream.fvit.train @presets/toy_fvit_train.txt --novel {novel} "
