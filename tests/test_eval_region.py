@@ -106,6 +106,7 @@ def test_coco_has_other_names():
         name.casefold() for name in others.prompts}
 
 
+@pytest.mark.cpu
 def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_path):
     """Features set to the class embeddings are all right, features set to their opposite all
     wrong."""
@@ -121,6 +122,7 @@ def test_features_that_are_the_text_are_all_right(panoptic, monkeypatch, tmp_pat
     assert means["crop thing"]["top1"] == 0
 
 
+@pytest.mark.cpu
 def test_classes_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
     """Settings that change what is computed reach it: seen in what the model and the counting are
     asked."""
@@ -150,6 +152,7 @@ def test_classes_crowds_baselines_and_teacher(panoptic, tmp_path, monkeypatch):
     eval_region.main([*given, "--teacher", str(tmp_path / "teacher.pt")])
 
 
+@pytest.mark.cpu
 def test_ranks_share_the_images(panoptic, tmp_path):
     """Five images over two ranks: every region counts once."""
     given = TINY | panoptic | {"out": tmp_path / "one"}

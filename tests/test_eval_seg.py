@@ -181,6 +181,7 @@ def test_script_agrees_with_a_direct_computation(voc, scenes, checkpoint, tmp_pa
         assert {key: written[key] for key in figures} == figures
 
 
+@pytest.mark.cpu
 def test_ranks_share_the_images(voc, checkpoint, tmp_path):
     given = OF_CHECKPOINT | {"benchmarks": "voc21"}
     alone = eval_seg.main(options(**given, ckpt=checkpoint, data=voc, out=tmp_path))

@@ -259,6 +259,7 @@ def test_ensemble_is_what_is_saved(images, tmp_path):
 
 # ----------------------------------------------------------------------------- one process and many
 
+@pytest.mark.cpu
 def test_two_ranks_have_the_gradients_of_one(images, tmp_path):
     """Each of two ranks with one image ends with the gradients that one process gets from both."""
     succeeds(warm.ranks("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients")))
@@ -270,6 +271,7 @@ def test_two_ranks_have_the_gradients_of_one(images, tmp_path):
             torch.testing.assert_close(together[name], gradient, rtol=0, atol=1e-5)
 
 
+@pytest.mark.cpu
 def test_ranks_that_bypass_ddp_do_not_agree(images, tmp_path):
     """The test above can fail: this is what the published code does."""
     succeeds(warm.ranks("tests/ddp_gradients.py", str(images), str(tmp_path / "gradients"),
@@ -287,6 +289,7 @@ def test_accumulation_does_not_change_the_gradients(images):
         torch.testing.assert_close(gradient, at_once[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("model", ["tiny-eva", "tiny-pool"])
 def test_two_ranks_train_the_model_of_one(images, tmp_path, model):
     """A whole run of two ranks, accumulation included, against the same run in one process."""
@@ -314,6 +317,7 @@ def test_total_batch_is_kept_on_any_number_of_gpus(batch, micro, world, expected
 
 # ----------------------------------------------------------------------------------------- going on
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("stop, model", [   # in the middle of an epoch, at its end, in the next
     (1, "tiny-eva"), (2, "tiny-pool"), (3, "tiny-pe")])
 def test_a_resumed_run_is_the_uninterrupted_run(images, tmp_path, stop, model):
@@ -350,6 +354,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(images, tmp_path, monkeypatch, c
                                                                 for line in whole]
 
 
+@pytest.mark.cpu
 def test_ranks_must_see_one_checkpoint(images, tmp_path):
     """Two machines without a shared disk would train from different steps, unnoticed."""
     run(images, tmp_path / "0", epochs=3, steps=1)

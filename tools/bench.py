@@ -198,7 +198,7 @@ class Bench:
             return found
 
         # After one step a GPU is not yet as fast as it will be: twice as slow, an H200 was.
-        end = time.perf_counter() + 3 * (self.device.type == "cuda")
+        end = time.perf_counter() + 2 * (self.device.type == "cuda")
         first = turn()
         while not is_steady and time.perf_counter() < end:
             turn()

@@ -96,6 +96,7 @@ class Killed(BaseException):
     """An end at which a run can do nothing any more."""
 
 
+@pytest.mark.cpu
 def test_a_killed_run_goes_on_as_if_nothing_was(chosen, tmp_path, monkeypatch):
     """Killed in the middle of an epoch, two steps after its last checkpoint; and stopped by STEPS.
     """
@@ -118,6 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_was(chosen, tmp_path, monkeypatch):
             assert torch.equal(weights(tmp_path / name)[key], value)
 
 
+@pytest.mark.cpu
 def test_two_ranks_train_as_one(chosen, tmp_path):
     """Each sees half of every batch, and half of the images that are scored."""
     alone = run(chosen, tmp_path / "one", epochs=3)

@@ -131,6 +131,7 @@ def test_every_set_is_scored_by_the_shared_loop(checkpoint, tmp_path, capsys, mo
         assert result[name]["mIoU"] == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.cpu
 def test_ranks_score_what_one_process_does(checkpoint, voc, tmp_path):
     given = options(**OPTIONS, ckpt=checkpoint, data=voc, benchmarks="voc20", batch_size=2)
     result = catseg_eval.main([*given, "--out", str(tmp_path / "one")])

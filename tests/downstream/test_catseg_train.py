@@ -76,6 +76,7 @@ def test_it_learns_two_images_by_heart(labelled, tmp_path, monkeypatch, steps, s
     assert result["mIoU"] > least
 
 
+@pytest.mark.cpu
 def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path):
     """Stopped in the middle of its second epoch of two steps."""
     whole = run(labelled, tmp_path / "whole")
@@ -90,6 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(labelled, tmp_path):
                for name, weight in weights(tmp_path / "whole").items())
 
 
+@pytest.mark.cpu
 def test_two_ranks_train_the_segmenter_of_one(labelled, tmp_path):
     """Accumulation included; text, image tower and aggregator alike."""
     shared = TINY | {"images": labelled / "own.json", "batch_size": 4, "micro_batch": 1,

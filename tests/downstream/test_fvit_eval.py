@@ -68,6 +68,7 @@ def test_a_perfect_detector_has_100(checkpoint, scenes_json, tmp_path, monkeypat
     assert 50 < groups["base"]["AP50"] < 100        # boxes are found, discs too many
 
 
+@pytest.mark.cpu
 def test_two_ranks_find_what_one_process_finds(checkpoint, scenes_json, tmp_path):  # noqa: F811
     one = evaluation.main(arguments(checkpoint, scenes_json, tmp_path / "one"))
     succeeds(warm.ranks("tests/tiny.py", "downstream.fvit.eval",
@@ -76,6 +77,7 @@ def test_two_ranks_find_what_one_process_finds(checkpoint, scenes_json, tmp_path
     assert {way: two[way] for way in one} == one and set(one) == {"boxes", "masks"}
 
 
+@pytest.mark.cpu
 def test_transfer_swaps_the_names(checkpoint, scenes_json, tmp_path, monkeypatch):  # noqa: F811
     """Other classes in another order: the detector gets their embeddings, and knows which of them
     it has seen."""

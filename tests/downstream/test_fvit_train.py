@@ -81,6 +81,7 @@ def saved_once(monkeypatch):
     monkeypatch.setattr(train.Run, "save", lambda self: self.step < self.last or save(self))
 
 
+@pytest.mark.cpu
 def test_it_learns_four_scenes(scenes_json, tmp_path, saved_once):
     """On a random backbone, with the schedule of a drop: AP50 of at least 90."""
     run(scenes_json, tmp_path, epochs=65, lr=4e-3, lr_drops=50, scales=(1, 1), flip=0, batch_size=4,
@@ -182,6 +183,7 @@ def test_weight_decay_spares_nothing(scenes_json):
 
 # ----------------------------------------------------------------------------- one process and many
 
+@pytest.mark.cpu
 def test_two_ranks_train_the_detector_of_one(scenes_json, tmp_path):
     """Numbers of sampled anchors and regions differ between ranks. Norms of each image alone:
     PyTorch shares the statistics of batch norms on GPUs only (the next test). A large EPS, because
@@ -215,6 +217,7 @@ def test_gpus_share_the_statistics_of_norms(scenes_json, monkeypatch):
 
 # ----------------------------------------------------------------------------------------- going on
 
+@pytest.mark.cpu
 def test_a_resumed_run_is_the_uninterrupted_run(scenes_json, tmp_path):
     """To the bit, statistics of norms included; stopped in an epoch, at its end, in the next."""
     whole = run(scenes_json, tmp_path / "whole", epochs=2)

@@ -117,6 +117,7 @@ def test_log_and_file_tell_of_the_run(scenes_json, unknown_json, tmp_path, capsy
     assert "; try it with python -m tools.detect" in printed
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("given", [{}, {"repeat": 0.6, "text_queries": 1}])
 def test_two_ranks_train_the_detector_of_one(scenes_json, unknown_json, tmp_path,  # noqa: F811
                                              given):
@@ -135,6 +136,7 @@ def test_two_ranks_train_the_detector_of_one(scenes_json, unknown_json, tmp_path
         torch.testing.assert_close(of_two[name], weight, rtol=0, atol=2e-5)
 
 
+@pytest.mark.cpu
 def test_a_resumed_run_is_the_uninterrupted_run(scenes_json, unknown_json, tmp_path):  # noqa: F811
     """To the bit, the average included; stopped in an epoch, at its end, in the next."""
     given = {"epochs": 2, "unknown": unknown_json, "average": 0.9}
@@ -254,6 +256,7 @@ def test_what_is_left_out():
     assert unknown.choose_unknown(cfg, boxes, scores, known[:0], (100, 100)).tolist() == [2, 0]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("kind", ["fvit", "checkpoint"])
 def test_unknown_objects_train_ov_dquo(kind, fvit, checkpoint, scenes_json,  # noqa: F811
                                        tmp_path, request):
@@ -305,6 +308,7 @@ def test_a_perfect_detector_has_100(checkpoint, scenes_json, tmp_path, monkeypat
     assert result["boxes"] == figures["boxes"]
 
 
+@pytest.mark.cpu
 def test_two_ranks_find_what_one_process_finds(checkpoint, scenes_json, tmp_path):  # noqa: F811
     one = ov_dquo_eval.main(arguments(checkpoint, scenes_json, tmp_path / "one", least=0))
     succeeds(warm.ranks("tests/tiny.py", "downstream.ov_dquo.eval",

@@ -245,6 +245,7 @@ def test_shards_hold_what_single_files_do(photos, tmp_path, monkeypatch, capsys)
     assert [*load_file(shards[0])] == ["a", "b ä", "c", "d"] and shards[1].stat() == second
 
 
+@pytest.mark.cpu
 def test_two_ranks_share_the_work(photos, tmp_path):
     """Their arrays are one process's, to the bit; the broken photograph is said once."""
     run_past_broken(photos, tmp_path / "one")
@@ -258,6 +259,7 @@ def test_two_ranks_share_the_work(photos, tmp_path):
     assert "left as they are: 5 of 5 arrays" in printed
 
 
+@pytest.mark.cpu
 def test_a_killed_run_goes_on(photos, tmp_path):
     """Whatever array is there is whole and has its json; the rest is added, to the same files."""
     (photos / "c.png").unlink()

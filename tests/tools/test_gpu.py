@@ -33,6 +33,7 @@ def test_checks_go_on_after_a_failure(tmp_path, monkeypatch):
         "log.txt", "results.json", "report.md"}
 
 
+@pytest.mark.cpu
 def test_figures_of_a_check_are_in_the_report(tmp_path, monkeypatch):
     """Those that a process prints last, as a line of json."""
     (tmp_path / "found.py").write_text("print('...')\nprint('{\"images/s\": \"7\"}')\n")
@@ -65,6 +66,16 @@ def test_every_option_exists():
     assert parsed == 19
 
 
+def test_figures_of_a_bench_have_its_parts(monkeypatch):
+    """Two parts have rows of one name."""
+    speed = {form: bench.Row("images/s", {"this code": rate}) for form, rate in (("train", 2),
+                                                                               ("segment", 30))}
+    monkeypatch.setattr(bench, "main", lambda words: {part: [row] for part, row in speed.items()})
+    assert gpu.figures_of(Check(bench="--parts train segment")) == {
+        "train: images/s": "2", "segment: images/s": "30"}
+
+
+@pytest.mark.cpu
 def test_losses_and_classes_are_held_to_the_plain_forms(monkeypatch):
     """In this process, with the toy models: fp32 equals itself, bf16 is near; a model that changes
     between the devices is noticed."""

@@ -467,6 +467,7 @@ def test_bad_input_is_one_sentence(photos, given, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.cpu
 def test_a_segmenter_is_used_like_any_checkpoint(photo, tmp_path):
     """CAT-Seg's own windows and names; with ATTENTION beside the CLIP that it was made from."""
     segmenter = CATSeg(DeCLIP(TOY["model"], "own"), Design(32, width=16))

@@ -160,6 +160,7 @@ def kill_again_and_again(images: Path, out: Path, ranks: int, kills: int, **give
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.mark.cpu
 def test_killed_at_random_moments(many, tmp_path, uninterrupted, request):
     """SIGKILL, again and again; in the end losses and weights are those of a run that was never
     interrupted, bit for bit."""
@@ -194,6 +195,7 @@ def test_signals_save_and_leave(many, tmp_path, uninterrupted, number, code):
     assert_same(uninterrupted, tmp_path / "parts")
 
 
+@pytest.mark.cpu
 def test_a_signal_to_one_rank_stops_both(many, tmp_path):
     out = tmp_path / "run"
     first, second = start_both(out, many, epochs=200)
@@ -205,6 +207,7 @@ def test_a_signal_to_one_rank_stops_both(many, tmp_path):
     assert resume_files(out)[0].name == f"resume-{step:08}.pt"
 
 
+@pytest.mark.cpu
 def test_two_ranks_killed_and_restarted(many, tmp_path):
     """First one rank, then the other: torchrun starts the command again, without --resume. Then the
     whole machine: the command with --resume ends as if nothing had happened, to the bit."""
@@ -225,6 +228,7 @@ def test_two_ranks_killed_and_restarted(many, tmp_path):
     assert_same(whole, parts)
 
 
+@pytest.mark.cpu
 def test_a_hung_rank_ends_the_run(many, tmp_path):
     """The other rank says so after TIMEOUT, and the run goes on from its last step."""
     out, given = tmp_path / "run", {"epochs": 12, "batch_size": 4}
@@ -269,6 +273,7 @@ def test_two_runs_do_not_write_into_one_folder(many, tmp_path):
     run(many, tmp_path / "run", epochs=200, steps=1, resume="true")
 
 
+@pytest.mark.cpu
 def test_a_run_goes_on_with_other_ranks(images, tmp_path):
     """Begun by one process, stopped in the middle of an epoch, ended by two: the order of images is
     kept."""
@@ -295,6 +300,7 @@ def of_shards(shards, tmp_path_factory) -> Path:
 OF_SHARDS = {"batch_size": 2, "epochs": 16, "max_bad_files": 0.5}
 
 
+@pytest.mark.cpu
 def test_a_run_on_shards_is_killed_and_goes_on(shards, of_shards, tmp_path):
     """In the middle of an epoch; it ends as if nothing had happened, to the bit. The file that is
     no image is listed once."""
@@ -309,6 +315,7 @@ def test_a_run_on_shards_is_killed_and_goes_on(shards, of_shards, tmp_path):
         assert (out / "skipped.txt").read_text().count("00001.tar/bad.png\t") == 1
 
 
+@pytest.mark.cpu
 def test_a_run_on_shards_goes_on_with_other_ranks(shards, of_shards, tmp_path):
     """Two ranks stop in the middle of the third epoch, and one goes on."""
     out = tmp_path / "run"
@@ -605,6 +612,7 @@ def test_too_many_bad_images_stop_the_run(images, tmp_path):
         run(tmp_path / "none", tmp_path / "out2", epochs=1)
 
 
+@pytest.mark.cpu
 def test_ranks_stay_in_step_with_a_bad_image_on_one(images, tmp_path):
     """One bad file among twelve: both ranks end the epoch with equal weights, those of one process,
     and one list."""

@@ -19,6 +19,7 @@ from util import sharding
 from util.run import resume_files
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("model", ["tiny-eva", "tiny-pe"])
 def test_a_divided_run_is_that_of_ddp(images, tmp_path, model):
     """Two ranks, two micro batches each. SIGTERM to one stops both and saves; one process goes on.
