@@ -20,10 +20,8 @@ from torch import Tensor
 
 from data import Classes, first_twice
 from downstream.catseg.model import is_catseg, open_catseg
-from downstream.detector import open_detector
-from downstream.evaluation import KINDS
 from eval_seg import Segmenter
-from tools import detect, figures, segment
+from tools import detect, figures, library, segment
 from tools.names import classes_of, typed_classes
 from tools.visualize import Shown, grid_of, token_of
 from util import UserError
@@ -58,7 +56,7 @@ class Answers:
         attention = self.catseg and self.catseg.design.attention or self.clip.context
         self.rows = [Shown("CLIP", original.visual, "clip", cfg.PRECISION),
                      Shown(name, self.clip.visual, attention, cfg.PRECISION)]
-        self.detector = cfg.DETECTOR and open_detector(cfg.DETECTOR, None, KINDS).to(device)
+        self.detector = cfg.DETECTOR and library.detector(cfg.DETECTOR).to(device)
         self.named = lru_cache(maxsize=8)(self.name)        # a text tower takes long
 
     @staticmethod
@@ -100,12 +98,12 @@ class Answers:
         """The photograph with the detector's boxes, None without a detector."""
         if not self.detector:
             return None
-        self.detector.set_classes(scene.classes.names, cache=self.cfg.CACHE)
-        rules = self.detector.RULES["ovcoco"]._replace(least=self.cfg.LEAST)
+        model = self.detector.model
+        model.set_classes(scene.classes.names)
+        rules = self.detector.rules._replace(least=self.cfg.LEAST)
         with autocast(self.cfg.PRECISION, self.device):
-            found, = self.detector.detect([scene.photo.to(self.device)], rules)
-        titles = [name if seen else f"{name}*"
-                  for name, seen in zip(self.detector.classes, self.detector.seen)]
+            found, = model.detect([scene.photo.to(self.device)], rules)
+        titles = [name if seen else f"{name}*" for name, seen in zip(model.classes, model.seen)]
         file = BytesIO()
         detect.draw(scene.photo, found, titles, DRAWN, file)
         return Image.open(file)

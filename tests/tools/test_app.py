@@ -324,12 +324,13 @@ def test_a_hidden_class_has_no_colour(folder):
 
 
 def test_a_detector_and_a_segmenter(folder, tmp_path):
-    """Boxes of a detector, and CAT-Seg as a checkpoint."""
+    """Boxes of a detector, scored as its data set asks for, and CAT-Seg as a checkpoint."""
     clip = DeCLIP(TOY["model"], "own")
     clip.save(tmp_path / "declip.safetensors")
     design = fvit.Design(image_size=64, channels=16, candidates=100, proposals=20, templates="{}")
     fvit.FViT(clip, ["star", "dots"], [True, False], design).save(
-        tmp_path / "fvit.safetensors", {"BACKBONE": str(tmp_path / "declip.safetensors")})
+        tmp_path / "fvit.safetensors", {"BACKBONE": str(tmp_path / "declip.safetensors"),
+                                        "DATASET": "ovlvis"})
     CATSeg(clip, Design(32, width=16)).save(tmp_path / "catseg.safetensors")
     own = {name: TOY.get(name, "none") for name in ("model", "cache")}
     cfg = app.settings.parse(options(ckpt=tmp_path / "catseg.safetensors", least=0,
@@ -339,6 +340,7 @@ def test_a_detector_and_a_segmenter(folder, tmp_path):
     scene = asked.segment(answers.Scene(read_image(folder / "a.png")), "star, dots, noise")
     assert scene.found.shape == (128, 128) and asked.rows[1].title == "CAT-Seg"
     assert asked.boxes(scene).width > 100
+    assert asked.detector.rules == fvit.RULES["ovlvis"] != fvit.RULES["ovcoco"]
     assert len(asked.attend(scene).attention) == 2
 
 
