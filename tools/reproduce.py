@@ -378,7 +378,8 @@ def command_of(job: Job, gpus: int, benchmarks: Sequence[str] = ()) -> list[str]
         words.append("--resume")
         gpus = next(count for count in range(max(gpus, 1), 0, -1)
                     if job.cfg.BATCH_SIZE % count == 0)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+    launcher = (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+                if gpus > 1 else [])
     return [sys.executable, *launcher, "-m", job.script, *words]
 
 

@@ -222,7 +222,8 @@ def test_processes_divide_the_batch():
     evaluation = next(job for job in plan_of("docs", "--tables", "4").jobs.values()
                       if not job.is_training)
     launched = reproduce.command_of(job, 8)
-    assert launched[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "4"]    # of 4
+    # 4 images a batch; a port that no other torchrun of the machine has
+    assert launched[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     assert of(reproduce.command_of(evaluation, 8, ["voc20"]), "--nproc_per_node") == "8"
     assert reproduce.command_of(job, 0)[1:3] == ["-m", "downstream.catseg.train"]
 
