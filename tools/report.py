@@ -148,6 +148,12 @@ def misfit(table: SimpleNamespace, world: SimpleNamespace) -> str:
     return ""
 
 
+def has_figure(world: SimpleNamespace, paper: list, place: int) -> bool:
+    """Whether a column of a row is worth evaluating: one without a figure in the paper is not,
+    where ours are held against the paper's."""
+    return world.against[0] != "paper" or not paper or paper[place] is not None
+
+
 def laid_out(value: object, indent: str = "", in_list: bool = False) -> str:
     """Json with a line for each row, column and command."""
     def has_dicts(part: object) -> bool:
@@ -164,12 +170,14 @@ def laid_out(value: object, indent: str = "", in_list: bool = False) -> str:
 
 def record(path: Path, found: dict[tuple[str, int], list[Figure | None]]) -> None:
     """Puts figures into a world's file as `ours`, by table and number of the row, of whole rows."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content, world = json.loads(path.read_text(encoding="utf-8")), read_world(str(path))
     for table in content["tables"]:
         for number, row in enumerate(table["rows"]):
             figures = found.get((table["id"], number), [None])
-            if None not in figures:
-                row["ours"] = [[round(value, 1) for value in figure if value is not None]
+            lacks = [figure is None and has_figure(world, row.get("paper", []), place)
+                     for place, figure in enumerate(figures)]
+            if not any(lacks) and any(figures):
+                row["ours"] = [figure and [round(value, 1) for value in figure if value is not None]
                                for figure in figures]
     text = laid_out(content) + "\n"
     atomic_write(path, lambda file: Path(file).write_text(text, encoding="utf-8"))

@@ -131,12 +131,16 @@ class Job:
         return [*(job for need in self.needs for job in need.chain()), self]
 
     def results(self, benchmark: str | None = None) -> list[dict]:
-        """What an evaluation has found so far, the newest last."""
+        """What an evaluation has found so far of the present weights, the newest last."""
+        made = max((need.product.stat().st_mtime for need in self.needs if need.product.exists()),
+                   default=0.0)
         found = []
         for path in sorted(self.folder.glob("*.json")):
             with suppress(UserError):       # one that holds none was put aside
-                found += read_results(path, **{"benchmark": benchmark} if benchmark else {})
-        return found
+                found += read_results(path) if path.stat().st_mtime >= made else []
+        return [result for result in found
+                if result["of"].get("checksum") == found[-1]["of"].get("checksum")
+                and benchmark in (None, result["of"].get("benchmark"))]
 
     def steps(self) -> tuple[int, int | None]:
         """The step that a training has reached and its last one, None as long as it is unknown."""
@@ -148,6 +152,12 @@ class Job:
         for in_epoch in re.findall(r"images: ([\d,]+) steps an epoch", text)[-1:]:
             total = self.cfg.EPOCHS * int(in_epoch.replace(",", ""))
         return step, total and min(total, self.cfg.STEPS or total)
+
+    def made_with(self) -> list[str]:
+        """The line of versions() that its last command began with; none of before there was one."""
+        output = self.folder / "output.txt"
+        text = output.read_text(errors="replace") if output.exists() else ""
+        return re.findall(r"^# (commit .*)$", text, re.MULTILINE)[-1:]
 
     def state(self) -> str:
         """done, none, or how far a training was when it was interrupted."""
@@ -221,6 +231,9 @@ class Plan:
                 if seeds and (wants_all or numbers & {*cfg.TABLES}):
                     self.rows.append((table, number, [self.evaluations(table, row, seed)
                                                       for seed in seeds]))
+        # Those that are not asked for, too
+        self.all_rows = self.rows if wants_all else Plan(world, SimpleNamespace(
+            **vars(cfg) | {"TABLES": ()})).rows
 
     def evaluations(self, table: SimpleNamespace, row: SimpleNamespace, seed: int
                     ) -> dict[str, Job]:
@@ -231,8 +244,11 @@ class Plan:
             command = self.world.models.get(row.model) or f"{table.train} {row.train}"
             model = self.add(command, values)
         for name, command in (row.commands or table.evaluate).items():
+            wanted = [column.benchmark for place, column in enumerate(table.columns)
+                      if column.of == name and report.has_figure(self.world, row.paper, place)]
+            if not wanted:
+                continue
             job = self.add(f"{command} {row.evaluate.get(name, '')}", values, model)
-            wanted = [column.benchmark for column in table.columns if column.of == name]
             job.benchmarks = [*dict.fromkeys([*job.benchmarks, *filter(None, wanted)])]
             found[name] = job
         return found
@@ -391,7 +407,7 @@ def execute(command: list[str], folder: Path) -> tuple[int, str]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     with open(folder / "output.txt", "a") as output:
-        print(f"$ {shlex.join(command)}", file=output, flush=True)
+        print(f"$ {shlex.join(command)}\n# {versions()}", file=output, flush=True)
         start = output.tell()
         # In a session of its own, so that Ctrl-C reaches it by us alone
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
@@ -416,7 +432,7 @@ def figures_of(table: SimpleNamespace, evaluations: list[dict[str, Job]]) -> lis
     found: list[Figure | None] = []
     for column in table.columns:
         # What does not depend on the seed is there once.
-        jobs = {of[column.of].folder: of[column.of] for of in evaluations} if column.of else {}
+        jobs = {of[column.of].folder: of[column.of] for of in evaluations if column.of in of}
         values = [value_of(column, job) for job in jobs.values()]
         found.append(None if not values or None in values else
                      (mean(values), stdev(values) if len(values) > 1 else None))
@@ -442,29 +458,38 @@ def value_of(column: SimpleNamespace, job: Job) -> float | None:
 
 
 def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
-    """Writes what was found by now -> the report's path."""
-    found = []
-    for table, number, evaluations in plan.rows:
+    """Writes what was found by now, of tables that were not asked for too -> the report's path."""
+    found, made, asked = [], {}, {(table.id, number) for table, number, _ in plan.rows}
+    for table, number, evaluations in plan.all_rows:
+        figures = figures_of(table, evaluations)
+        if not any(figures) and (table.id, number) not in asked:
+            continue
+        jobs = [job for last in evaluations[0].values() for job in last.chain()]
         commands = [f"`{job.typed}`" + (f" ({job.steps()[0]:,} steps)" if job.is_training else "")
-                    for last in evaluations[0].values() for job in last.chain()]
-        found.append(Found(table, table.rows[number], figures_of(table, evaluations),
-                           [*dict.fromkeys(commands)]))
+                    for job in jobs]
+        found.append(Found(table, table.rows[number], figures, [*dict.fromkeys(commands)]))
+        made |= {line: True for of in evaluations for last in of.values()
+                 for job in last.chain() for line in job.made_with()}
     report.write(plan.world, plan.out, found, [
-        *versions(), *(f"{folder}: {reason}" for folder, reason in failed.items())])
+        *made, *(f"{folder}: {reason}" for folder, reason in failed.items())])
     return plan.out / "report.md"
 
 
-@cache
-def versions() -> list[str]:
-    """What the figures are made with."""
-    commit, count = "unknown", torch.cuda.device_count()
+def versions() -> str:
+    """What a command of now is made with, a line."""
+    count = torch.cuda.device_count()
+    return "; ".join([f"commit {commit()}", time.strftime("%Y-%m-%d"),
+                      f"{count} x {torch.cuda.get_device_name()}" if count else "a CPU",
+                      *(f"{name} {metadata.version(name)}"
+                        for name in ("torch", "open_clip_torch", "timm"))])
+
+
+def commit() -> str:
+    """The version of this code."""
     with suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                                         text=True, stderr=subprocess.DEVNULL).strip()
-    return [f"commit {commit}, {time.strftime('%Y-%m-%d')}",
-            f"{count} x {torch.cuda.get_device_name()}" if count else "a CPU",
-            ", ".join(f"{name} {metadata.version(name)}"
-                      for name in ("torch", "open_clip_torch", "timm"))]
+        return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                                       text=True, stderr=subprocess.DEVNULL).strip()
+    return "unknown"
 
 
 def render(cfg: SimpleNamespace, plan: Plan) -> None:

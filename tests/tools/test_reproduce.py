@@ -217,6 +217,43 @@ def test_rows_with_equal_options_share_their_training():
     assert all(order.index(need) < order.index(job) for job in order for need in job.needs)
 
 
+def test_figures_of_other_weights_do_not_count(tmp_path):
+    """Of a file that is older than the model, or of weights before the newest result's."""
+    plan = plan_of("docs", "--tables", "7", out=tmp_path)
+    training = next(job for job in plan.jobs.values() if job.is_training)
+    fake(training, 12)
+    seg = next(job for job in plan.jobs.values() if job.needs == [training] and job.benchmarks)
+    cfg = SimpleNamespace(CKPT=None, OUT=str(seg.folder))
+    for benchmark, checksum in (("context59", "old"), ("ade150", "old"), ("ade150", "new")):
+        write_result(cfg, "seg", {"benchmark": benchmark, "checksum": checksum}, {"mIoU": 40.0})
+    assert [len(seg.results(name)) for name in (None, "context59", "ade150")] == [1, 0, 1]
+    os.utime(seg.folder / "seg.json", (1, 1))
+    assert seg.results() == []
+
+
+def test_what_the_paper_does_not_have_is_not_run():
+    """Table 8 has no figures of Cityscapes and COCO-Stuff, Table 6 has one of the latter."""
+    seg, = (job for job in plan_of("docs", "--tables", "11").jobs.values()
+            if job.script == "eval_seg" and "--lambda" not in job.needs[0].typed)
+    assert seg.benchmarks == ["context59", "ade150"]
+    table_6 = [job.benchmarks for job in plan_of("docs", "--tables", "6").jobs.values()
+               if job.script == "eval_seg"]
+    assert table_6[1] == ["context59", "ade150", "coco_stuff"]
+
+
+def test_a_report_keeps_what_was_asked_for_before(tmp_path):
+    """Tables that a command does not name, but that have figures."""
+    plan = plan_of("docs", "--tables", "11", out=tmp_path)
+    training = next(job for job in plan.jobs.values() if job.is_training)
+    fake(training, 12)
+    seg = next(job for job in plan.jobs.values() if job.needs == [training] and job.benchmarks)
+    write_result(SimpleNamespace(CKPT=None, OUT=str(seg.folder)), "seg",
+                 {"benchmark": "context59"}, {"mIoU": 43.21})
+    other = plan_of("docs", "--tables", "4", out=tmp_path)
+    text = reproduce.write_report(other, {}).read_text()
+    assert "43.2" in text and "## Trained segmentation" in text
+
+
 def test_processes_divide_the_batch():
     job = next(job for job in plan_of("docs", "--tables", "4").jobs.values() if job.is_training)
     evaluation = next(job for job in plan_of("docs", "--tables", "4").jobs.values()
@@ -261,7 +298,7 @@ def test_the_list_says_what_is_there(tmp_path, capsys):
     assert [found and found[1] for found in about] == [
         None, None, None, "42 min", None, None, "2.83 h", None, None]
     assert "7 of 9 commands are left. Their trainings take about 3.54 h and 5.4 GB" in lines[10]
-    assert "context59" not in seg.left()[0] and len(sum(seg.left(), [])) == 3
+    assert "context59" not in seg.left()[0] and len(sum(seg.left(), [])) == 1
 
 
 def test_what_is_missing_is_listed_at_once(tmp_path, monkeypatch, capsys):
@@ -356,6 +393,7 @@ def test_it_runs_goes_on_and_reports(tiny_world, monkeypatch, capsys):
     """Interrupted within a training, then to the end; a command that fails stops its evaluation
     alone, and at the second time nothing is repeated but that."""
     out = tiny_world.parent / "out"
+    monkeypatch.setattr(reproduce, "commit", lambda: "0abc")
     monkeypatch.setattr(reproduce.subprocess, "Popen", Forked)
     monkeypatch.setattr(Forked, "interrupted", staticmethod(lambda: [
         path for path in out.glob("train-*/resume-*2.pt")]), raising=False)
@@ -384,6 +422,8 @@ def test_it_runs_goes_on_and_reports(tiny_world, monkeypatch, capsys):
     assert lines["", "difference"][1] == f"{mean - 40:+.1f}"
     assert "±" in lines["self again", "ours"][0] and "timm" in text and "CROP_SIZE 7" in text
     assert "--seed 0 --context clip --lambda 0` (4 steps); `eval_region.py" in text
+    made_with = text.split("## Made with\n\n")[1].splitlines()
+    assert made_with[0].startswith("- commit 0abc; 20") and "a CPU" in made_with[0]
     assert (out / "report.png").stat().st_size > 10_000
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*")
