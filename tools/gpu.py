@@ -1,7 +1,7 @@
 """All that waits for a GPU, in one run of at most 25 minutes on one card, offline.
 
     make gpu                                    # or python -m tools.gpu
-    python -m tools.gpu --checks losses nccl    # some of it
+    python -m tools.gpu --checks memory ranks   # some of it
 
 Weights are random, but for the toy world's. Each check is a process of its own with a time limit:
 after one that fails the next begins. OUT gets report.md, in the form of docs/performance.md,
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -38,15 +39,17 @@ from util.precision import autocast, fp32_products
 
 CHECKS: tuple[str, ...] = ()        # which to run; none: all
 ONLY: str | None = None             # one check, in this process, and nothing is written
+MINUTES = 25.0                      # for all of them
 OUT = "out/gpu"                     # folder of the report
 
 
 class Check(NamedTuple):
     """Something to run.
 
-    words: of a command, `python -m`; {n} is the number of GPUs, {out} a folder. bench: in their
-    place, options of tools.bench. function: in their place, a function -> figures by name.
-    small: options that a machine without a GPU adds. limit: in seconds.
+    words: of a command, `python -m`; {n} is the number of GPUs, {batch} some 8 images that they can
+    share, {out} a folder. bench: in their place, options of tools.bench. function: in their place,
+    a function -> figures by name. small: options that a machine without a GPU adds. limit: in
+    seconds.
     """
     words: str = ""
     bench: str = ""
@@ -65,17 +68,19 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{json.dumps(figures_of(known[cfg.ONLY]))}", flush=True)
         else:
             run({name: known[name] for name in known if name in (cfg.CHECKS or known)},
-                Path(cfg.OUT))
+                Path(cfg.OUT), time.monotonic() + 60 * cfg.MINUTES)
 
 
-def run(wanted: dict[str, Check], out: Path) -> None:
-    """Every check in a process of its own, then the report. UserError if one has failed."""
+def run(wanted: dict[str, Check], out: Path, end: float) -> None:
+    """Every check in a process of its own, until `end`, then the report. UserError if one has
+    failed."""
     results: dict[str, dict] = {}
     out.mkdir(parents=True, exist_ok=True)
     with (open(out / "log.txt", "w+", errors="replace") as log,
           tempfile.TemporaryDirectory() as folder):
         for name, check in tqdm(wanted.items(), desc="checks", unit="check"):
-            results[name] = result = run_check(command_of(name, check, folder), check.limit, log)
+            limit = min(check.limit, max(round(end - time.monotonic()), 1))
+            results[name] = result = run_check(command_of(name, check, folder), limit, log)
             tqdm.write(f"{name}: {result['state']}, {result['seconds']:.0f} s")
             write_json(out / "results.json", results)
             atomic_write(out / "report.md", lambda file: Path(file).write_text(report(results)))
@@ -92,7 +97,8 @@ def command_of(name: str, check: Check, folder: str) -> list[str]:
         return [sys.executable, "-m", "tools.gpu", "--only", name]
     words = check.words if torch.cuda.is_available() else f"{check.words} {check.small}"
     count = max(1, torch.cuda.device_count())
-    return [sys.executable, "-m", *shlex.split(words.format(n=count, out=folder))]
+    return [sys.executable, "-m", *shlex.split(words.format(
+        n=count, batch=count * max(1, 8 // count), out=folder))]
 
 
 def run_check(command: list[str], limit: int, log: TextIO) -> dict:
@@ -109,8 +115,7 @@ def run_check(command: list[str], limit: int, log: TextIO) -> dict:
         state = f"failed ({process.wait(limit)})"
     except subprocess.TimeoutExpired:
         state = f"not done in {limit} s"
-        os.killpg(process.pid, signal.SIGKILL)      # the processes that it started, too
-        process.wait()
+        end(process)
     state = "ok" if process.returncode == 0 else state
     seconds = time.perf_counter() - start
     log.seek(begin)
@@ -118,6 +123,17 @@ def run_check(command: list[str], limit: int, log: TextIO) -> dict:
     found = [json.loads(line) for line in printed if line.startswith('{"')]
     figures = found[-1] if state == "ok" and found else {"": printed[-1][:100]}
     return {"state": state, "seconds": seconds, "figures": figures}
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends a process and those that it started. The ranks of torchrun are in sessions of their own,
+    so it must end them itself, for which it takes 30 s if they don't listen."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(40)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def figures_of(check: Check) -> dict[str, str]:
@@ -263,8 +279,9 @@ def check_memory() -> dict[str, str]:
 SMALL = f"{SMALL_MODELS} --repeats 1 --image_size 128 --precision fp32"     # fp16 takes CPUs long
 NANO = "--model local-dir:toy/clip --repeats 1 "
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node {n} "
-TOY = TORCHRUN + "train.py @presets/toy.txt --steps 6 --log_every 3 --num_workers 0 --out {out}/"
-DETECTOR = "--steps 4 --num_workers 0 --cache none --out {out}/"
+SHORT = "--batch_size {batch} --num_workers 0 "
+TOY = TORCHRUN + f"train.py @presets/toy.txt --steps 6 --log_every 3 {SHORT} --out {{out}}/"
+DETECTOR = SHORT + "--steps 4 --cache none --out {out}/"
 
 
 def checks() -> dict[str, Check]:
@@ -299,7 +316,7 @@ def checks() -> dict[str, Check]:
                          ", checkpointing": "--checkpointing"}.items():
         found[f"ranks{way}"] = Check(f"{TOY}ranks{way.strip(', ')} {options}")
     if torch.cuda.device_count() > 1:
-        found["one rank"] = Check(TOY.replace("{n}", "1") + "one_rank")
+        found["one rank"] = Check(TOY.replace("{n}", "1").replace("{batch}", "8") + "one_rank")
     novel = "circle,square,triangle"
     found["F-ViT's ranks, with their shared norms"] = Check(
         f"{TORCHRUN} -m downstream.fvit.train @presets/toy_fvit_train.txt --novel {novel} "
@@ -309,7 +326,7 @@ def checks() -> dict[str, Check]:
         f"--backbone none --attention clip {DETECTOR}ov_dquo")
     found["CAT-Seg's ranks"] = Check(
         f"{TORCHRUN} -m downstream.catseg.train @presets/catseg_toy.txt --model local-dir:toy/clip "
-        f"--pretrained own --attention catseg --steps 4 --num_workers 0 --out {{out}}/catseg")
+        f"--pretrained own --attention catseg {SHORT} --steps 4 --out {{out}}/catseg")
     return found
 
 

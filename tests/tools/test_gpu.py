@@ -33,6 +33,27 @@ def test_checks_go_on_after_a_failure(tmp_path, monkeypatch):
         "log.txt", "results.json", "report.md"}
 
 
+@pytest.mark.parametrize("count, batch", [(1, 8), (2, 8), (3, 6), (8, 8), (16, 16)])
+def test_any_number_of_gpus_shares_a_batch(monkeypatch, count, batch):
+    monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: count)
+    for name, check in gpu.checks().items():
+        words = gpu.command_of(name, check, "out")
+        if "--nproc_per_node" in words and name != "one rank":
+            assert words[words.index("--nproc_per_node") + 1] == str(count)
+            assert words[words.index("--batch_size") + 1] == str(batch)
+
+
+def test_time_ends(tmp_path, monkeypatch):
+    """For each check, and for all."""
+    (tmp_path / "late.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu, "checks", lambda: {"a": Check("late"), "b": Check("late")})
+    with pytest.raises(SystemExit, match="2 of 2 checks failed"):
+        gpu.main(["--out", str(tmp_path / "out"), "--minutes", "0.03"])
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| a | not done in 2 s |" in report and "| b | not done in 1 s |" in report
+
+
 @pytest.mark.cpu
 def test_figures_of_a_check_are_in_the_report(tmp_path, monkeypatch):
     """Those that a process prints last, as a line of json."""
@@ -61,7 +82,7 @@ def test_every_option_exists():
         script = re.search(r"(?:-m )?((?:downstream|toy)\.\S+|train\.py) (.*)", check.words)
         if script:
             module = importlib.import_module(script[1].removesuffix(".py"))
-            settings.parse(script[2].split(), module)
+            settings.parse(script[2].replace("{batch}", "8").split(), module)
             parsed += 1
     assert parsed == 19
 
