@@ -192,8 +192,7 @@ class Bench:
         def turn() -> dict[str, dict[str, float]]:
             found = {}
             for form, work in forms.items():
-                is_plain = form == "plain"
-                with reference.whole_attention(*self.models) if is_plain else nullcontext():
+                with reference.whole_attention(*self.models) if form == "plain" else nullcontext():
                     found[form] = meter(work)
             return found
 

@@ -60,6 +60,7 @@ EVALUATIONS = dict.fromkeys(["eval_region", "eval_seg", "downstream.fvit.eval",
                              "downstream.ov_dquo.eval", "downstream.catseg.eval"])
 # Settings that make no other run of a command.
 FREE = {*MAY_CHANGE_ON_RESUME, "CACHE", "BENCHMARKS"} - {"STEPS"}
+MADE_WITH = "^# (commit .*)$"       # how a line of versions() begins in an output.txt
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)       # of a scheduler, of a terminal that is closed
 
 
@@ -147,17 +148,16 @@ class Job:
         step = max([int(path.stem[7:]) for path in resume_files(self.folder)], default=0)
         with suppress(UserError):
             step = read_record(self.product).get("settings", {}).get("step", step)
-        output, total = self.folder / "output.txt", getattr(self.cfg, "ITERATIONS", None)
-        text = output.read_text(errors="replace") if total is None and output.exists() else ""
-        for in_epoch in re.findall(r"images: ([\d,]+) steps an epoch", text)[-1:]:
+        total = getattr(self.cfg, "ITERATIONS", None)
+        for in_epoch in self.printed(r"images: ([\d,]+) steps an epoch") if total is None else ():
             total = self.cfg.EPOCHS * int(in_epoch.replace(",", ""))
         return step, total and min(total, self.cfg.STEPS or total)
 
-    def made_with(self) -> list[str]:
-        """The line of versions() that its last command began with; none of before there was one."""
+    def printed(self, pattern: str) -> list[str]:
+        """What its last command printed that fits a pattern, at most one text."""
         output = self.folder / "output.txt"
         text = output.read_text(errors="replace") if output.exists() else ""
-        return re.findall(r"^# (commit .*)$", text, re.MULTILINE)[-1:]
+        return re.findall(pattern, text, re.MULTILINE)[-1:]
 
     def state(self) -> str:
         """done, none, or how far a training was when it was interrupted."""
@@ -464,12 +464,11 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
         figures = figures_of(table, evaluations)
         if not any(figures) and (table.id, number) not in asked:
             continue
-        jobs = [job for last in evaluations[0].values() for job in last.chain()]
+        jobs = [[job for last in of.values() for job in last.chain()] for of in evaluations]
         commands = [f"`{job.typed}`" + (f" ({job.steps()[0]:,} steps)" if job.is_training else "")
-                    for job in jobs]
+                    for job in jobs[0]]
         found.append(Found(table, table.rows[number], figures, [*dict.fromkeys(commands)]))
-        made |= {line: True for of in evaluations for last in of.values()
-                 for job in last.chain() for line in job.made_with()}
+        made |= dict.fromkeys(line for job in sum(jobs, []) for line in job.printed(MADE_WITH))
     report.write(plan.world, plan.out, found, [
         *made, *(f"{folder}: {reason}" for folder, reason in failed.items())])
     return plan.out / "report.md"
