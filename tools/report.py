@@ -259,6 +259,9 @@ def fill(text: str, world: SimpleNamespace) -> str:
 
 # --------------------------------------------------------------------------------- the report
 
+MAX_ROWS = 20      # of a table in the plot
+
+
 class Found(NamedTuple):
     """A row with what was found."""
     table: SimpleNamespace
@@ -303,8 +306,10 @@ def compared(world: SimpleNamespace, line: Found) -> list[tuple[str, list[Figure
 
 
 def plot(world: SimpleNamespace, found: Sequence[Found]) -> plt.Figure | None:
-    """Every row that has a figure, a panel for each table; None if there is no figure yet."""
-    tables = by_table([line for line in found if any(line.figures)])
+    """Every row that has a figure, a panel for each table, but for the long ones of a search; None
+    if there is no figure yet."""
+    tables = by_table([line for line in found
+                       if any(line.figures) and len(line.table.rows) <= MAX_ROWS])
     if not tables:
         return None
     heights = [max(0.8, sum(0.17 * len(pairs(world, line)) + 0.16 for line in lines)) + 1.2
