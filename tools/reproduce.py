@@ -40,7 +40,7 @@ from util import UserError, distributed, settings
 from util.files import ROOT, atomic_write, find
 from util.labels import MissingData
 from util.results import as_written, read_results
-from util.run import MAY_CHANGE_ON_RESUME, resume_files
+from util.run import MAY_CHANGE_ON_RESUME, hold_folder, resume_files
 from util.weights import read_record
 
 WORLD = "docs"                      # docs: the paper's tables; toy: the toy world's; or a json
@@ -365,6 +365,7 @@ def carry_out(plan: Plan) -> dict[Path, str]:
     """Runs what is left, in order -> why some did not end well, by their folders."""
     failed: dict[Path, str] = {}
     for number, job in enumerate(plan.jobs.values(), 1):
+        wait_for_others(job)
         if job.is_done():
             continue
         benchmarks, lacking = job.left()
@@ -383,6 +384,16 @@ def carry_out(plan: Plan) -> dict[Path, str]:
             failed[job.folder] = f"status {status}, {last}"
         write_report(plan, failed)
     return failed
+
+
+def wait_for_others(job: Job) -> None:
+    """Until no other process trains in a job's folder: of two commands that share trainings, each
+    goes on with what the other made."""
+    while job.is_training and job.folder.exists():
+        with suppress(UserError):
+            hold_folder(job.folder).close()
+            return
+        time.sleep(2)
 
 
 def command_of(job: Job, gpus: int, benchmarks: Sequence[str] = ()) -> list[str]:

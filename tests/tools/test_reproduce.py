@@ -265,6 +265,22 @@ def test_processes_divide_the_batch():
     assert reproduce.command_of(job, 0)[1:3] == ["-m", "downstream.catseg.train"]
 
 
+def test_two_commands_share_a_training(tmp_path, monkeypatch):
+    """The second one waits as long as the first one's process holds the folder."""
+    job = next(job for job in plan_of("docs", "--tables", "7", out=tmp_path).jobs.values()
+               if job.is_training)
+    job.folder.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], "
+                               "'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()",
+                               job.folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    naps = []
+    monkeypatch.setattr(reproduce.time, "sleep",
+                        lambda _: naps.append(1) or len(naps) == 2 and holder.communicate(b"\n"))
+    reproduce.wait_for_others(job)
+    assert len(naps) == 2 and holder.returncode == 0
+
+
 # ---------------------------------------------------------------------------------- what is there
 
 def fake(job: reproduce.Job, step: int) -> None:
