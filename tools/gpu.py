@@ -115,7 +115,7 @@ def run_check(command: list[str], limit: int, log: TextIO) -> dict:
         state = f"failed ({process.wait(limit)})"
     except subprocess.TimeoutExpired:
         state = f"not done in {limit} s"
-        end(process)
+        stop(process)
     state = "ok" if process.returncode == 0 else state
     seconds = time.perf_counter() - start
     log.seek(begin)
@@ -125,7 +125,7 @@ def run_check(command: list[str], limit: int, log: TextIO) -> dict:
     return {"state": state, "seconds": seconds, "figures": figures}
 
 
-def end(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
     """Ends a process and those that it started. The ranks of torchrun are in sessions of their own,
     so it must end them itself, for which it takes 30 s if they don't listen."""
     os.killpg(process.pid, signal.SIGTERM)
