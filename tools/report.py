@@ -355,7 +355,8 @@ def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right", "left"]].set_visible(False)
     handles = [plt.Line2D([], [], color=PALETTE[place % len(PALETTE)], marker="o", linestyle="",
-                          label=column.name) for place, column in enumerate(table.columns)]
+                          label=column.name.replace("`", ""))
+               for place, column in enumerate(table.columns)]
     axis.legend(handles=handles, loc="upper center", ncols=balanced(len(handles), 8),
                 **LEGEND | {"bbox_to_anchor": (0.5, 0), "borderaxespad": 2.6})
 

@@ -481,7 +481,7 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
         found.append(Found(table, table.rows[number], figures, [*dict.fromkeys(commands)]))
         made |= dict.fromkeys(line for job in sum(jobs, []) for line in job.printed(MADE_WITH))
     report.write(plan.world, plan.out, found, [
-        *made, *(f"{folder}: {reason}" for folder, reason in failed.items())])
+        *(made or ["not recorded"]), *(f"{folder}: {reason}" for folder, reason in failed.items())])
     return plan.out / "report.md"
 
 
