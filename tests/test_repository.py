@@ -89,7 +89,7 @@ def count_lines(*paths: Path) -> int:
 
 
 MAX_LINES = {"train": 265, "model": 530, "data": 280, "eval_region": 360, "eval_seg": 385}
-MAX_FRONT, MAX_ALL, MAX_TASK = 1815, 16530, 120
+MAX_FRONT, MAX_ALL, MAX_TASK = 1815, 16560, 120
 
 
 def test_the_front_is_short():

@@ -63,10 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     cfg, known = settings.parse(argv, sys.modules[__name__]), checks()
     with distributed.session(__file__):
         asked = (*cfg.CHECKS, *filter(None, [cfg.ONLY]))
-        settings.check(cfg, CHECKS=({*asked} <= {*known}, f"some of {', '.join(known)}"))
+        settings.check(cfg, CHECKS=({*asked} <= {*known}, f"some of {shlex.join(known)}"))
+        settings.check(cfg, MINUTES=(cfg.MINUTES > 0, "above 0"))
         if cfg.ONLY:
             print(f"\n{json.dumps(figures_of(known[cfg.ONLY]))}", flush=True)
         else:
+            distributed.heed_signals()
             run({name: known[name] for name in known if name in (cfg.CHECKS or known)},
                 Path(cfg.OUT), time.monotonic() + 60 * cfg.MINUTES)
 
@@ -76,18 +78,22 @@ def run(wanted: dict[str, Check], out: Path, end: float) -> None:
     failed."""
     results: dict[str, dict] = {}
     out.mkdir(parents=True, exist_ok=True)
-    with (open(out / "log.txt", "w+", errors="replace") as log,
+    if len(wanted) < len(checks()) and (out / "results.json").exists():     # the others stay
+        results = json.loads((out / "results.json").read_text())
+    with (open(out / "log.txt", "a+" if results else "w+", errors="replace") as log,
           tempfile.TemporaryDirectory() as folder):
         for name, check in tqdm(wanted.items(), desc="checks", unit="check"):
-            limit = min(check.limit, max(round(end - time.monotonic()), 1))
-            results[name] = result = run_check(command_of(name, check, folder), limit, log)
+            left = round(end - time.monotonic())
+            results[name] = result = (
+                run_check(command_of(name, check, folder), min(check.limit, left), log) if left > 0
+                else {"state": "no time left", "seconds": 0, "figures": {"": ""}})
             tqdm.write(f"{name}: {result['state']}, {result['seconds']:.0f} s")
             write_json(out / "results.json", results)
             atomic_write(out / "report.md", lambda file: Path(file).write_text(report(results)))
     print(f"written to {out / 'report.md'}")
-    failed = [name for name, result in results.items() if result["state"] != "ok"]
+    failed = [name for name in wanted if results[name]["state"] != "ok"]
     if failed:
-        raise UserError(f"{len(failed)} of {len(results)} checks failed, {', '.join(failed)}; read "
+        raise UserError(f"{len(failed)} of {len(wanted)} checks failed, {', '.join(failed)}; read "
                         f"{out / 'log.txt'}.")
 
 
@@ -116,6 +122,9 @@ def run_check(command: list[str], limit: int, log: TextIO) -> dict:
     except subprocess.TimeoutExpired:
         state = f"not done in {limit} s"
         stop(process)
+    except BaseException:       # Ctrl-C, or a scheduler's signal
+        stop(process)
+        raise
     state = "ok" if process.returncode == 0 else state
     seconds = time.perf_counter() - start
     log.seek(begin)
@@ -156,8 +165,10 @@ def report(results: dict[str, dict]) -> str:
         "torch", "torchvision", "timm", "open_clip_torch"))
     lines = ["# What a GPU says", "", f"{place}; {versions}.", "",
              "| check | state | seconds |", "|---|---|---|"]
-    lines += [f"| {name} | {result['state']} | {result['seconds']:.0f} |"
-              for name, result in results.items()]
+    for name, result in results.items():
+        reason = result["figures"].get("", "").replace("|", "/") if result["state"] != "ok" else ""
+        state = f"{result['state']}: {reason}" if reason else result["state"]
+        lines.append(f"| {name} | {state} | {result['seconds']:.0f} |")
     for name, result in results.items():
         if result["state"] == "ok" and "" not in result["figures"]:
             lines += ["", f"## {name}", "", "| | |", "|---|---|"]
@@ -294,7 +305,7 @@ def checks() -> dict[str, Check]:
         "segmentation": Check(function=check_segmentation),
         "memory": Check(function=check_memory, limit=240),
         "scenes": Check("toy.world --dev 0" + "".join(      # those that are there stay
-            f" --{kind} {count * (not (ROOT / 'data/toy' / kind).is_dir())}"
+            f" --{kind} {count * (not (ROOT / 'data/toy' / kind / 'instances.json').exists())}"
             for kind, count in {"train": 1024, "val": 200, "labelled": 512}.items())),
     }
     at_560 = "--repeats 5 --image_size 560"
@@ -311,20 +322,20 @@ def checks() -> dict[str, Check]:
     found["input"] = Check(bench="--repeats 3 --parts input --baseline", small=SMALL)
     found["F-ViT and CAT-Seg"] = Check(bench="--repeats 5 --parts fvit catseg", small=(
         f"{NANO} --fvit_size 64 --catseg_size 64 --catseg_classes 3"))
-    for way, options in {"": "", ", bf16": "--precision bf16", ", fp16": "--precision fp16",
-                         ", FSDP": "--fsdp", ", compiled": "--compile",
-                         ", checkpointing": "--checkpointing"}.items():
-        found[f"ranks{way}"] = Check(f"{TOY}ranks{way.strip(', ')} {options}")
+    for way, options in {"": "", " bf16": "--precision bf16", " fp16": "--precision fp16",
+                         " FSDP": "--fsdp", " compiled": "--compile",
+                         " checkpointing": "--checkpointing"}.items():
+        found[f"ranks{way}"] = Check(f"{TOY}ranks{way.strip()} {options}")
     if torch.cuda.device_count() > 1:
         found["one rank"] = Check(TOY.replace("{n}", "1").replace("{batch}", "8") + "one_rank")
     novel = "circle,square,triangle"
-    found["F-ViT's ranks, with their shared norms"] = Check(
+    found["F-ViT ranks"] = Check(
         f"{TORCHRUN} -m downstream.fvit.train @presets/toy_fvit_train.txt --novel {novel} "
         f"--backbone none --attention clip {DETECTOR}fvit")
-    found["OV-DQUO's ranks"] = Check(
+    found["OV-DQUO ranks"] = Check(
         f"{TORCHRUN} -m downstream.ov_dquo.train @presets/toy_ov_dquo.txt --novel {novel} "
         f"--backbone none --attention clip {DETECTOR}ov_dquo")
-    found["CAT-Seg's ranks"] = Check(
+    found["CAT-Seg ranks"] = Check(
         f"{TORCHRUN} -m downstream.catseg.train @presets/catseg_toy.txt --model local-dir:toy/clip "
         f"--pretrained own --attention catseg {SHORT} --steps 4 --out {{out}}/catseg")
     return found

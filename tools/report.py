@@ -276,8 +276,10 @@ def by_table(found: Sequence[Found]) -> list[list[Found]]:
             for id in dict.fromkeys(line.table.id for line in found)]
 
 
-def page(world: SimpleNamespace, found: Sequence[Found], notes: Sequence[str]) -> str:
-    """The report: a section for each table, then the rows' commands and the notes."""
+def page(world: SimpleNamespace, found: Sequence[Found], made: Sequence[str],
+         failed: Sequence[str] = ()) -> str:
+    """The report: a section for each table, then the rows' commands, what they were made with, and
+    what could not be done."""
     there = [figure for line in found for figure in line.figures]
     parts = [f"# {world.title}", f"{len(there) - there.count(None)} of {len(there)} figures."]
     for lines in by_table(found):
@@ -293,7 +295,9 @@ def page(world: SimpleNamespace, found: Sequence[Found], notes: Sequence[str]) -
     settings = [f"- {label_of(line.table, line.row)}: {'; '.join(line.commands)}"
                 for line in found if any(line.figures)]
     parts += ["## Settings", "\n".join(dict.fromkeys(settings))] if settings else []
-    return "\n\n".join([*parts, "## Made with", "\n".join(f"- {note}" for note in notes)]) + "\n"
+    for title, notes in (("Made with", made), ("Not done", failed)):
+        parts += [f"## {title}", "\n".join(f"- {note}" for note in notes)] if notes else []
+    return "\n\n".join(parts) + "\n"
 
 
 def compared(world: SimpleNamespace, line: Found) -> list[tuple[str, list[Figure | None], str]]:
@@ -361,9 +365,9 @@ def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -
                 **LEGEND | {"bbox_to_anchor": (0.5, 0), "borderaxespad": 2.6})
 
 
-def write(world: SimpleNamespace, out: Path, found: Sequence[Found], notes: Sequence[str]) -> None:
+def write(world: SimpleNamespace, out: Path, found: Sequence[Found], *notes: Sequence[str]) -> None:
     """report.md and, once there is a figure, report.png."""
-    text, figure = page(world, found, notes), plot(world, found)
+    text, figure = page(world, found, *notes), plot(world, found)
     atomic_write(out / "report.md", lambda file: Path(file).write_text(text, encoding="utf-8"))
     if figure:
         save_figure(figure, out / "report.png")

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -61,7 +60,6 @@ EVALUATIONS = dict.fromkeys(["eval_region", "eval_seg", "downstream.fvit.eval",
 # Settings that make no other run of a command.
 FREE = {*MAY_CHANGE_ON_RESUME, "CACHE", "BENCHMARKS"} - {"STEPS"}
 MADE_WITH = "^# (commit .*)$"       # how a line of versions() begins in an output.txt
-SIGNALS = (signal.SIGTERM, signal.SIGHUP)       # of a scheduler, of a terminal that is closed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,9 +79,7 @@ def run(cfg: SimpleNamespace) -> None:
     print(overview(plan))
     if cfg.LIST:
         return
-    for number in SIGNALS:      # they end the present command like Ctrl-C: it saves, and we leave
-        if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has it
-            signal.signal(number, signal.default_int_handler)
+    distributed.heed_signals()      # they end the present command: it saves, and we leave
     failed = carry_out(plan)
     print(f"\n{write_report(plan, failed)} has the figures as a page for an issue")
     if failed:
@@ -133,8 +129,9 @@ class Job:
 
     def results(self, benchmark: str | None = None) -> list[dict]:
         """What an evaluation has found so far of the present weights, the newest last."""
-        made = max((need.product.stat().st_mtime for need in self.needs if need.product.exists()),
-                   default=0.0)
+        if not all(need.product.exists() for need in self.needs):
+            return []
+        made = max((need.product.stat().st_mtime for need in self.needs), default=0.0)
         found = []
         for path in sorted(self.folder.glob("*.json")):
             with suppress(UserError):       # one that holds none was put aside
@@ -389,10 +386,14 @@ def carry_out(plan: Plan) -> dict[Path, str]:
 def wait_for_others(job: Job) -> None:
     """Until no other process trains in a job's folder: of two commands that share trainings, each
     goes on with what the other made."""
+    waits = False
     while job.is_training and job.folder.exists():
         with suppress(UserError):
             hold_folder(job.folder).close()
             return
+        if not waits:
+            print(f"waiting for another process that trains into {job.folder}", flush=True)
+        waits = True
         time.sleep(2)
 
 
@@ -429,6 +430,7 @@ def execute(command: list[str], folder: Path) -> tuple[int, str]:
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
+            print(f"interrupted; {folder} has what was saved, and the same command goes on")
             raise
     text = (folder / "output.txt").read_bytes()[start:].decode(errors="replace")
     lines = [line.strip() for line in re.split("[\r\n]+", text) if re.search("[a-z]", line)]
@@ -480,8 +482,8 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
                     for job in jobs[0]]
         found.append(Found(table, table.rows[number], figures, [*dict.fromkeys(commands)]))
         made |= dict.fromkeys(line for job in sum(jobs, []) for line in job.printed(MADE_WITH))
-    report.write(plan.world, plan.out, found, [
-        *(made or ["not recorded"]), *(f"{folder}: {reason}" for folder, reason in failed.items())])
+    report.write(plan.world, plan.out, found, [*made],
+                 [f"{folder}: {reason}" for folder, reason in failed.items()])
     return plan.out / "report.md"
 
 

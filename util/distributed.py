@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,13 @@ class Ranks(NamedTuple):
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def heed_signals() -> None:
+    """Makes a scheduler's SIGTERM and a closed terminal's SIGHUP end this process like Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:      # as nohup has it
+            signal.signal(number, signal.default_int_handler)
 
 
 def start() -> Ranks:

@@ -3,6 +3,11 @@
 import importlib
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from tiny import ROOT
@@ -27,7 +32,8 @@ def test_checks_go_on_after_a_failure(tmp_path, monkeypatch):
     assert [result["state"] for result in results.values()] == [
         "failed (1)", "not done in 2 s", "ok"]
     report = (tmp_path / "out/report.md").read_text()
-    assert "| wrong | failed (1) |" in report and "| right | ok |" in report
+    assert re.search(r"\| wrong \| failed \(1\): .*No module named no_such_module \|", report)
+    assert "| right | ok |" in report
     assert "No module named no_such_module" in (tmp_path / "out/log.txt").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "log.txt", "results.json", "report.md"}
@@ -51,7 +57,7 @@ def test_time_ends(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="2 of 2 checks failed"):
         gpu.main(["--out", str(tmp_path / "out"), "--minutes", "0.03"])
     report = (tmp_path / "out/report.md").read_text()
-    assert "| a | not done in 2 s |" in report and "| b | not done in 1 s |" in report
+    assert "| a | not done in 2 s |" in report and "| b | no time left |" in report
 
 
 @pytest.mark.cpu
@@ -68,7 +74,7 @@ def test_figures_of_a_check_are_in_the_report(tmp_path, monkeypatch):
 
 
 def test_unknown_checks_are_a_sentence():
-    with pytest.raises(SystemExit, match="CHECKS is .* it must be some of suite, losses 560"):
+    with pytest.raises(SystemExit, match="CHECKS is .* it must be some of suite 'losses 560'"):
         gpu.main(["--checks", "speed"])
 
 
@@ -85,6 +91,34 @@ def test_every_option_exists():
             settings.parse(script[2].replace("{batch}", "8").split(), module)
             parsed += 1
     assert parsed == 19
+
+
+def test_some_checks_leave_the_others_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "checks", lambda: {"a": Check("json.tool --help"),
+                                                "b": Check("zipfile --help")})
+    gpu.main(["--out", str(tmp_path)])
+    gpu.main(["--out", str(tmp_path), "--checks", "b"])
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("##### python -m zipfile") == 2 and log.count("##### python -m json.tool") == 1
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["a", "b"]
+    gpu.main(["--out", str(tmp_path)])
+    assert (tmp_path / "log.txt").read_text().count("##### python") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_check(tmp_path, number):
+    command = [sys.executable, "-m", "tools.gpu", "--checks", "memory", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log, end = tmp_path / "log.txt", time.monotonic() + 60
+    while not log.exists() or "tools.gpu --only memory" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (started := children.read_text().split()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    assert not any(Path(f"/proc/{child}").exists() for child in started)
 
 
 def test_figures_of_a_bench_have_its_parts(monkeypatch):
