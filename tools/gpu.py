@@ -48,8 +48,7 @@ class Check(NamedTuple):
 
     words: of a command, `python -m`; {n} is the number of GPUs, {batch} some 8 images that they can
     share, {out} a folder. bench: in their place, options of tools.bench. function: in their place,
-    a function -> figures by name. small: options that a machine without a GPU adds. limit: in
-    seconds.
+    a function -> figures by name. small: options for a machine without a GPU. limit: in seconds.
     """
     words: str = ""
     bench: str = ""
@@ -221,7 +220,7 @@ def check_losses(size: int) -> dict[str, str]:
     Raises AssertionError if fp32's are not the CPU's up to rounding.
     """
     cpu = torch.device("cpu")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else cpu
+    device = distributed.start().device
     cfg, _, models = build(f"--image_size {size}", "--image_size 128", cpu)
     expected, whole = step(cfg, models, "fp32", cpu)
     for model in models:
@@ -245,7 +244,7 @@ def check_segmentation() -> dict[str, str]:
 
     Raises AssertionError if it is below 99.9 %.
     """
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = distributed.start().device
     _, clip, _ = build("", "--image_size 128", device)
     protocol = eval_seg.Protocol().fit(clip)
     text = nn.functional.normalize(torch.randn(

@@ -148,10 +148,10 @@ def misfit(table: SimpleNamespace, world: SimpleNamespace) -> str:
     return ""
 
 
-def has_figure(world: SimpleNamespace, paper: list, place: int) -> bool:
+def has_figure(against: list[str], paper: list, place: int) -> bool:
     """Whether a column of a row is worth evaluating: one without a figure in the paper is not,
     where ours are held against the paper's."""
-    return world.against[0] != "paper" or not paper or paper[place] is not None
+    return against[0] != "paper" or not paper or paper[place] is not None
 
 
 def laid_out(value: object, indent: str = "", in_list: bool = False) -> str:
@@ -170,11 +170,11 @@ def laid_out(value: object, indent: str = "", in_list: bool = False) -> str:
 
 def record(path: Path, found: dict[tuple[str, int], list[Figure | None]]) -> None:
     """Puts figures into a world's file as `ours`, by table and number of the row, of whole rows."""
-    content, world = json.loads(path.read_text(encoding="utf-8")), read_world(str(path))
+    content = json.loads(path.read_text(encoding="utf-8"))
     for table in content["tables"]:
         for number, row in enumerate(table["rows"]):
             figures = found.get((table["id"], number), [None])
-            lacks = [figure is None and has_figure(world, row.get("paper", []), place)
+            lacks = [figure is None and has_figure(content["against"], row.get("paper", []), place)
                      for place, figure in enumerate(figures)]
             if not any(lacks) and any(figures):
                 row["ours"] = [figure and [round(value, 1) for value in figure if value is not None]
@@ -365,9 +365,10 @@ def draw_panel(axis: plt.Axes, world: SimpleNamespace, lines: Sequence[Found]) -
                 **LEGEND | {"bbox_to_anchor": (0.5, 0), "borderaxespad": 2.6})
 
 
-def write(world: SimpleNamespace, out: Path, found: Sequence[Found], *notes: Sequence[str]) -> None:
+def write(world: SimpleNamespace, out: Path, found: Sequence[Found], made: Sequence[str],
+          failed: Sequence[str]) -> None:
     """report.md and, once there is a figure, report.png."""
-    text, figure = page(world, found, *notes), plot(world, found)
+    text, figure = page(world, found, made, failed), plot(world, found)
     atomic_write(out / "report.md", lambda file: Path(file).write_text(text, encoding="utf-8"))
     if figure:
         save_figure(figure, out / "report.png")

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
@@ -214,7 +214,7 @@ class Plan:
     """The commands of the rows that are asked for, each after those that it needs."""
 
     def __init__(self, world: SimpleNamespace, cfg: SimpleNamespace):
-        self.world, self.out = world, Path(cfg.OUT or world.out)
+        self.world, self.cfg, self.out = world, cfg, Path(cfg.OUT or world.out)
         self.gpus = torch.cuda.device_count() if cfg.GPUS is None else cfg.GPUS
         self.jobs: dict[Path, Job] = {}
         # Of each row: its table, its number, and its evaluations by name for each seed
@@ -228,9 +228,11 @@ class Plan:
                 if seeds and (wants_all or numbers & {*cfg.TABLES}):
                     self.rows.append((table, number, [self.evaluations(table, row, seed)
                                                       for seed in seeds]))
-        # Those that are not asked for, too
-        self.all_rows = self.rows if wants_all else Plan(world, SimpleNamespace(
-            **vars(cfg) | {"TABLES": ()})).rows
+
+    @cached_property
+    def all_rows(self) -> list[tuple[SimpleNamespace, int, list[dict[str, Job]]]]:
+        """Those that are not asked for, too."""
+        return Plan(self.world, SimpleNamespace(**vars(self.cfg) | {"TABLES": ()})).rows
 
     def evaluations(self, table: SimpleNamespace, row: SimpleNamespace, seed: int
                     ) -> dict[str, Job]:
@@ -242,7 +244,8 @@ class Plan:
             model = self.add(command, values)
         for name, command in (row.commands or table.evaluate).items():
             wanted = [column.benchmark for place, column in enumerate(table.columns)
-                      if column.of == name and report.has_figure(self.world, row.paper, place)]
+                      if column.of == name
+                      and report.has_figure(self.world.against, row.paper, place)]
             if not wanted:
                 continue
             job = self.add(f"{command} {row.evaluate.get(name, '')}", values, model)
@@ -299,24 +302,25 @@ def overview(plan: Plan) -> str:
     """What there is and what would run, in its order; time, disk; and what is missing."""
     lines, lacking, efforts = [], {}, []
     place = {folder: number for number, folder in enumerate(plan.jobs, 1)}
-    left = [job for job in plan.jobs.values() if not job.is_done()]
-    for job in plan.jobs.values():
-        hours, disk = effort_of(plan.world, job) if job in left else (0, 0)
+    states = {folder: job.state() for folder, job in plan.jobs.items()}
+    left = {folder: job for folder, job in plan.jobs.items() if states[folder] != "done"}
+    for folder, job in plan.jobs.items():
+        hours, disk = effort_of(plan.world, job) if folder in left else (0, 0)
         efforts.append((hours, disk))
         about = f"about {shown(hours)}, {disk:g} GB" if hours else ""
         after = " ".join(str(place[need.folder]) for need in job.needs)
-        lines.append(f"{place[job.folder]:4}  {job.state():24}{about:24}{job.typed}"
+        lines.append(f"{place[folder]:4}  {states[folder]:24}{about:24}{job.typed}"
                      + (f"  (after {after})" if after else ""))
-        for sentence in job.left()[1] if job in left else ():
+        for sentence in job.left()[1] if folder in left else ():
             of_source = lacking.setdefault(source(plan.world, sentence), ({}, {}))
-            of_source[0][sentence] = of_source[1][str(place[job.folder])] = True
+            of_source[0][sentence] = of_source[1][str(place[folder])] = True
     hours, disk = map(sum, zip(*efforts, (0, 0)))
     lines += ["", f"{len(left)} of {len(plan.jobs)} commands are left. Their trainings take about "
               f"{shown(hours)} and {disk:.2g} GB in {plan.out}; evaluations, minutes each, are not "
               f"counted. {plan.world.effort}"]
     lines += [f"\n{'. '.join(sentences)}.\n    for: {' '.join(numbers)}\n    get: {how}"
               for how, (sentences, numbers) in lacking.items()]
-    weights = sorted({weight for job in left for weight in downloads(job)})
+    weights = sorted({weight for job in left.values() for weight in downloads(job)})
     if weights:
         lines.append("\nopen_clip and timm download at the first use, unless they are in their "
                      f"cache (with HF_HUB_OFFLINE=1 they must be): {', '.join(weights)}")
@@ -472,7 +476,7 @@ def value_of(column: SimpleNamespace, job: Job) -> float | None:
 
 def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
     """Writes what was found by now, of tables that were not asked for too -> the report's path."""
-    found, made, asked = [], {}, {(table.id, number) for table, number, _ in plan.rows}
+    found, ran, asked = [], {}, {(table.id, number) for table, number, _ in plan.rows}
     for table, number, evaluations in plan.all_rows:
         figures = figures_of(table, evaluations)
         if not any(figures) and (table.id, number) not in asked:
@@ -481,7 +485,8 @@ def write_report(plan: Plan, failed: dict[Path, str]) -> Path:
         commands = [f"`{job.typed}`" + (f" ({job.steps()[0]:,} steps)" if job.is_training else "")
                     for job in jobs[0]]
         found.append(Found(table, table.rows[number], figures, [*dict.fromkeys(commands)]))
-        made |= dict.fromkeys(line for job in sum(jobs, []) for line in job.printed(MADE_WITH))
+        ran |= {job.folder: job for job in sum(jobs, [])}
+    made = dict.fromkeys(line for job in ran.values() for line in job.printed(MADE_WITH))
     report.write(plan.world, plan.out, found, [*made],
                  [f"{folder}: {reason}" for folder, reason in failed.items()])
     return plan.out / "report.md"
